@@ -1,0 +1,34 @@
+# make demo   fetch a model and data, fit, fine-tune, show recommendations   (MINUTES=5)
+# make test   everything that needs no network once installed
+PY ?= python3.11
+MINUTES ?= 5
+BIN := .venv/bin
+
+.PHONY: demo test test-full lint wheel clean
+.DEFAULT_GOAL := test
+
+.venv: .venv/.installed
+.venv/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PY) -m venv .venv || python3 -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[all,dev]" --constraint constraints.txt
+	touch $@
+
+demo: .venv/.installed
+	$(BIN)/python eval/demo.py --minutes $(MINUTES)
+
+test: .venv/.installed
+	$(BIN)/python -m pytest -m "not full"
+
+test-full: .venv/.installed
+	$(BIN)/python -m pytest
+
+lint: .venv/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+wheel: .venv/.installed
+	$(BIN)/python -m build --wheel --outdir dist --no-isolation
+
+clean:
+	rm -rf .venv dist build

@@ -1,0 +1,179 @@
+"""The table of items, cleaned: ids, titles, texts, and attributes of the few kinds that are allowed."""
+
+from __future__ import annotations
+
+import numpy as np
+import polars as pl
+
+from llmrec.errors import DataError
+from llmrec.rows import LoadReport, Policy, Problems, id_strings
+from llmrec.text import neutralise, neutralise_series
+
+TITLE_LIMIT = 300
+TEXT_LIMIT = 4_000
+ATTRIBUTE_LIMIT = 300
+"""Longest title, text, and text of an attribute in characters."""
+
+CONTRACT = ("item_id", "title", "text")
+ACTIVE = "__active__"
+"""Columns that are no attributes; the last is in saved catalogues only."""
+
+# A leading zero means a code ("007", a postal code), not a number.
+_INTEGER = r"^[+-]?(0|[1-9]\d{0,17})$"
+_NUMBER = r"^[+-]?(0|[1-9]\d*)?(\.\d*)?([eE][+-]?\d+)?$"
+_NOT_A_NUMBER = r"(?i)^([+-]?(nan|inf|infinity))$"
+_BOOLEANS = {"true": True, "false": False}
+
+
+def kind_of(dtype: pl.DataType) -> str:
+    """Return the kind of a cleaned column in words."""
+    if dtype == pl.Boolean:
+        return "boolean"
+    if dtype.is_numeric():
+        return "number"
+    return "list of strings" if isinstance(dtype, pl.List) else "string"
+
+
+def clean_text(text: str) -> str:
+    """Return a text as attributes hold it, so that conditions compare like with like."""
+    return neutralise(text, ATTRIBUTE_LIMIT)
+
+
+def clean_attribute(column: pl.Series, untyped: bool) -> pl.Series:
+    """Return a column as string, integer, float, boolean or list of strings; absent values are null.
+
+    Parameters
+    ----------
+    column
+        Any column of the table of items.
+    untyped
+        Whether the column comes from a text file, so that numbers and booleans must be recognised.
+
+    Raises
+    ------
+    DataError
+        If the column holds anything else.
+    """
+    kind = column.dtype
+    if kind in (pl.Categorical, pl.Enum, pl.Null):
+        column = column.cast(pl.String)
+    elif kind == pl.Date:
+        column = column.dt.to_string("%Y-%m-%d")
+    elif isinstance(kind, pl.Datetime):
+        column = (column.dt.convert_time_zone("UTC") if kind.time_zone else column).dt.to_string(
+            "%Y-%m-%dT%H:%M:%S"
+        )
+    if column.dtype == pl.String:
+        return _recognise(column) if untyped else _texts(column)
+    if kind == pl.Boolean:
+        return column
+    if kind.is_integer():
+        return column.cast(pl.Float64 if kind in (pl.UInt64, pl.Int128) else pl.Int64)
+    if kind.is_float() or kind.is_decimal():
+        numbers = column.cast(pl.Float64)
+        return numbers.set(~numbers.is_finite(), None)
+    if isinstance(kind, pl.List | pl.Array) and kind.inner in (pl.String, pl.Categorical, pl.Enum, pl.Null):
+        return _lists(column.cast(pl.List(pl.String)))
+    raise DataError(
+        f"attribute {column.name!r} holds {kind}; allowed are text, numbers, booleans, dates, lists of text"
+    )
+
+
+def _texts(column: pl.Series) -> pl.Series:
+    clean = neutralise_series(column, ATTRIBUTE_LIMIT)
+    return clean.set(clean == "", None)
+
+
+def _lists(column: pl.Series) -> pl.Series:
+    cleaned = [
+        None if values is None else [text for value in values if value and (text := clean_text(value))]
+        for values in column.to_list()
+    ]
+    # An empty list says as little as no list.
+    return pl.Series(column.name, [values or None for values in cleaned], dtype=pl.List(pl.String))
+
+
+def _recognise(column: pl.Series) -> pl.Series:
+    text = column.str.strip_chars()
+    known = text.drop_nulls()
+    if known.is_empty():
+        return _texts(column)
+    numbers = known.filter(~known.str.contains(_NOT_A_NUMBER))
+    if not numbers.is_empty():
+        if len(numbers) == len(known) and bool(numbers.str.contains(_INTEGER).all()):
+            return text.cast(pl.Int64)
+        if bool((numbers.str.contains(_NUMBER) & numbers.str.contains(r"\d")).all()):
+            floats = text.cast(pl.Float64, strict=False)
+            return floats.set(~floats.is_finite(), None)
+    if bool(known.str.to_lowercase().is_in(list(_BOOLEANS)).all()):
+        return text.str.to_lowercase().replace_strict(_BOOLEANS, return_dtype=pl.Boolean)
+    return _texts(column)
+
+
+def clean_items(
+    frame: pl.DataFrame, untyped: bool, policy: Policy, *, unique: bool = True, what: str = "items"
+) -> tuple[pl.DataFrame, LoadReport]:
+    """Return the cleaned columns item_id, title, text and attributes of the rows that are valid."""
+    missing = [name for name in ("item_id", "title") if name not in frame.columns]
+    if missing:
+        raise DataError(
+            f"{what}: no column {' and no column '.join(map(repr, missing))}; the columns are "
+            f"{', '.join(frame.columns)}; rename with mapping={{'their name': '{missing[0]}'}}"
+        )
+    problems = Problems(what, frame.height)
+    ids = id_strings(frame["item_id"], what)
+    titles = _words(frame, "title", TITLE_LIMIT, what)
+    texts = _words(frame, "text", TEXT_LIMIT, what)
+    attributes = []
+    for name in frame.columns:
+        if name in CONTRACT:
+            continue
+        try:
+            if name == ACTIVE:
+                raise DataError(f"attribute {name!r}: this name is taken; use another")
+            attributes.append(clean_attribute(frame[name], untyped))
+        except DataError as error:
+            problems.fatal.append(str(error))
+    problems.add("null or blank item_id", ids.is_null().to_numpy())
+    problems.add("null or blank title", (titles == "").to_numpy())
+    if unique:
+        _add_duplicates(problems, ids)
+    report = problems.finish(policy)
+    columns = [ids.alias("item_id"), titles.alias("title"), texts.alias("text"), *attributes]
+    return pl.DataFrame(columns).filter(pl.Series(problems.keep)), report
+
+
+def _add_duplicates(problems: Problems, ids: pl.Series) -> None:
+    rows = np.flatnonzero(problems.keep)
+    repeated = ~ids.gather(rows).is_first_distinct().to_numpy()
+    bad = np.zeros(len(ids), dtype=np.bool_)
+    bad[rows[repeated]] = True
+    shown = ", ".join(map(repr, ids.gather(rows[repeated][:5]).to_list()))
+    problems.add("duplicate item_id", bad, examples=f", e.g. {shown}")
+
+
+def align(old: pl.DataFrame, new: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Return both tables with attributes of the same kinds; a column of nulls fits any kind."""
+    for name in set(old.columns) & set(new.columns):
+        had, got = kind_of(old.schema[name]), kind_of(new.schema[name])
+        if had == got:
+            continue
+        if new[name].null_count() == new.height:
+            new = new.with_columns(pl.lit(None, old.schema[name]).alias(name))
+        elif old[name].null_count() == old.height:
+            old = old.with_columns(pl.lit(None, new.schema[name]).alias(name))
+        else:
+            raise DataError(f"new items: attribute {name!r} is a {had} in the catalogue, got a {got}")
+    return old, new
+
+
+def _words(frame: pl.DataFrame, name: str, limit: int, what: str) -> pl.Series:
+    """Return a column of texts, neutralised, "" for null."""
+    if name not in frame.columns:
+        return pl.Series(name, [""], dtype=pl.String).new_from_index(0, frame.height)
+    column = frame[name]
+    if column.dtype.is_float():
+        column = column.fill_nan(None)
+    if not (column.dtype.is_numeric() or column.dtype in (pl.String, pl.Categorical, pl.Enum, pl.Null)):
+        raise DataError(f"{what}: column {name!r} must hold text, got {column.dtype}")
+    return neutralise_series(column.cast(pl.String), limit).fill_null("")

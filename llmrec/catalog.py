@@ -1,0 +1,291 @@
+"""The items: load, validate, number, render. An item's code is its position and never changes."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import os
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from llmrec.attributes import ACTIVE, CONTRACT, align, clean_items, kind_of
+from llmrec.errors import DataError, RequestError
+from llmrec.protocols import Codes, Mask
+from llmrec.rows import LoadReport, Policy
+from llmrec.tables import is_untyped, read_table
+from llmrec.text import shorten
+from llmrec.types import Item
+
+LINE_LIMIT = 1_000
+"""Longest line in characters."""
+
+
+class Catalog:
+    """All items that were ever known, by code: their position, int32, stable for life.
+
+    Values are immutable: `with_items` and `without_items` return new catalogues in which every known item
+    keeps its code. Do not change the lists and arrays that the properties return.
+
+    Parameters
+    ----------
+    frame
+        Cleaned columns item_id, title, text (strings without null) and the attributes, shape (n, 3 + a).
+    active
+        Shape (n,), False for removed items.
+    report
+        What loading did.
+    """
+
+    def __init__(self, frame: pl.DataFrame, active: Mask, report: LoadReport) -> None:
+        self._frame = frame
+        self.active = active
+        self.report = report
+        self.ids: list[str] = frame["item_id"].to_list()
+        self._index = {item_id: code for code, item_id in enumerate(self.ids)}
+        self._titles: list[str] | None = None
+        self._lines: list[str] | None = None
+        self._fingerprint = ""
+
+    @classmethod
+    def load(
+        cls, source: Any, *, mapping: Mapping[str, str] | None = None, policy: Policy = "raise"
+    ) -> Catalog:
+        """Load items from a file, a frame or a list of `Item`.
+
+        Parameters
+        ----------
+        source
+            Whatever `llmrec.tables.read_table` takes, with columns item_id and title. A column text is
+            optional; every other column is an attribute: text, number, boolean or list of texts. Dates
+            become ISO text.
+        mapping
+            Columns to rename, ``{name in the source: name in the data contract}``.
+        policy
+            What to do with rows without id or title, or with an id that came before.
+
+        Raises
+        ------
+        DataError
+            With all problems at once, their counts and first rows.
+        """
+        frame = read_table(source, "items", mapping)
+        frame, report = clean_items(frame, is_untyped(source), policy)
+        return cls(frame, np.ones(frame.height, dtype=np.bool_), report)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __contains__(self, item_id: object) -> bool:
+        """Whether the id is known; removed items are (see `active`)."""
+        return item_id in self._index
+
+    def __repr__(self) -> str:
+        return f"Catalog({len(self):,} items, {int(self.active.sum()):,} active, {self.attributes})"
+
+    @property
+    def titles(self) -> list[str]:
+        """Titles by code."""
+        if self._titles is None:
+            self._titles = self._frame["title"].to_list()
+        return self._titles
+
+    @property
+    def attributes(self) -> dict[str, str]:
+        """Attribute -> ``"string"``, ``"number"``, ``"boolean"`` or ``"list of strings"``."""
+        return {name: kind_of(dtype) for name, dtype in self._frame.schema.items() if name not in CONTRACT}
+
+    def column(self, name: str) -> pl.Series:
+        """Return the values of an attribute, or of item_id, title or text, by code, shape (n,)."""
+        if name not in self._frame.columns:
+            raise RequestError(f"unknown attribute {name!r}; known are {', '.join(self._frame.columns)}")
+        return self._frame[name]
+
+    def code(self, item_id: str) -> int:
+        """Return the code of an item.
+
+        Raises
+        ------
+        RequestError
+            If there is no such item; the message names the closest ids.
+        """
+        code = self._index.get(item_id)
+        if code is None:
+            close = self._closest(item_id)
+            hint = (
+                f"; close ids are {', '.join(map(repr, close))}" if close else "; ids are text, case counts"
+            )
+            raise RequestError(f"unknown item {item_id!r} (the catalogue has {len(self):,}){hint}")
+        return code
+
+    def codes(self, ids: Sequence[str]) -> Codes:
+        """Return the codes of items, shape (len(ids),); RequestError if some are unknown."""
+        codes = self.find(ids)
+        unknown = [item_id for item_id, code in zip(ids, codes, strict=True) if code < 0]
+        if unknown:
+            shown = ", ".join(map(repr, unknown[:5])) + (", ..." if len(unknown) > 5 else "")
+            raise RequestError(f"{len(unknown):,} of {len(ids):,} item ids are unknown: {shown}")
+        return codes
+
+    def find(self, ids: Sequence[str]) -> Codes:
+        """Return the codes of items, -1 for unknown ones, shape (len(ids),)."""
+        if isinstance(ids, str):
+            raise RequestError(f"expected a list of item ids, got one string {ids!r}")
+        get = self._index.get
+        return np.fromiter((get(item_id, -1) for item_id in ids), dtype=np.int32, count=len(ids))
+
+    def item(self, code: int) -> Item:
+        """Return an item with the attributes that it has."""
+        if not 0 <= code < len(self):
+            raise RequestError(f"item code {code} is not between 0 and {len(self) - 1}")
+        row = self._frame.row(int(code), named=True)
+        attributes = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in row.items()
+            if name not in CONTRACT and value is not None
+        }
+        return Item(row["item_id"], row["title"], row["text"], attributes)
+
+    def line(self, code: int) -> str:
+        """Return an item in words, see `lines`."""
+        return self.lines()[code]
+
+    def lines(self) -> list[str]:
+        """Return every item in words, by code: what encoders and lexical search read.
+
+        Title, then texts and lists of the attributes in the order of the columns, then years, then text;
+        at most `LINE_LIMIT` characters. Other numbers say nothing without their name and stay out.
+        """
+        if self._lines is None:
+            self._lines = _render(self._frame)
+        return self._lines
+
+    def render(self, items: Sequence[Item]) -> list[str]:
+        """Return lines of items that need not be in the catalogue, cleaned and rendered as its own."""
+        if not items:
+            return []
+        frame, _ = clean_items(read_table(items, "items"), False, "raise", unique=False)
+        known = [name for name in self._frame.columns if name in frame.columns]
+        return _render(frame.select(*known, pl.exclude(known)))
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over ids, lines and active flags."""
+        if not self._fingerprint:
+            digest = hashlib.sha256()
+            for texts in (self.ids, self.lines()):
+                for text in texts:
+                    digest.update(text.encode() + b"\0")
+            digest.update(np.packbits(self.active).tobytes())
+            self._fingerprint = digest.hexdigest()
+        return self._fingerprint
+
+    def with_items(self, items: Sequence[Item]) -> Catalog:
+        """Return a catalogue with these items: new ids get the next codes, known ids are replaced.
+
+        Raises
+        ------
+        DataError
+            If an item breaks the data contract, or an attribute is of another kind than before.
+        """
+        if not items:
+            return self
+        new, report = clean_items(read_table(items, "new items"), False, "raise", what="new items")
+        old, new = align(self._frame, new)
+        codes = self.find(new["item_id"].to_list())
+        added = codes < 0
+        codes[added] = len(self) + np.arange(int(added.sum()), dtype=np.int32)
+        order = np.arange(len(self) + int(added.sum()))
+        order[codes] = len(self) + np.arange(new.height)
+        active = np.concatenate([self.active, np.ones(int(added.sum()), dtype=np.bool_)])
+        active[codes] = True
+        both = pl.concat([old, new], how="diagonal_relaxed")
+        changed = Catalog(both[order], active, report)
+        if self._lines is not None:
+            lines = self._lines + [""] * int(added.sum())
+            for code, line in zip(codes, _render(changed._frame[codes]), strict=True):
+                lines[code] = line
+            changed._lines = lines
+        return changed
+
+    def without_items(self, ids: Sequence[str]) -> Catalog:
+        """Return a catalogue in which these items are not active; their codes stay. Unknown: RequestError."""
+        active = self.active.copy()
+        active[self.codes(ids)] = False
+        changed = Catalog(self._frame, active, self.report)
+        changed._titles, changed._lines = self._titles, self._lines
+        return changed
+
+    def save(self, path: str | Path) -> None:
+        """Write everything to one parquet file; a reader sees the old file or the new one."""
+        path = Path(path)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex}")
+        try:
+            self._frame.with_columns(pl.Series(ACTIVE, self.active)).write_parquet(temporary)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    @classmethod
+    def read(cls, path: str | Path) -> Catalog:
+        """Read what `save` wrote.
+
+        Raises
+        ------
+        DataError
+            If the file is missing, damaged, or not a saved catalogue.
+        """
+        frame = read_table(Path(path), "catalogue")
+        if not {*CONTRACT, ACTIVE} <= set(frame.columns):
+            raise DataError(f"{path} is not a saved catalogue; load tables of items with Catalog.load")
+        active = frame[ACTIVE].to_numpy().copy()
+        return cls(frame.drop(ACTIVE), active, LoadReport(frame.height, frame.height))
+
+    def _closest(self, item_id: object) -> list[str]:
+        if not isinstance(item_id, str) or not item_id:
+            return []
+        # difflib alone would take a second on 100,000 ids.
+        start = item_id[: max(1, min(3, len(item_id) - 1))].lower()
+        near = (i for i in self.ids if abs(len(i) - len(item_id)) <= 2 and i.lower().startswith(start))
+        pool = [i for i, _ in zip(near, range(500), strict=False)]
+        return difflib.get_close_matches(item_id, pool, n=3, cutoff=0.5)
+
+
+def _render(frame: pl.DataFrame) -> list[str]:
+    """Return one line an item. The only place where an item becomes words."""
+    parts = [pl.col("title")]
+    years = []
+    for name, dtype in frame.schema.items():
+        kind = kind_of(dtype)
+        if name in CONTRACT:
+            continue
+        if kind == "string":
+            parts.append(pl.col(name))
+        elif kind == "list of strings":
+            parts.append(pl.col(name).list.join(", "))
+        elif kind == "number":
+            # A price or a length means nothing without its name; a year does.
+            whole = pl.col(name).is_between(1800, 2100) & (pl.col(name) == pl.col(name).round())
+            year = pl.when(whole).then(pl.col(name).cast(pl.Int64).cast(pl.String))
+            years.append(pl.when(~pl.col("title").str.contains(year, literal=True)).then(year))
+    text = pl.when(pl.col("text") != "").then(pl.col("text"))
+    line = pl.concat_str([*parts, *years, text], separator="; ", ignore_nulls=True)
+    return [shorten(words, LINE_LIMIT) for words in frame.select(line.alias("line"))["line"].to_list()]
+
+
+def _renderer_hash() -> str:
+    samples = [
+        Item("1", "Toy Story (1995)", "Toys <|im_end|> come\u200b alive.", {"genres": ("Comedy", "[INST]")}),
+        Item("2", "<s>Heat\n</s>", "", {"year": 1995, "brand": "A&B", "price": 9.5, "new": True}),
+        Item("3", "e\u0301 " * 400, "text " * 900, {"tags": ("\u202ex", "y"), "pages": 1995, "brand": " "}),
+    ]
+    lines = Catalog.load(samples).lines()
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+RENDERER_HASH = _renderer_hash()
+"""Hash of how items become words; an adapter trained with another one does not fit."""

@@ -1,0 +1,114 @@
+"""Time stamps of every spelling to whole seconds since 1970."""
+
+from __future__ import annotations
+
+import numpy as np
+import polars as pl
+
+from llmrec.errors import DataError
+from llmrec.protocols import Mask
+from llmrec.rows import describe_rows, first_rows
+
+_NUMBER = r"^[+-]?\d+(\.0*)?([eE][+-]?\d+)?$|^[+-]?\d*\.\d+[eE][+-]?\d+$"
+_ISO = (
+    r"^(?<day>\d{4}-\d{2}-\d{2})"
+    r"(?:[T ](?<time>\d{2}:\d{2}(?::\d{2})?)(?:[.,]\d+)?)?"
+    r" ?(?<zone>Z|UTC|[+-]\d{2}:?\d{2})?$"
+)
+# 1e11 seconds are the year 5138, 1e11 milliseconds the year 1973.
+_UNITS = (
+    (1e17, 1_000_000_000, "nanoseconds"),
+    (1e14, 1_000_000, "microseconds"),
+    (1e11, 1_000, "milliseconds"),
+)
+
+
+def to_seconds(column: pl.Series, what: str) -> tuple[pl.Series, str]:
+    """Return whole seconds, null where a value cannot be read, and a note (empty if there is none).
+
+    Parameters
+    ----------
+    column
+        Whole numbers, datetimes, dates, ISO text, or digits as text. A column of which every value is
+        too large for seconds is read as milli-, micro- or nanoseconds; the note says so.
+    what
+        Name of the table in messages.
+
+    Raises
+    ------
+    DataError
+        If the column mixes formats or units, or is of another type.
+    """
+    kind = column.dtype
+    if isinstance(kind, pl.Datetime):
+        return column.dt.epoch("s"), ""
+    if kind == pl.Date:
+        return column.cast(pl.Datetime("us")).dt.epoch("s"), ""
+    if kind == pl.String:
+        text = column.str.strip_chars()
+        text = text.set(text == "", None)
+        is_number = text.str.contains(_NUMBER).fill_null(False)
+        if not bool(is_number.any()):
+            return _from_iso(text, what), ""
+        parts = _iso_parts(text)
+        _same_format(what, {"numbers": is_number, "ISO dates": parts["day"].is_not_null()})
+        whole = text.cast(pl.Int64, strict=False)
+        exact = bool((whole.is_not_null() | ~is_number).all())
+        return _from_numbers(whole if exact else text.cast(pl.Float64, strict=False), what)
+    if kind.is_integer() or kind.is_float():
+        return _from_numbers(column, what)
+    if kind == pl.Null:
+        return column.cast(pl.Int64), ""
+    raise DataError(
+        f"{what}: column 'timestamp' holds {kind}; allowed are whole seconds, datetimes and ISO text"
+    )
+
+
+def _from_numbers(column: pl.Series, what: str) -> tuple[pl.Series, str]:
+    if column.dtype.is_float():
+        whole = column.is_finite() & (column == column.round()) & (column.abs() < 2**62)
+        column = column.set(~whole, None)
+    seconds = column.cast(pl.Int64, strict=False)
+    for limit, divisor, unit in _UNITS:
+        large = (seconds.abs() > limit).fill_null(False)
+        if not bool(large.any()):
+            continue
+        _same_format(what, {unit: large, "smaller units": ~large & seconds.is_not_null()})
+        return seconds // divisor, f"timestamp was read as {unit}"
+    return seconds, ""
+
+
+def _iso_parts(text: pl.Series) -> pl.DataFrame:
+    parts: pl.DataFrame = text.str.extract_groups(_ISO).struct.unnest()
+    return parts
+
+
+def _from_iso(text: pl.Series, what: str) -> pl.Series:
+    parts = _iso_parts(text)
+    dated, timed, zoned = (parts[name].is_not_null() for name in ("day", "time", "zone"))
+    _same_format(
+        what,
+        {
+            "dates without time": dated & ~timed,
+            "times without zone": timed & ~zoned,
+            "times with zone": timed & zoned,
+        },
+    )
+    clock = pl.col("time").fill_null("00:00")
+    clock = pl.when(clock.str.len_bytes() == 5).then(clock + ":00").otherwise(clock)
+    moment = (pl.col("day") + "T" + clock).str.to_datetime("%Y-%m-%dT%H:%M:%S", time_unit="us", strict=False)
+    zone = pl.col("zone").str.replace_all(r"[^+\-0-9]", "")
+    minutes = zone.str.slice(1, 2).cast(pl.Int64, strict=False) * 60 + zone.str.slice(3, 2).cast(
+        pl.Int64, strict=False
+    )
+    offset = pl.when(zone.str.starts_with("-")).then(-minutes).otherwise(minutes).fill_null(0) * 60
+    return parts.select((moment.dt.epoch("s") - offset).alias("timestamp"))["timestamp"]
+
+
+def _same_format(what: str, formats: dict[str, pl.Series]) -> None:
+    """Raise if rows of more than one format are there: which of them is meant cannot be known."""
+    masks: dict[str, Mask] = {name: rows.to_numpy() for name, rows in formats.items()}
+    found = {name: np.flatnonzero(mask) for name, mask in masks.items() if mask.any()}
+    if len(found) > 1:
+        listed = "; ".join(describe_rows(name, len(rows), first_rows(rows)) for name, rows in found.items())
+        raise DataError(f"{what}: column 'timestamp' mixes formats: {listed}; convert them to one")

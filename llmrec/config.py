@@ -1,0 +1,88 @@
+"""The configuration: one pydantic model, from TOML or a dict, validated whole before anything is loaded."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from llmrec.errors import ConfigError
+from llmrec.events import Clock, Ties
+from llmrec.recipe import RetrievalConfig
+from llmrec.rows import Policy
+from llmrec.score.config import ItemTokensConfig, TrainingConfig
+
+
+class DataConfig(BaseModel):
+    """How items and events are read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    items_mapping: dict[str, str] = Field(
+        default_factory=dict, description="source column -> contract column"
+    )
+    events_mapping: dict[str, str] = Field(
+        default_factory=dict, description="source column -> contract column"
+    )
+    policy: Policy = Field("raise", description="what to do with bad rows")
+    clock: Clock = Field("time", description="'none': the order of rows is the order of events")
+    ties: Ties = Field("input", description="order of events with equal time stamps")
+    rating_threshold: float | None = Field(None, description="ratings below are no positive events")
+    event_weights: dict[str, float] | None = Field(None, description="weight of each event type")
+
+
+class EncoderConfig(BaseModel):
+    """The text encoder."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = Field("all-minilm-l6-v2", description="'light' (TF-IDF + SVD), a name, hub id or folder")
+    dim: int = Field(128, ge=1, description="length of the light encoder's vectors")
+
+
+class Config(BaseModel):
+    """Everything that can be set, with defaults that work."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    data: DataConfig = DataConfig()
+    encoder: EncoderConfig = EncoderConfig()
+    retrieval: RetrievalConfig = RetrievalConfig()
+    lm: ItemTokensConfig = ItemTokensConfig()
+    training: TrainingConfig = TrainingConfig()
+    allow_hub: bool = Field(False, description="models may be fetched from a model hub")
+
+    @classmethod
+    def of(cls, source: Config | Mapping[str, Any] | str | Path | None) -> Config:
+        """Make a configuration from a TOML file, a mapping, another configuration, or defaults.
+
+        Raises
+        ------
+        ConfigError
+            With every problem at once.
+        """
+        if source is None:
+            return cls()
+        if isinstance(source, Config):
+            return source
+        values, where = (source, "the configuration") if isinstance(source, Mapping) else _read(Path(source))
+        try:
+            return cls.model_validate(dict(values))
+        except ValidationError as invalid:
+            problems = [
+                f"{'.'.join(map(str, e['loc']))}: {e['msg']} (got {e['input']!r})" for e in invalid.errors()
+            ]
+            raise ConfigError(f"{len(problems)} problem(s) in {where}:\n  " + "\n  ".join(problems)) from None
+
+
+def _read(path: Path) -> tuple[Mapping[str, Any], str]:
+    try:
+        with path.open("rb") as opened:
+            return tomllib.load(opened), str(path)
+    except OSError as missing:
+        raise ConfigError(f"cannot read the configuration {path}: {missing.strerror}") from missing
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as broken:
+        raise ConfigError(f"{path} is not valid TOML: {broken}") from broken

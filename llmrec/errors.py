@@ -1,0 +1,30 @@
+"""Every error that llmrec raises on purpose.
+
+A message says what happened, what was got, and what to do about it.
+"""
+
+from __future__ import annotations
+
+
+class LLMRecError(Exception):
+    """Base of all errors raised by llmrec."""
+
+
+class DataError(LLMRecError):
+    """The items or events break the data contract; the message gives counts and row numbers."""
+
+
+class ConfigError(LLMRecError):
+    """A configuration is invalid; the message lists every problem at once."""
+
+
+class RequestError(LLMRecError):
+    """A request cannot be answered as asked: unknown id, bad `where`, k below 1."""
+
+
+class FetchError(LLMRecError):
+    """A model or data set cannot be had: unknown name, no network, wrong checksum."""
+
+
+class ModelError(LLMRecError):
+    """A saved model or adapter does not fit: other version, other base weights, missing file."""

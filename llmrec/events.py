@@ -1,0 +1,321 @@
+"""The log: load, validate, order, and split into histories. Items are codes of the catalogue."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from llmrec.catalog import Catalog
+from llmrec.clock import to_seconds
+from llmrec.errors import DataError
+from llmrec.protocols import Codes, Floats, Mask
+from llmrec.rows import LoadReport, Policy, Problems, describe_rows, first_rows, id_strings
+from llmrec.tables import read_table
+from llmrec.types import Event
+from llmrec.weights import event_weight
+
+Clock = Literal["time", "none"]
+"""Whether events have a time stamp; with ``"none"`` the order of rows is the order of events."""
+
+Ties = Literal["input", "item"]
+"""What orders events of one user and one time stamp: their order in the source, or the item id."""
+
+Int64s = NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class EventLog:
+    """Events in the order of users (first appearance) and, within a user, oldest first.
+
+    Parameters
+    ----------
+    users
+        User ids by user index.
+    user, item
+        User index and catalogue code of each event, shape (n,).
+    timestamp
+        Seconds since 1970, shape (n,); None where the log has no clock.
+    weight
+        Finite and above 0, shape (n,).
+    offsets
+        Shape (n_users + 1,): user u has the events ``offsets[u]:offsets[u + 1]``.
+    report
+        What loading did.
+    """
+
+    users: list[str]
+    user: Codes
+    item: Codes
+    timestamp: Int64s | None
+    weight: Floats
+    offsets: Int64s
+    report: LoadReport
+
+    @classmethod
+    def load(
+        cls,
+        source: Any,
+        catalog: Catalog,
+        *,
+        mapping: Mapping[str, str] | None = None,
+        clock: Clock = "time",
+        ties: Ties = "input",
+        policy: Policy = "raise",
+        rating_threshold: float | None = None,
+        event_weights: Mapping[str, float] | None = None,
+    ) -> EventLog:
+        """Load events from a file, a frame or a list of `Event`.
+
+        Parameters
+        ----------
+        source
+            Whatever `llmrec.tables.read_table` takes, with columns user_id, item_id and timestamp (unless
+            `clock` is ``"none"``); optional are weight, rating and event (a type). price and quantity may
+            be there and are not used.
+        catalog
+            Its items are those that events may have, removed ones included.
+        mapping
+            Columns to rename, ``{name in the source: name in the data contract}``.
+        clock, ties
+            How events are ordered within a user.
+        policy
+            What to do with rows that lack an id or a time stamp, or have an unknown item.
+        rating_threshold
+            Ratings below it are not positive: these rows are left out and counted.
+        event_weights
+            Weight by event type; a type of weight 0 is left out and counted.
+
+        Raises
+        ------
+        DataError
+            With all problems at once, their counts and first rows.
+        """
+        if clock not in ("time", "none") or ties not in ("input", "item"):
+            raise DataError(f"clock is 'time' or 'none', ties 'input' or 'item'; got {clock!r} and {ties!r}")
+        frame = read_table(source, "events", mapping)
+        needed = ["user_id", "item_id"] + ["timestamp"] * (clock == "time")
+        missing = [name for name in needed if name not in frame.columns]
+        if missing:
+            advice = (
+                " (or declare that the log has no clock with clock='none')" if "timestamp" in missing else ""
+            )
+            raise DataError(
+                f"events: no column {' and no column '.join(map(repr, missing))}; the columns are "
+                f"{', '.join(frame.columns)}; rename with mapping={{'their name': '{missing[0]}'}}{advice}"
+            )
+        problems = Problems("events", frame.height)
+        notes: list[str] = []
+        user_ids = id_strings(frame["user_id"], "events")
+        problems.add("null or blank user_id", user_ids.is_null().to_numpy())
+        item = _item_codes(id_strings(frame["item_id"], "events"), catalog, problems)
+        seconds = None
+        if clock == "time":
+            column, note = to_seconds(frame["timestamp"], "events")
+            notes += [note] if note else []
+            problems.add("timestamp missing or not readable", column.is_null().to_numpy())
+            seconds = column.fill_null(0).to_numpy()
+        weight = event_weight(frame, problems, rating_threshold, event_weights)
+        report = problems.finish(policy, notes)
+        keep = problems.keep
+        users, user = _number(user_ids.filter(pl.Series(keep)))
+        seconds = None if seconds is None else seconds[keep]
+        return _ordered(users, user, item[keep], seconds, weight[keep], _tie_ranks(catalog, ties), report)
+
+    @classmethod
+    def from_events(cls, events: Sequence[Event], catalog: Catalog, clock: Clock = "time") -> EventLog:
+        """Build a log from events in input order; those of unknown items are left out and counted.
+
+        Raises
+        ------
+        DataError
+            If no event is left, or one has no time stamp while `clock` is ``"time"``.
+        """
+        item = catalog.find([event.item_id for event in events])
+        problems = Problems("events", len(events))
+        problems.add("item is not in the catalogue", item < 0, wanted=True)
+        seconds = None
+        if clock == "time":
+            missing = [row for row, event in enumerate(events) if event.timestamp is None]
+            if missing:
+                raise DataError(
+                    f"events: {describe_rows('no timestamp', len(missing), first_rows(np.array(missing)))}; "
+                    "declare clock='none' if the log has none"
+                )
+            seconds = np.fromiter((event.timestamp or 0 for event in events), np.int64, len(events))
+        weight = np.fromiter((event.weight for event in events), np.float32, len(events))
+        problems.add("weight is not finite and above 0", ~(np.isfinite(weight) & (weight > 0)))
+        report = problems.finish("raise")
+        keep = problems.keep
+        users, user = _number(pl.Series([event.user_id for event in events], dtype=pl.String).filter(keep))
+        seconds = None if seconds is None else seconds[keep]
+        return _ordered(users, user, item[keep], seconds, weight[keep], None, report)
+
+    def __len__(self) -> int:
+        return len(self.item)
+
+    def __repr__(self) -> str:
+        return f"EventLog({len(self):,} events of {self.n_users:,} users, {self.report})"
+
+    @property
+    def n_users(self) -> int:
+        """Number of users, those without events included."""
+        return len(self.users)
+
+    @cached_property
+    def _user_index(self) -> dict[str, int]:
+        return {user_id: index for index, user_id in enumerate(self.users)}
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over users, events and their order."""
+        digest = hashlib.sha256("\0".join(self.users).encode())
+        for array in (self.user, self.item, self.timestamp, self.weight):
+            digest.update(b"none" if array is None else np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()
+
+    def require_clock(self, what: str) -> Int64s:
+        """Return the time stamps, shape (n,); DataError that names `what` if the log has no clock."""
+        if self.timestamp is None:
+            raise DataError(f"{what} needs time stamps, and this log was loaded with clock='none'")
+        return self.timestamp
+
+    def history(self, user: int) -> Codes:
+        """Return the item codes of a user index, oldest first, shape (events of the user,)."""
+        return self.item[self.offsets[user] : self.offsets[user + 1]]
+
+    def history_of(self, user_id: str) -> Codes:
+        """Return the item codes of a user id, oldest first; empty for an unknown user."""
+        user = self._user_index.get(user_id)
+        return self.item[:0] if user is None else self.history(user)
+
+    def counts(self, n_items: int) -> Int64s:
+        """Return the number of events of each item code, shape (n_items,)."""
+        return np.bincount(self.item, minlength=n_items).astype(np.int64)
+
+    def repeat_share(self) -> float:
+        """Return the share of events whose item the same user had before."""
+        if not len(self):
+            return 0.0
+        pairs = self.user.astype(np.int64) << 32 | self.item
+        return 1.0 - len(np.unique(pairs)) / len(self)
+
+    def select(self, keep: Mask, *, keep_users: bool = True) -> EventLog:
+        """Return the events where `keep`, shape (n,); users without events stay if `keep_users`."""
+        user, users = self.user[keep], self.users
+        if not keep_users:
+            left = np.flatnonzero(np.bincount(user, minlength=self.n_users))
+            renumbered = np.zeros(self.n_users, dtype=np.int32)
+            renumbered[left] = np.arange(len(left), dtype=np.int32)
+            user, users = renumbered[user], [users[index] for index in left]
+        timestamp = None if self.timestamp is None else self.timestamp[keep]
+        offsets = _offsets(user, len(users))
+        return EventLog(users, user, self.item[keep], timestamp, self.weight[keep], offsets, self.report)
+
+    def core(self, k: int) -> EventLog:
+        """Return the k-core: users and items with at least k events each, dropped until nothing changes.
+
+        Item codes stay those of the catalogue; the report counts what went. May be empty.
+        """
+        keep = np.ones(len(self), dtype=np.bool_)
+        while True:
+            of_user = np.bincount(self.user[keep], minlength=self.n_users)[self.user]
+            of_item = np.bincount(self.item[keep], minlength=int(self.item.max(initial=0)) + 1)[self.item]
+            smaller = keep & (of_user >= k) & (of_item >= k)
+            if smaller.sum() == keep.sum():
+                break
+            keep = smaller
+        log = self.select(keep, keep_users=False)
+        dropped = {f"not in the {k}-core": len(self) - len(log)} if len(log) < len(self) else {}
+        return replace(log, report=LoadReport(len(self), len(log), dropped))
+
+    def drop_last(self, n: int) -> EventLog:
+        """Return the log without each user's last `n` events; users keep their index, even if empty."""
+        to_end = self.offsets[1:][self.user] - np.arange(len(self))
+        return self.select(to_end > n)
+
+    def to_events(self, catalog: Catalog) -> list[Event]:
+        """Return all events as values, users in order, oldest first."""
+        ids, users = catalog.ids, self.users
+        stamps = [None] * len(self) if self.timestamp is None else self.timestamp.tolist()
+        rows = zip(self.user.tolist(), self.item.tolist(), stamps, self.weight.tolist(), strict=True)
+        return [Event(users[user], ids[item], stamp, weight) for user, item, stamp, weight in rows]
+
+
+def _item_codes(ids: pl.Series, catalog: Catalog, problems: Problems) -> Codes:
+    problems.add("null or blank item_id", ids.is_null().to_numpy())
+    distinct = ids.drop_nulls().unique()
+    codes = ids.replace_strict(distinct, catalog.find(distinct.to_list()), default=-1, return_dtype=pl.Int32)
+    item: Codes = codes.to_numpy()
+    unknown = (item < 0) & problems.keep
+    shown = ", ".join(map(repr, ids.filter(pl.Series(unknown)).unique(maintain_order=True)[:5].to_list()))
+    problems.add("item is not in the catalogue", unknown, examples=f", e.g. {shown}")
+    return item
+
+
+def _number(ids: pl.Series) -> tuple[list[str], Codes]:
+    """Number ids by first appearance: distinct ids and the number of each row, shape (rows,)."""
+    distinct = ids.unique(maintain_order=True)
+    numbers = np.arange(len(distinct), dtype=np.int32)
+    return distinct.to_list(), ids.replace_strict(distinct, numbers, return_dtype=pl.Int32).to_numpy()
+
+
+def _tie_ranks(catalog: Catalog, ties: Ties) -> Int64s | None:
+    """Return the rank of each item code by id, digits as integers; None for the order of input."""
+    if ties == "input":
+        return None
+    ids = catalog.ids
+    if all(item_id.isascii() and item_id.isdigit() for item_id in ids):
+        # Length without zeros, then text: the order of integers for digits of any length.
+        bare = [item_id.lstrip("0") for item_id in ids]
+        order = sorted(range(len(ids)), key=lambda code: (len(bare[code]), bare[code], ids[code]))
+    else:
+        order = sorted(range(len(ids)), key=ids.__getitem__)
+    ranks = np.empty(len(ids), dtype=np.int64)
+    ranks[order] = np.arange(len(ids))
+    return ranks
+
+
+def _ordered(
+    users: list[str],
+    user: Codes,
+    item: Codes,
+    seconds: Int64s | None,
+    weight: Floats,
+    ranks: Int64s | None,
+    report: LoadReport,
+) -> EventLog:
+    """Return the log with its events in order; numpy's sorts here keep the input order of equal keys."""
+    keys: tuple[NDArray[Any], ...] = (user,)
+    if seconds is not None:
+        keys = (seconds, user) if ranks is None else (ranks[item], seconds, user)
+    order = np.lexsort(keys)
+    user, item, weight = user[order], item[order], weight[order]
+    seconds = None if seconds is None else seconds[order]
+    log = EventLog(users, user, item, seconds, weight, _offsets(user, len(users)), report)
+    twice = _exact_repeats(log)
+    if not twice:
+        return log
+    note = f"{twice:,} events repeat user, item and time stamp of another one and were kept"
+    return replace(log, report=replace(report, notes=(*report.notes, note)))
+
+
+def _exact_repeats(log: EventLog) -> int:
+    if log.timestamp is None:
+        return 0
+    order = np.lexsort((log.item, log.timestamp, log.user))
+    same = np.ones(max(len(log) - 1, 0), dtype=np.bool_)
+    for array in (log.user, log.item, log.timestamp):
+        values = array[order]
+        same &= values[1:] == values[:-1]
+    return int(same.sum())
+
+
+def _offsets(user: Codes, n_users: int) -> Int64s:
+    return np.concatenate([[0], np.cumsum(np.bincount(user, minlength=n_users))]).astype(np.int64)

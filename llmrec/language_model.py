@@ -1,0 +1,258 @@
+"""The tuned language model as one thing: made, trained, saved, loaded, grown with the catalogue."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from llmrec.catalog import RENDERER_HASH
+from llmrec.errors import ModelError
+from llmrec.fetch import tokenizer_hash, weights_hash
+from llmrec.metrics import summary
+from llmrec.prompt import Prompt
+from llmrec.protocols import Codes, Floats
+from llmrec.recipe import HeldOut, ranks_in
+from llmrec.score.config import ItemTokensConfig, TrainingConfig
+from llmrec.score.item_tokens import (
+    ItemTokenModel,
+    ItemTokenScorer,
+    body_dtype,
+    instruction_tokens,
+    load_body,
+)
+from llmrec.training import LoRATrainer, Progress, TrainingReport, read_tensors, write_tensors
+
+logger = logging.getLogger(__name__)
+
+VALIDATION_USERS = 256
+"""Held-out users that decide which state of a training run is kept."""
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """What an adapter belongs to. The first five must match when it is loaded; the rest is for the record."""
+
+    base_sha256: str
+    tokenizer_sha256: str
+    prompt_sha256: str
+    renderer_sha256: str
+    encoder_sha256: str
+    data_sha256: str
+    versions: dict[str, str]
+    training: dict[str, Any]
+
+    def check(self, other: Card) -> None:
+        """Refuse another base, tokenizer, prompt, renderer or encoder; warn of other versions or data.
+
+        Raises
+        ------
+        ModelError
+            Naming both hashes.
+        """
+        names = ("base", "tokenizer", "prompt", "renderer", "encoder")
+        for name in names:
+            mine, theirs = getattr(self, f"{name}_sha256"), getattr(other, f"{name}_sha256")
+            if mine != theirs:
+                raise ModelError(
+                    f"the adapter was trained with another {name}: {mine[:12]}... then, {theirs[:12]}... now; "
+                    f"use the {name} it was trained with, or fine-tune again"
+                )
+        changed = [
+            f"{n} {v} -> {other.versions.get(n)}"
+            for n, v in self.versions.items()
+            if other.versions.get(n) != v
+        ]
+        if changed:
+            logger.warning("the adapter was trained with other versions: %s", ", ".join(changed))
+
+
+def make_card(
+    config: ItemTokensConfig, base: Path, encoder: str, data: str, report: Mapping[str, Any]
+) -> Card:
+    """The card of an adapter trained here and now."""
+    return Card(
+        base_sha256=weights_hash(base),
+        tokenizer_sha256=tokenizer_hash(base),
+        prompt_sha256=Prompt.load(config.prompt).sha256,
+        renderer_sha256=RENDERER_HASH,
+        encoder_sha256=encoder,
+        data_sha256=data,
+        versions={name: version(name) for name in ("torch", "transformers", "peft")},
+        training=dict(report),
+    )
+
+
+class LanguageModel:
+    """A tuned model with its settings and its card.
+
+    Parameters
+    ----------
+    model
+        With LoRA matrices in its body.
+    config
+        Its shape.
+    card
+        What it belongs to; None before it is trained.
+    """
+
+    def __init__(self, model: ItemTokenModel, config: ItemTokensConfig, card: Card | None = None) -> None:
+        self.model, self.config, self.card = model, config, card
+        self.dtype = body_dtype(config.precision)
+        self.scorer = ItemTokenScorer(model, config.window, self.dtype)
+
+    @classmethod
+    def new(
+        cls, config: ItemTokensConfig, base: Path, vectors: Floats, counts: NDArray[np.int64], seed: int = 0
+    ) -> LanguageModel:
+        """Make a model to train: fresh LoRA matrices (Hu et al. 2021, arXiv 2106.09685) and head.
+
+        Parameters
+        ----------
+        base
+            Folder of the causal LM.
+        vectors
+            Text vectors of the catalogue, shape (items, dim).
+        counts
+            Training events of each item, shape (items,).
+        """
+        from peft import LoraConfig, get_peft_model
+
+        torch.manual_seed(seed)
+        body = load_body(base, config.layers, body_dtype(config.precision))
+        settings = LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=config.targets)
+        settings.base_model_name_or_path = config.base
+        return cls(_assemble(get_peft_model(body, settings), config, base, vectors, counts), config)
+
+    def save(self, folder: Path) -> None:
+        """Write adapter (peft's own files), head and card into a folder; safetensors and JSON only."""
+        if self.card is None:
+            raise ModelError("only a trained language model can be saved")
+        folder.mkdir(parents=True, exist_ok=True)
+        body: Any = self.model.body
+        body.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
+        (folder / "README.md").unlink(missing_ok=True)
+        parameters = dict(self.model.named_parameters())
+        head = {name: parameters[name] for name in self.model.head_names}
+        write_tensors(folder / "head.safetensors", {**head, "counts": self.model.counts}, {})
+        card = {"config": self.config.model_dump(), "card": asdict(self.card)}
+        (folder / "card.json").write_text(json.dumps(card, indent=1), encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path, base: Path, vectors: Floats, encoder: str) -> LanguageModel:
+        """Load what `save` wrote.
+
+        Parameters
+        ----------
+        base
+            Folder of the causal LM; must hold the weights that the adapter was trained on.
+        vectors
+            Text vectors of the catalogue, which may have grown since, shape (items, dim).
+        encoder
+            Fingerprint of the encoder that made them.
+
+        Raises
+        ------
+        ModelError
+            If anything that the adapter depends on is another.
+        """
+        from peft import PeftModel
+
+        try:
+            stored = json.loads((folder / "card.json").read_text(encoding="utf-8"))
+            config, card = ItemTokensConfig(**stored["config"]), Card(**stored["card"])
+            head, _ = read_tensors(folder / "head.safetensors")
+        except (OSError, ValueError, KeyError, TypeError) as broken:
+            raise ModelError(f"{folder} holds no complete adapter: {broken}") from broken
+        card.check(make_card(config, base, encoder, card.data_sha256, {}))
+        body = load_body(base, config.layers, body_dtype(config.precision))
+        adapted: Any = PeftModel.from_pretrained(body, str(folder), is_trainable=False)
+        counts = head.pop("counts").numpy().astype(np.int64)
+        trained = len(counts)
+        model = _assemble(adapted, config, base, vectors[:trained], counts)
+        model.load_state_dict(head, strict=False)
+        return cls(model.eval(), config, card).grown(vectors)
+
+    def grown(self, vectors: Floats) -> LanguageModel:
+        """The same for a catalogue whose text vectors changed or grew: new items are known by their text."""
+        old = self.model
+        counts = np.zeros(len(vectors), dtype=np.int64)
+        counts[: len(old.counts)] = old.counts.numpy().astype(np.int64)
+        head_dim = old.id_out.embedding_dim
+        model = ItemTokenModel(old.body, old.instruction.tolist(), vectors, counts, head_dim, old.dropout.p)
+        state = {n: p.detach() for n, p in old.named_parameters() if not n.startswith("body.")}
+        for name in ("id_in.weight", "id_out.weight"):
+            state[name] = torch.nn.functional.pad(state[name], (0, 0, 0, len(vectors) - len(old.counts)))
+        model.load_state_dict(state, strict=False)
+        return LanguageModel(model.eval(), self.config, self.card)
+
+
+def _assemble(
+    body: torch.nn.Module, config: ItemTokensConfig, base: Path, vectors: Floats, counts: NDArray[np.int64]
+) -> ItemTokenModel:
+    before, after = Prompt.load(config.prompt).around("history")
+    if after:
+        raise ModelError(f"prompt {config.prompt!r} has words after the history; the last item is read last")
+    words = instruction_tokens(base, before)
+    return ItemTokenModel(body, words, vectors, counts, config.head_dim, config.dropout)
+
+
+def measure(scorer: ItemTokenScorer, held_out: HeldOut) -> dict[str, float]:
+    """NDCG@10 and Recall@10 of the language model alone over the catalogue, and nats per held-out item."""
+    nats, found = [], []
+    for start in range(0, len(held_out.queries), 256):
+        queries = held_out.queries[start : start + 256]
+        found += [h.items for h in scorer.retrieve(queries, 10)]
+        targets = [held_out.targets[i : i + 1] for i in range(start, start + len(queries))]
+        nats += [-float(values[0]) for values in scorer.score(queries, targets)]
+    ranks = ranks_in(found, held_out.targets)
+    return {**summary(ranks, ["ndcg@10", "recall@10"]), "nats": float(np.mean(nats))}
+
+
+def train_language_model(
+    histories: Sequence[Codes],
+    held_out: HeldOut,
+    vectors: Floats,
+    base: Path,
+    config: ItemTokensConfig,
+    training: TrainingConfig,
+    *,
+    encoder: str,
+    data: str,
+    folder: Path,
+    on_step: Callable[[Progress, float], None] | None = None,
+) -> tuple[LanguageModel, TrainingReport]:
+    """Fine-tune on histories; a run of the same data and settings in `folder` is continued.
+
+    `held_out` decides which state is kept; it is not trained on.
+    """
+    counts = np.bincount(np.concatenate([np.empty(0, np.int32), *histories]), minlength=len(vectors))
+    model = LanguageModel.new(config, base, vectors, counts, training.seed)
+    card = make_card(config, base, encoder, data, {})
+    key = json.dumps([config.model_dump(), training.model_dump(), asdict(card)], sort_keys=True)
+    trainer = LoRATrainer(
+        model.model,
+        histories,
+        config.window,
+        training,
+        folder,
+        hashlib.sha256(key.encode()).hexdigest(),
+        dtype=model.dtype,
+    )
+    sample = held_out.sample(VALIDATION_USERS, training.seed)
+
+    def validate(current: ItemTokenModel) -> dict[str, float]:
+        return measure(ItemTokenScorer(current, config.window, model.dtype), sample)
+
+    report = trainer.run(validate if len(sample.queries) else None, on_step)
+    card = make_card(config, base, encoder, data, {**asdict(report), "settings": training.model_dump()})
+    return LanguageModel(model.model, config, card), report

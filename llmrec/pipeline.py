@@ -1,0 +1,185 @@
+"""Retrieve, merge, score, blend: the whole idea, without input or output.
+
+    queries -> retrieve -> merge -> score -> blend -> ranked items with provenance
+
+Every candidate keeps which component found it, at which rank, and what that added to its score.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmrec.protocols import Codes, Floats, Hits, Query, Retriever, Scorer
+
+LM = "lm"
+"""Name of the language model in weights, provenance and reports."""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """The merged candidates of one query, best first.
+
+    Parameters
+    ----------
+    items
+        Codes, shape (n,).
+    scores
+        Sum of the contributions, shape (n,).
+    names
+        The components, m of them.
+    parts
+        What each component added, shape (n, m).
+    ranks
+        Rank at which each component proposed the item, from 1; 0 if it did not. Shape (n, m).
+    """
+
+    items: Codes
+    scores: Floats
+    names: tuple[str, ...]
+    parts: Floats
+    ranks: NDArray[np.int32]
+
+    def top(self, k: int) -> Candidates:
+        """The first k."""
+        return Candidates(self.items[:k], self.scores[:k], self.names, self.parts[:k], self.ranks[:k])
+
+
+def normalise(scores: Floats) -> Floats:
+    """Scale scores, best first, to [0, 1]: the best becomes 1, the last 0; a single or constant list 1."""
+    if len(scores) == 0:
+        return scores
+    low, high = float(scores.min()), float(scores.max())
+    if high - low < 1e-12:
+        return np.ones_like(scores)
+    return ((scores - low) / (high - low)).astype(np.float32)
+
+
+def gather(hits: Mapping[str, Hits]) -> tuple[Codes, Floats, NDArray[np.int32]]:
+    """Union of all hits in the order of item codes, with normalised scores and ranks.
+
+    Returns
+    -------
+    tuple
+        Codes (n,), scores in [0, 1] (n, components), 0 where a component did not propose the item, and
+        ranks (n, components) from 1, 0 where it did not.
+    """
+    items = np.unique(np.concatenate([np.empty(0, np.int32), *(h.items for h in hits.values())]))
+    scores = np.zeros((len(items), len(hits)), dtype=np.float32)
+    ranks = np.zeros((len(items), len(hits)), dtype=np.int32)
+    for column, found in enumerate(hits.values()):
+        rows = np.searchsorted(items, found.items)
+        scores[rows, column] = normalise(found.scores)
+        ranks[rows, column] = np.arange(1, len(found.items) + 1)
+    return items.astype(np.int32), scores, ranks
+
+
+def merge(hits: Mapping[str, Hits], weights: Mapping[str, float]) -> Candidates:
+    """Weighted sum of normalised scores over the union of all hits; ties in the order of item codes.
+
+    A component without a weight adds candidates and provenance, but no score.
+    """
+    items, scores, ranks = gather(hits)
+    names = tuple(hits)
+    parts = scores * np.array([weights.get(name, 0.0) for name in names], dtype=np.float32)
+    return _ordered(items, names, parts, ranks)
+
+
+def blend(candidates: Candidates, lm_scores: Floats, weight: float) -> Candidates:
+    """Add `weight` times the language model's normalised score; ties keep the merge order.
+
+    `lm_scores` has one score a candidate, in the candidates' order.
+    """
+    names = tuple(n for n in candidates.names if n != LM)
+    keep = [candidates.names.index(n) for n in names]
+    own = candidates.ranks[:, [candidates.names.index(LM)]] if LM in candidates.names else None
+    if own is None:
+        own = np.zeros((len(candidates.items), 1), dtype=np.int32)
+    part = (weight * normalise(lm_scores))[:, None]
+    parts = np.concatenate([candidates.parts[:, keep], part], axis=1).astype(np.float32)
+    ranks = np.concatenate([candidates.ranks[:, keep], own], axis=1)
+    return _ordered(candidates.items, (*names, LM), parts, ranks)
+
+
+def _ordered(items: Codes, names: tuple[str, ...], parts: Floats, ranks: NDArray[np.int32]) -> Candidates:
+    scores: Floats = parts.sum(axis=1, dtype=np.float32)
+    order = np.argsort(-scores, kind="stable")
+    return Candidates(items[order], scores[order], names, parts[order], ranks[order])
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """Weights of the components for one kind of request; `lm` is the weight in the blend, 0 leaves it out."""
+
+    retrievers: Mapping[str, float]
+    lm: float = 0.0
+
+    def of(self, name: str) -> float:
+        """The weight of a component."""
+        return self.lm if name == LM else self.retrievers.get(name, 0.0)
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """The components and their weights.
+
+    Parameters
+    ----------
+    retrievers
+        By name; the language model is among them, as ``lm``, where it proposes items itself.
+    history, query, similar
+        Weights for requests by history, with typed words, and for items like one item.
+    scorer
+        The language model, None if there is none.
+    depth
+        Hits taken from each retriever.
+    """
+
+    retrievers: Mapping[str, Retriever]
+    history: Weights
+    query: Weights
+    similar: Weights
+    scorer: Scorer | None = None
+    depth: int = 200
+    fallback: ClassVar[str] = "popularity"
+
+    def weights_for(self, query: Query) -> Weights:
+        """The weights that apply to a query."""
+        return self.query if query.text else self.history
+
+    def recommend(self, queries: Sequence[Query], k: int) -> list[Candidates]:
+        """Return up to k candidates for each query, ranked by the whole pipeline."""
+        weights = [self.weights_for(q) for q in queries]
+        merged = self.retrieve(queries, weights)
+        return [c.top(k) for c in self.rerank(queries, merged, [w.lm for w in weights])]
+
+    def retrieve(self, queries: Sequence[Query], weights: Sequence[Weights]) -> list[Candidates]:
+        """Retrieve and merge, without the language model's score."""
+        wanted = {n for w in weights for n in self.retrievers if w.of(n) > 0}
+        found = {n: self.retrievers[n].retrieve(queries, self.depth) for n in self.retrievers if n in wanted}
+        merged = []
+        for row, (query, weight) in enumerate(zip(queries, weights, strict=True)):
+            used = {n: hits[row] for n, hits in found.items() if weight.of(n) > 0}
+            if not any(len(h.items) for h in used.values()):
+                used = {self.fallback: self.retrievers[self.fallback].retrieve([query], self.depth)[0]}
+                merged.append(merge(used, {self.fallback: 1.0}))
+            else:
+                merged.append(merge(used, weight.retrievers))
+        return merged
+
+    def rerank(
+        self, queries: Sequence[Query], merged: Sequence[Candidates], lm_weights: Sequence[float]
+    ) -> list[Candidates]:
+        """Score the candidates with the language model and blend, where its weight is not 0."""
+        rows = [i for i, weight in enumerate(lm_weights) if weight > 0 and len(merged[i].items)]
+        result = list(merged)
+        if self.scorer is None or not rows:
+            return result
+        scores = self.scorer.score([queries[i] for i in rows], [merged[i].items for i in rows])
+        for i, values in zip(rows, scores, strict=True):
+            result[i] = blend(merged[i], values, lm_weights[i])
+        return result

@@ -1,0 +1,127 @@
+"""The seams of the pipeline: what a component is given and what it gives back.
+
+Inside the pipeline items are *codes*: positions in the catalogue, int32. Components take arrays and
+return new ones; nothing here knows how a component works.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmrec.types import Event
+
+Codes = NDArray[np.int32]
+Floats = NDArray[np.float32]
+Mask = NDArray[np.bool_]
+
+
+def _no_codes() -> Codes:
+    return np.empty(0, dtype=np.int32)
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """A request in codes.
+
+    Parameters
+    ----------
+    history
+        Item codes, oldest first, shape (n,), n may be 0.
+    text
+        The typed wish, empty if there is none.
+    mask
+        Shape (items,), True where an item may be returned; None allows all.
+    """
+
+    history: Codes = field(default_factory=_no_codes)
+    text: str = ""
+    mask: Mask | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Hits:
+    """Items found by one component: codes and scores of the same length, best first, no duplicates."""
+
+    items: Codes
+    scores: Floats
+
+
+class Encoder(Protocol):
+    """Turns texts into unit vectors."""
+
+    @property
+    def dim(self) -> int:
+        """Length of the vectors."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of everything that decides the vectors; vectors of different fingerprints do not mix."""
+        ...
+
+    def encode(self, texts: Sequence[str]) -> Floats:
+        """Return float32 vectors of length 1 (or 0 for a text without content), shape (len(texts), dim)."""
+        ...
+
+
+class VectorIndex(Protocol):
+    """Nearest neighbours by inner product."""
+
+    def add(self, vectors: Floats) -> None:
+        """Append vectors; their codes go on from the last one."""
+        ...
+
+    def search(self, vectors: Floats, k: int, masks: Sequence[Mask | None]) -> list[Hits]:
+        """Return up to k allowed items for each row of `vectors`."""
+        ...
+
+
+class Retriever(Protocol):
+    """Proposes items. Empty hits for a query that it cannot use (no history, no text)."""
+
+    @property
+    def name(self) -> str:
+        """Name in the provenance, weights and reports."""
+        ...
+
+    def retrieve(self, queries: Sequence[Query], k: int) -> list[Hits]:
+        """Return up to k allowed items for each query."""
+        ...
+
+
+class Scorer(Protocol):
+    """Scores candidates against the history; higher is better, log-probabilities where it has them."""
+
+    def score(self, queries: Sequence[Query], candidates: Sequence[Codes]) -> list[Floats]:
+        """Return one finite score for each candidate of each query."""
+        ...
+
+
+@runtime_checkable
+class EventStore(Protocol):
+    """Events by user, durable once `append` has returned."""
+
+    def append(self, events: Sequence[Event]) -> None:
+        """Store events in the order given."""
+        ...
+
+    def history(self, user_id: str, limit: int | None = None) -> list[Event]:
+        """Return the latest `limit` events of a user, oldest first."""
+        ...
+
+    def forget(self, user_id: str) -> int:
+        """Delete all events of a user; return how many."""
+        ...
+
+    def events(self) -> list[Event]:
+        """Return all events, oldest first."""
+        ...
+
+    def close(self) -> None:
+        """Release the store."""
+        ...

@@ -1,0 +1,423 @@
+"""Fitting the retrievers, and choosing their settings and weights on held-out events.
+
+Everything is chosen by NDCG@10 on events that no fitted parameter has seen; every trial is logged.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
+
+from llmrec.metrics import Ranks, Values, per_user, summary
+from llmrec.pipeline import LM, Weights, gather
+from llmrec.protocols import Codes, Encoder, Floats, Hits, Query, Retriever, VectorIndex
+from llmrec.retrieve.dense import ProfileConfig, ProfileRetriever, TextQueryRetriever
+from llmrec.retrieve.lexical import BM25Retriever
+from llmrec.retrieve.linear import EASEConfig, EASERetriever
+from llmrec.retrieve.popularity import PopularityRetriever
+from llmrec.retrieve.transitions import TransitionsConfig, TransitionsRetriever
+
+logger = logging.getLogger(__name__)
+
+GRID = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5)
+"""Weights that are tried."""
+
+OBJECTIVE = "ndcg@10"
+
+BY_HISTORY = ("ease", "transitions", "profile", "popularity")
+BY_QUERY = ("bm25", "text", "ease", "transitions", "profile")
+
+
+class RetrievalConfig(BaseModel):
+    """Which retrievers there are, where their settings start, and how they are searched."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    depth: int = Field(200, ge=1, description="hits taken from each retriever")
+    ease: EASEConfig = EASEConfig()
+    transitions: TransitionsConfig = TransitionsConfig()
+    profile: ProfileConfig = ProfileConfig()
+    search: bool = Field(True, description="choose settings and weights on held-out events")
+    search_users: int = Field(2000, ge=1, description="held-out users that the search looks at")
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Texts:
+    """The catalogue in words and vectors, by code: what text retrievers are made of."""
+
+    lines: Sequence[str]
+    vectors: Floats
+    encoder: Encoder
+    index: VectorIndex
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOut:
+    """Queries and the item that followed each, shape (queries,)."""
+
+    queries: Sequence[Query]
+    targets: Codes
+
+    def sample(self, n: int, seed: int) -> HeldOut:
+        """A random part of at most n, in the old order."""
+        if len(self.queries) <= n:
+            return self
+        rows = np.sort(np.random.default_rng(seed).choice(len(self.queries), n, replace=False))
+        return HeldOut([self.queries[i] for i in rows], self.targets[rows])
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What the search chose: settings, weights for each kind of request, and the log of all trials."""
+
+    ease: EASEConfig
+    transitions: TransitionsConfig
+    profile: ProfileConfig
+    history: Weights
+    query: Weights
+    similar: Weights
+    log: list[dict[str, Any]] = field(default_factory=list)
+
+    @classmethod
+    def default(cls, config: RetrievalConfig) -> Recipe:
+        """The recipe where nothing can be searched: too few held-out events, or search switched off."""
+        by_history = {"ease": 0.7, "transitions": 1.0, "profile": 0.05}
+        return cls(
+            ease=config.ease,
+            transitions=config.transitions,
+            profile=config.profile,
+            history=Weights(by_history),
+            query=Weights({"bm25": 1.0, "text": 1.0, **{n: w / 10 for n, w in by_history.items()}}),
+            similar=Weights({"profile": 1.0, "transitions": 0.3, "ease": 0.3}),
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """The form written to the manifest."""
+        weights = {
+            n: {"retrievers": dict(w.retrievers), "lm": w.lm}
+            for n, w in (("history", self.history), ("query", self.query), ("similar", self.similar))
+        }
+        settings = {n: getattr(self, n).model_dump() for n in ("ease", "transitions", "profile")}
+        return {**settings, **weights, "log": self.log}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
+        """Read `as_dict()`."""
+        return cls(
+            ease=EASEConfig(**values["ease"]),
+            transitions=TransitionsConfig(**values["transitions"]),
+            profile=ProfileConfig(**values["profile"]),
+            history=Weights(**values["history"]),
+            query=Weights(**values["query"]),
+            similar=Weights(**values["similar"]),
+            log=list(values["log"]),
+        )
+
+
+def fit_retrievers(histories: Sequence[Codes], texts: Texts, recipe: Recipe) -> dict[str, Retriever]:
+    """Fit every retriever on the histories."""
+    n_items = len(texts.lines)
+    return {
+        "popularity": PopularityRetriever.fit(histories, n_items),
+        "ease": EASERetriever.fit(histories, n_items, recipe.ease),
+        "transitions": TransitionsRetriever.fit(histories, n_items, recipe.transitions),
+        **text_retrievers(texts, recipe),
+    }
+
+
+def text_retrievers(texts: Texts, recipe: Recipe) -> dict[str, Retriever]:
+    """The retrievers that need no log."""
+    return {
+        "profile": ProfileRetriever(texts.vectors, texts.index, recipe.profile),
+        "text": TextQueryRetriever(texts.encoder, texts.index),
+        "bm25": BM25Retriever(texts.lines),
+    }
+
+
+def ranks_in(results: Iterable[Codes], targets: Codes) -> Ranks:
+    """Rank of each target in its list of codes, from 1; 0 if it is not there."""
+    ranks = np.zeros(len(targets), dtype=np.int64)
+    for row, (items, target) in enumerate(zip(results, targets, strict=True)):
+        found = np.flatnonzero(items == target)
+        ranks[row] = found[0] + 1 if len(found) else 0
+    return ranks
+
+
+def quality(retriever: Retriever, held_out: HeldOut, k: int = 10) -> float:
+    """NDCG@10 of one retriever alone."""
+    hits = retriever.retrieve(held_out.queries, k)
+    return summary(ranks_in((h.items for h in hits), held_out.targets), [OBJECTIVE])[OBJECTIVE]
+
+
+def known_item_queries(held_out: HeldOut, lines: Sequence[str], seed: int) -> HeldOut:
+    """Add a typed query to each held-out event: two or three words, drawn from the line of its target."""
+    rng = np.random.default_rng(seed)
+    queries, targets = [], []
+    for query, target in zip(held_out.queries, held_out.targets, strict=True):
+        words = sorted({w for w in re.findall(r"\w+", lines[target]) if len(w) > 2})
+        if not words:
+            continue
+        drawn = rng.choice(words, size=min(len(words), int(rng.integers(2, 4))), replace=False)
+        queries.append(replace(query, text=" ".join(drawn)))
+        targets.append(target)
+    return HeldOut(queries, np.array(targets, dtype=np.int32))
+
+
+def like_last_item(held_out: HeldOut) -> HeldOut:
+    """Shorten each history to its last item: what follows it is what is asked of similar items."""
+    rows = [i for i, q in enumerate(held_out.queries) if len(q.history)]
+    queries = [replace(held_out.queries[i], history=held_out.queries[i].history[-1:]) for i in rows]
+    return HeldOut(queries, held_out.targets[rows])
+
+
+@dataclass(frozen=True, slots=True)
+class Features:
+    """Normalised scores of all candidates of all queries, one row a candidate, queries one after another.
+
+    Parameters
+    ----------
+    names
+        Components, m of them.
+    scores
+        Shape (rows, m).
+    starts
+        First row of each query, shape (queries,).
+    truth
+        Row of the target of each query, -1 where no component found it. Shape (queries,).
+    """
+
+    names: tuple[str, ...]
+    scores: Floats
+    starts: NDArray[np.int64]
+    truth: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, hits: Mapping[str, Sequence[Hits]], targets: Codes) -> Features:
+        """Gather the hits of each query."""
+        blocks, starts, truth, row = [], [], [], 0
+        for i, target in enumerate(targets):
+            items, scores, _ = gather({name: found[i] for name, found in hits.items()})
+            at = int(np.searchsorted(items, target))
+            blocks.append(scores)
+            starts.append(row)
+            truth.append(row + at if at < len(items) and items[at] == target else -1)
+            row += len(items)
+        scores = np.concatenate([np.zeros((0, len(hits)), np.float32), *blocks])
+        return cls(tuple(hits), scores, np.array(starts, np.int64), np.array(truth, np.int64))
+
+    def ranks(self, weights: Mapping[str, float]) -> Ranks:
+        """Rank of each target under these weights, ties in the order of item codes; 0 if not found."""
+        total = self.scores @ np.array([weights.get(n, 0.0) for n in self.names], dtype=np.float32)
+        counts = np.diff(np.append(self.starts, len(total)))
+        found = self.truth >= 0
+        own = np.where(found, total[np.maximum(self.truth, 0)], np.inf) if len(total) else np.zeros(0)
+        theirs = np.repeat(own, counts)
+        earlier = np.arange(len(total)) < np.repeat(self.truth, counts)
+        ahead = (total > theirs) | ((total == theirs) & earlier)
+        cumulative = np.append(0, np.cumsum(ahead))
+        ranks = cumulative[self.starts + counts] - cumulative[self.starts] + 1
+        return np.where(found, ranks, 0)
+
+
+def search_weights(
+    features: Features, fixed: Mapping[str, float], log: list[dict[str, Any]], kind: str
+) -> dict[str, float]:
+    """Coordinate ascent on NDCG@10 over the weights of `GRID`; a tie keeps the smaller weight.
+
+    Starts from `fixed`, or, where that is empty, from the best single component.
+    """
+
+    def value(weights: Mapping[str, float]) -> float:
+        return float(per_user(features.ranks(weights), OBJECTIVE).mean())
+
+    best: dict[str, float] = dict(fixed)
+    if not best:
+        alone = {name: value({name: 1.0}) for name in features.names}
+        best = {max(features.names, key=lambda n: alone[n]): 1.0}
+    score = value(best)
+    for _ in range(3):
+        before = score
+        for name in features.names:
+            if name in fixed:
+                continue
+            trials = {w: value({**best, name: w}) for w in GRID}
+            chosen = max(GRID, key=lambda w: (round(trials[w], 7), -w))
+            if trials[chosen] > score + 1e-7 or (
+                trials[chosen] >= score - 1e-7 and chosen < best.get(name, 0)
+            ):
+                best[name], score = chosen, trials[chosen]
+        log.append({"search": f"{kind} weights", "weights": dict(best), OBJECTIVE: round(score, 5)})
+        if score <= before + 1e-6:
+            break
+    return {name: w for name, w in best.items() if w > 0}
+
+
+def lm_weight(
+    features: Features, weights: Mapping[str, float], log: list[dict[str, Any]], kind: str
+) -> float:
+    """Weight of the language model in the blend, fitted on held-out events; 0 leaves it out.
+
+    The best weight of a grid wins, but only if its gain in NDCG@10 over weight 0 exceeds the standard
+    error of that gain over users: a gain within the noise does not pay for the model.
+    """
+    if LM not in features.names or not len(features.truth):
+        return 0.0
+
+    def values(weight: float) -> Values:
+        return per_user(features.ranks({**weights, LM: weight}), OBJECTIVE)
+
+    without = values(0.0)
+    trials = {w: values(w) for w in (0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0)}
+    best = max(trials, key=lambda w: float(trials[w].mean()))
+    gain = trials[best] - without
+    error = float(gain.std(ddof=1) / np.sqrt(len(gain))) if len(gain) > 1 else np.inf
+    chosen = best if gain.mean() > error else 0.0
+    log.append(
+        {
+            "search": f"{kind} weight of the language model",
+            OBJECTIVE: {str(w): round(float(v.mean()), 5) for w, v in {0.0: without, **trials}.items()},
+            "gain": round(float(gain.mean()), 5),
+            "standard_error": round(error, 5),
+            "chosen": chosen,
+        }
+    )
+    return chosen
+
+
+def _walk(
+    name: str,
+    start: BaseModel,
+    space: Mapping[str, Sequence[float]],
+    trial: Callable[[Any], float],
+    log: list[dict[str, Any]],
+) -> Any:
+    """One pass over the settings of `space`, one at a time; keeps what is better."""
+    best, score = start, trial(start)
+    for setting, options in space.items():
+        for option in options:
+            other = type(start)(**{**best.model_dump(), setting: option})
+            if other == best:
+                continue
+            value = trial(other)
+            log.append({"search": name, setting: option, OBJECTIVE: round(value, 5), "best": round(score, 5)})
+            if value > score:
+                best, score = other, value
+    return best
+
+
+def search_recipe(
+    histories: Sequence[Codes],
+    held_out: HeldOut,
+    texts: Texts,
+    config: RetrievalConfig,
+    on_stage: Callable[[str], None] = lambda stage: None,
+) -> tuple[Recipe, dict[str, Retriever]]:
+    """Choose settings and weights, and return them with the retrievers fitted on `histories`.
+
+    No fitted parameter sees `held_out`.
+    """
+    recipe = Recipe.default(config)
+    held_out = held_out.sample(config.search_users, config.seed)
+    if not config.search or len(held_out.queries) == 0:
+        return recipe, fit_retrievers(histories, texts, recipe)
+    log = recipe.log
+    n_items = len(texts.lines)
+
+    on_stage("transitions")
+    transitions = _walk(
+        "transitions",
+        recipe.transitions,
+        {"step_decay": (0.5, 0.9), "window": (5, 20), "backward": (0.0, 1.0), "smoothing": (1.0, 20.0)},
+        lambda c: quality(TransitionsRetriever.fit(histories, n_items, c), held_out),
+        log,
+    )
+    fitted = TransitionsRetriever.fit(histories, n_items, transitions)
+    transitions = _walk(
+        "transitions",
+        transitions,
+        {"decay": (0.5, 0.8, 0.9)},
+        lambda c: quality(fitted.with_decay(c.decay), held_out),
+        log,
+    )
+    on_stage("ease")
+    ease, ease_fitted = _search_ease(histories, n_items, recipe.ease, held_out, log)
+    on_stage("profile")
+    profile = _walk(
+        "profile",
+        recipe.profile,
+        {"decay": (0.5, 0.8, 0.9, 0.95)},
+        lambda c: quality(ProfileRetriever(texts.vectors, texts.index, c), held_out),
+        log,
+    )
+    recipe = replace(recipe, transitions=transitions, ease=ease, profile=profile)
+    retrievers: dict[str, Retriever] = {
+        "popularity": PopularityRetriever.fit(histories, n_items),
+        "ease": ease_fitted,
+        "transitions": fitted.with_decay(transitions.decay),
+        **text_retrievers(texts, recipe),
+    }
+    on_stage("weights")
+    return _with_weights(recipe, retrievers, held_out, texts, config), retrievers
+
+
+def _search_ease(
+    histories: Sequence[Codes], n_items: int, start: EASEConfig, held_out: HeldOut, log: list[dict[str, Any]]
+) -> tuple[EASEConfig, EASERetriever]:
+    """Try penalties and decays; solving is the costly part, decays of the history come for nothing after."""
+    best, best_score = None, -1.0
+    for l2 in (start.l2 / 4, start.l2, start.l2 * 4):
+        for fit_decay in {1.0, start.fit_decay}:
+            config = start.model_copy(update={"l2": l2, "fit_decay": fit_decay})
+            model = EASERetriever.fit(histories, n_items, config)
+            for decay in (0.7, 0.8, 0.9, 0.95, 1.0):
+                value = quality(model.with_decay(decay), held_out)
+                log.append(
+                    {
+                        "search": "ease",
+                        "l2": l2,
+                        "fit_decay": fit_decay,
+                        "decay": decay,
+                        OBJECTIVE: round(value, 5),
+                    }
+                )
+                if value > best_score:
+                    best, best_score = model.with_decay(decay), value
+    assert best is not None
+    return best.config, best
+
+
+def _with_weights(
+    recipe: Recipe,
+    retrievers: Mapping[str, Retriever],
+    held_out: HeldOut,
+    texts: Texts,
+    config: RetrievalConfig,
+) -> Recipe:
+    """Search the weights for requests by history, with typed words, and for similar items."""
+    log = recipe.log
+
+    def features(names: Sequence[str], part: HeldOut) -> Features:
+        hits = {n: retrievers[n].retrieve(part.queries, config.depth) for n in names}
+        return Features.of(hits, part.targets)
+
+    history = search_weights(features(BY_HISTORY, held_out), {}, log, "history")
+    typed = known_item_queries(held_out, texts.lines, config.seed)
+    query = (
+        search_weights(features(BY_QUERY, typed), {}, log, "query")
+        if len(typed.targets)
+        else recipe.query.retrievers
+    )
+    single = like_last_item(held_out)
+    # Similar means alike in meaning first: text keeps weight 1, and the log may add to it.
+    similar = search_weights(
+        features(("profile", "transitions", "ease"), single), {"profile": 1.0}, log, "similar"
+    )
+    return replace(recipe, history=Weights(history), query=Weights(query), similar=Weights(similar))

@@ -1,0 +1,1 @@
+"""Retrievers: each proposes candidates from history or query."""

@@ -1,0 +1,153 @@
+"""EASE: a linear item-item model in closed form, with recency weighting."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import scipy.linalg
+import scipy.sparse
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
+
+from llmrec.protocols import Codes, Floats, Hits, Query
+from llmrec.ranking import NO_HITS, age_weights, top
+
+logger = logging.getLogger(__name__)
+
+
+class EASEConfig(BaseModel):
+    """Settings of EASE."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    l2: float = Field(200.0, gt=0, description="ridge penalty")
+    fit_decay: float = Field(1.0, gt=0, le=1, description="weight of an event in fitting, per step of age")
+    decay: float = Field(0.9, gt=0, le=1, description="weight of a history item, per step of age")
+    max_items: int = Field(20_000, ge=1, description="most items in the model; cost is cubic in it")
+    keep: int = Field(1000, ge=1, description="largest weights kept for each item")
+
+
+def user_item_matrix(histories: Sequence[Codes], n_items: int, decay: float) -> scipy.sparse.csr_matrix:
+    """Rows are users; an event of age a counts decay ** a, a repeated item counts its latest event."""
+    rows = np.repeat(np.arange(len(histories)), [len(h) for h in histories])
+    columns = np.concatenate([np.empty(0, np.int32), *histories])
+    values = np.concatenate([np.empty(0, np.float32), *(age_weights(len(h), decay) for h in histories)])
+    matrix = scipy.sparse.coo_matrix((values, (rows, columns)), shape=(len(histories), n_items))
+    # Converting sums duplicates; the latest event of a pair is its largest weight.
+    keys = rows.astype(np.int64) * n_items + columns
+    order = np.lexsort((-matrix.data, keys))
+    first = np.ones(len(order), dtype=bool)
+    first[1:] = keys[order][1:] != keys[order][:-1]
+    kept = order[first]
+    return scipy.sparse.csr_matrix((matrix.data[kept], (rows[kept], columns[kept])), shape=matrix.shape)
+
+
+class EASERetriever:
+    """Embarrassingly shallow autoencoder (Steck 2019, arXiv 1905.03375).
+
+    With P = (X'X + l2 I)^-1 the item-item weights are B = -P / diag(P) by column, with zero diagonal;
+    the score of item j is the sum over the history of decay ** age times B[i, j].
+
+    Parameters
+    ----------
+    items
+        Catalogue codes of the items in the model, ascending, shape (m,).
+    weights
+        B among those items, sparse, shape (m, m).
+    n_items
+        Size of the catalogue.
+    """
+
+    name = "ease"
+
+    def __init__(
+        self, items: Codes, weights: scipy.sparse.csr_matrix, n_items: int, config: EASEConfig
+    ) -> None:
+        self.items, self.weights, self.n_items, self.config = items, weights, n_items, config
+        self._row = np.full(n_items, -1, dtype=np.int64)
+        self._row[items] = np.arange(len(items))
+
+    @classmethod
+    def fit(cls, histories: Sequence[Codes], n_items: int, config: EASEConfig) -> EASERetriever:
+        """Solve for B. Items beyond the `max_items` most frequent stay out of the model."""
+        matrix = user_item_matrix(histories, n_items, config.fit_decay)
+        counts = np.asarray((matrix > 0).sum(axis=0)).ravel()
+        items: Codes = np.flatnonzero(counts).astype(np.int32)
+        if len(items) > config.max_items:
+            logger.warning("EASE covers the %d most frequent of %d items", config.max_items, len(items))
+            items = np.sort(np.argsort(-counts, kind="stable")[: config.max_items]).astype(np.int32)
+        matrix = matrix[:, items]
+        gram = np.asarray((matrix.T @ matrix).toarray(), dtype=np.float32)
+        gram[np.diag_indices_from(gram)] += config.l2
+        return cls(items, _prune(_solve(gram), config.keep), n_items, config)
+
+    def with_decay(self, decay: float) -> EASERetriever:
+        """The same weights with another decay of the history; costs nothing."""
+        return EASERetriever(
+            self.items, self.weights, self.n_items, self.config.model_copy(update={"decay": decay})
+        )
+
+    def score(self, history: Codes) -> Floats:
+        """Scores of the whole catalogue, shape (n_items,); 0 for items outside the model."""
+        weights = age_weights(len(history), self.config.decay)
+        rows = self._row[history]
+        inside = rows >= 0
+        x = np.zeros(len(self.items), dtype=np.float32)
+        np.maximum.at(x, rows[inside], weights[inside])
+        scores = np.zeros(self.n_items, dtype=np.float32)
+        used = np.flatnonzero(x)
+        scores[self.items] = np.asarray(self.weights[used].T @ x[used]).ravel()
+        return scores
+
+    def retrieve(self, queries: Sequence[Query], k: int) -> list[Hits]:
+        """Return up to k allowed items with a positive score for each query with a history."""
+        return [
+            top(self.score(q.history), k, q.mask, floor=0.0) if len(q.history) else NO_HITS for q in queries
+        ]
+
+    def grown(self, n_items: int) -> EASERetriever:
+        """The same for a catalogue that has grown to `n_items`."""
+        return EASERetriever(self.items, self.weights, n_items, self.config)
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """State as arrays."""
+        return {
+            "items": self.items,
+            "data": self.weights.data,
+            "indices": self.weights.indices,
+            "indptr": self.weights.indptr,
+            "n_items": np.array(self.n_items),
+        }
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, NDArray[Any]], config: EASEConfig) -> EASERetriever:
+        """Make the retriever from `arrays()`."""
+        m = len(arrays["items"])
+        weights = scipy.sparse.csr_matrix((arrays["data"], arrays["indices"], arrays["indptr"]), shape=(m, m))
+        return cls(arrays["items"], weights, int(arrays["n_items"]), config)
+
+
+def _solve(gram: Floats) -> Floats:
+    """B from the regularised Gram matrix, whose memory is reused."""
+    if len(gram) == 0:
+        return gram
+    factor = scipy.linalg.cholesky(gram, lower=True, overwrite_a=True, check_finite=False)
+    inverse, _ = scipy.linalg.lapack.spotri(factor, lower=1, overwrite_c=1)
+    inverse = np.tril(inverse) + np.tril(inverse, -1).T
+    weights: Floats = inverse / -np.diag(inverse)
+    weights[np.diag_indices_from(weights)] = 0.0
+    return weights
+
+
+def _prune(weights: Floats, keep: int) -> scipy.sparse.csr_matrix:
+    """Keep the `keep` largest weights by size in each row."""
+    m = len(weights)
+    if keep < m:
+        for start in range(0, m, 1024):
+            block = weights[start : start + 1024]
+            cut = np.partition(np.abs(block), m - keep, axis=1)[:, m - keep, None]
+            block[np.abs(block) < cut] = 0.0
+    return scipy.sparse.csr_matrix(weights)

@@ -1,0 +1,44 @@
+"""Popularity: the fallback for empty histories."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmrec.protocols import Floats, Hits, Query
+from llmrec.ranking import top
+
+
+class PopularityRetriever:
+    """The items with the most training events, the same for everybody; score = log(1 + count)."""
+
+    name = "popularity"
+
+    def __init__(self, scores: Floats) -> None:
+        self.scores = scores
+
+    @classmethod
+    def fit(cls, histories: Sequence[NDArray[np.int32]], n_items: int) -> PopularityRetriever:
+        """Count events; `histories` are item codes."""
+        events = np.concatenate([np.empty(0, np.int32), *histories])
+        return cls(np.log1p(np.bincount(events, minlength=n_items)).astype(np.float32))
+
+    def retrieve(self, queries: Sequence[Query], k: int) -> list[Hits]:
+        """Return the k most popular allowed items for each query."""
+        return [top(self.scores, k, query.mask) for query in queries]
+
+    def grown(self, n_items: int) -> PopularityRetriever:
+        """The same for a catalogue that has grown to `n_items`; new items have no events."""
+        return PopularityRetriever(np.pad(self.scores, (0, n_items - len(self.scores))))
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """State as arrays."""
+        return {"scores": self.scores}
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, NDArray[Any]]) -> PopularityRetriever:
+        """Make the retriever from `arrays()`."""
+        return cls(arrays["scores"])

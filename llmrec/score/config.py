@@ -1,0 +1,52 @@
+"""Settings of the language model and of its training. Importing them loads no torch."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from llmrec.errors import ConfigError
+
+Precision = Literal["auto", "float32", "bfloat16"]
+
+
+class ItemTokensConfig(BaseModel):
+    """Shape of the model; everything here is fixed once an adapter is trained."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    base: str = Field("smollm2-135m-instruct-q41", description="name, hub id or folder of the causal LM")
+    layers: int | None = Field(10, ge=1, description="keep only the first layers; None keeps all")
+    prompt: str = Field("item_tokens", description="name or path of the instruction")
+    window: int = Field(100, ge=1, description="latest items of a history that the model reads")
+    rank: int = Field(16, ge=1, description="rank of the LoRA matrices")
+    alpha: int = Field(32, ge=1, description="scale of the LoRA update, alpha / rank")
+    targets: str | list[str] = Field("all-linear", description="modules that get LoRA matrices")
+    head_dim: int = Field(256, ge=1, description="length of state and output vectors")
+    dropout: float = Field(0.2, ge=0, lt=1, description="dropout on the item input vectors")
+    precision: Precision = Field("auto", description="of the LM body; the head is always float32")
+
+
+class TrainingConfig(BaseModel):
+    """How the adapter and the head are trained."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    minutes: float | None = Field(20.0, gt=0, description="time to train; the learning rate falls with it")
+    steps: int | None = Field(None, ge=1, description="optimiser steps, instead of or besides minutes")
+    learning_rate: float = Field(1e-3, gt=0, description="of the LoRA matrices")
+    head_learning_rate: float = Field(1e-3, gt=0, description="of item projections and id vectors")
+    weight_decay: float = Field(0.01, ge=0)
+    warmup_steps: int = Field(30, ge=0)
+    tokens_per_step: int = Field(900, ge=1, description="padded positions in one step")
+    clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
+    negatives: int = Field(8192, ge=1, description="drawn items a step in a catalogue above 50,000")
+    validations: int = Field(8, ge=1, description="how often the model is validated over the run")
+    checkpoint_seconds: float = Field(60.0, gt=0, description="between checkpoints")
+    seed: int = 0
+
+    def model_post_init(self, _context: Any) -> None:
+        """Refuse a run without an end."""
+        if self.minutes is None and self.steps is None:
+            raise ConfigError("training needs an end: set minutes or steps")

@@ -1,0 +1,290 @@
+"""The `item_tokens` model: each history item enters the language model as one vector.
+
+The prompt is an instruction in words followed by one input vector an item: a projection of the item's
+text embedding plus a learned id vector. The hidden state after each item, projected, times the output
+vectors of all items gives the log-probability of the next item over the whole catalogue, in one forward
+pass and without any order of candidates to be biased by. After E4SRec (arXiv 2312.02443), LLaRA
+(arXiv 2312.02445) and HLLM (arXiv 2409.12740).
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from llmrec.errors import ModelError
+from llmrec.protocols import Codes, Floats, Hits, Query
+from llmrec.ranking import tops
+from llmrec.score.config import Precision
+
+
+def body_dtype(precision: Precision) -> torch.dtype:
+    """Return bfloat16 where the processor multiplies it fast (or on a GPU) and `precision` allows it."""
+    if precision != "auto":
+        return torch.bfloat16 if precision == "bfloat16" else torch.float32
+    if torch.cuda.is_available():
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    capabilities = torch.cpu.get_capabilities()
+    fast = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16")
+    return torch.bfloat16 if fast else torch.float32
+
+
+def load_body(folder: Path, layers: int | None, dtype: torch.dtype) -> nn.Module:
+    """Load the inner transformer of a causal LM, without its vocabulary head.
+
+    Raises
+    ------
+    ModelError
+        If the model has fewer layers than asked for, or keeps them where we do not know.
+    """
+    from transformers import AutoModel
+
+    body: Any = AutoModel.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
+    attribute = next((name for name in ("layers", "h") if hasattr(body, name)), None)
+    if layers is not None:
+        if attribute is None:
+            raise ModelError(
+                f"{type(body).__name__} keeps its layers in an unknown place; set layers to None"
+            )
+        blocks = getattr(body, attribute)
+        if layers > len(blocks):
+            raise ModelError(f"asked for {layers} layers, but {folder} has {len(blocks)}")
+        setattr(body, attribute, blocks[:layers])
+        body.config.num_hidden_layers = layers
+    module: nn.Module = body
+    return module
+
+
+def instruction_tokens(folder: Path, words: str) -> list[int]:
+    """Tokenise the instruction; the begin-of-text token is put first where the model has one."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    tokens: list[int] = tokenizer(words)["input_ids"]
+    return tokens
+
+
+def pad(histories: Sequence[Codes]) -> tuple[Tensor, Tensor]:
+    """Stack histories padded on the right: codes (batch, longest) and lengths (batch,), both int64."""
+    lengths = torch.tensor([len(h) for h in histories], dtype=torch.long)
+    codes = torch.zeros(len(histories), int(lengths.max()) if len(histories) else 0, dtype=torch.long)
+    for row, history in enumerate(histories):
+        codes[row, : len(history)] = torch.from_numpy(history.astype(np.int64))
+    return codes, lengths
+
+
+class ItemTokenModel(nn.Module):
+    """A causal LM body with item vectors going in and item log-probabilities coming out.
+
+    Parameters
+    ----------
+    body
+        Inner transformer; takes `inputs_embeds` (batch, length, hidden), gives hidden states.
+    instruction
+        Token ids of the words before the history, at least one.
+    text_vectors
+        Float32 text embeddings of the catalogue, shape (items, text_dim).
+    counts
+        Training events of each item, shape (items,). Items with count 0 have no id vector: they
+        are known by their text alone.
+    """
+
+    text_vectors: Tensor
+    counts: Tensor
+    instruction: Tensor
+
+    def __init__(
+        self,
+        body: nn.Module,
+        instruction: Sequence[int],
+        text_vectors: Floats,
+        counts: NDArray[np.int64],
+        head_dim: int = 256,
+        dropout: float = 0.2,
+    ) -> None:
+        super().__init__()
+        if len(instruction) == 0:
+            raise ModelError("the instruction has no tokens; the first item needs a position before it")
+        self.body = body
+        config: Any = body.config
+        hidden: int = config.hidden_size
+        items, text_dim = text_vectors.shape
+        words: Tensor = body.get_input_embeddings().weight  # type: ignore[operator]
+        spread = float(words.detach().float().std())
+        self.register_buffer("instruction", torch.tensor(instruction, dtype=torch.long), persistent=False)
+        self.register_buffer("text_vectors", torch.from_numpy(text_vectors), persistent=False)
+        self.register_buffer("counts", torch.from_numpy(counts.astype(np.float32)), persistent=False)
+
+        self.text_in = nn.Linear(text_dim, hidden)
+        self.id_in = nn.Embedding(items, hidden)
+        self.norm = nn.LayerNorm(hidden)
+        self.state = nn.Linear(hidden, head_dim)
+        self.text_out = nn.Linear(text_dim, head_dim)
+        self.id_out = nn.Embedding(items, head_dim)
+        self.dropout = nn.Dropout(dropout)
+        # Unit text vectors have components of spread 1/sqrt(text_dim), so unit-variance weights give
+        # inputs with the spread of the LM's own word embeddings.
+        nn.init.normal_(self.text_in.weight, std=spread)
+        nn.init.zeros_(self.text_in.bias)
+        nn.init.normal_(self.id_in.weight, std=spread / 2)
+        nn.init.normal_(self.id_out.weight, std=0.02)
+
+    @property
+    def head_names(self) -> list[str]:
+        """Names of the parameters that are trained in full and saved beside the adapter."""
+        return [n for n, _ in self.named_parameters() if not n.startswith("body.")]
+
+    def item_inputs(self, codes: Tensor) -> Tensor:
+        """Input vectors of items: codes of any shape -> (..., hidden)."""
+        known = (self.counts[codes] > 0).unsqueeze(-1)
+        vectors: Tensor = self.text_in(self.text_vectors[codes]) + self.id_in(codes) * known
+        return vectors
+
+    def item_outputs(self) -> Tensor:
+        """Output vectors of all items, shape (items, head_dim)."""
+        known = (self.counts > 0).unsqueeze(-1)
+        vectors: Tensor = self.text_out(self.text_vectors) + self.id_out.weight * known
+        return vectors
+
+    def popularity(self) -> Tensor:
+        """Log of the smoothed share of each item in the training events, shape (items,)."""
+        smoothed = self.counts + 1.0
+        return torch.log(smoothed / smoothed.sum())
+
+    def hidden(self, codes: Tensor) -> Tensor:
+        """Hidden states before the first item and after each: (batch, n) -> (batch, n + 1, hidden).
+
+        Rows are padded on the right with any code. Attention is causal, so no real position sees the
+        padding and no mask is needed.
+        """
+        words = self.body.get_input_embeddings()(self.instruction)  # type: ignore[operator]
+        # `words` has the LM's dtype, the head is float32.
+        prefix = words.float().unsqueeze(0).expand(len(codes), -1, -1)
+        inputs = torch.cat([prefix, self.dropout(self.item_inputs(codes))], dim=1).to(words.dtype)
+        hidden = self.body(inputs_embeds=inputs, use_cache=False).last_hidden_state
+        after: Tensor = hidden[:, len(self.instruction) - 1 :].float()
+        return after
+
+    def states(self, hidden: Tensor) -> Tensor:
+        """Project hidden states to the space of the output vectors: (..., hidden) -> (..., head_dim)."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            state: Tensor = self.state(self.norm(hidden.float()))
+        return state
+
+    def logits(self, states: Tensor, outputs: Tensor, popularity: Tensor) -> Tensor:
+        """Unnormalised log-probabilities: (..., head_dim) and (items, head_dim) -> (..., items)."""
+        with torch.autocast(states.device.type, enabled=False):
+            scale = 2.0 / math.sqrt(states.shape[-1])
+            return states.float() @ outputs.float().T * scale + popularity
+
+
+class ItemTokenScorer:
+    """Scores and proposes items with a trained `ItemTokenModel`.
+
+    A history is read once: its state vector (head_dim floats) is kept in a bounded cache and answers
+    both `retrieve` and `score`. Thread-safe.
+
+    Parameters
+    ----------
+    model
+        In evaluation mode.
+    window
+        Latest items of a history that are read.
+    dtype
+        bfloat16 runs the body under autocast; the head is float32 either way.
+    tokens
+        Padded positions in one forward.
+    cached
+        State vectors kept.
+    """
+
+    name = "lm"
+
+    def __init__(
+        self,
+        model: ItemTokenModel,
+        window: int,
+        dtype: torch.dtype = torch.float32,
+        *,
+        tokens: int = 4096,
+        cached: int = 10_000,
+    ) -> None:
+        self.model, self.window, self.dtype, self.tokens, self.cached = (
+            model.eval(),
+            window,
+            dtype,
+            tokens,
+            cached,
+        )
+        self._lock = threading.Lock()
+        self._states: OrderedDict[bytes, Tensor] = OrderedDict()
+        self._outputs: tuple[Tensor, Tensor] | None = None
+
+    def forget(self) -> None:
+        """Drop all cached states."""
+        with self._lock:
+            self._states.clear()
+            self._outputs = None
+
+    def log_probs(self, histories: Sequence[Codes]) -> Floats:
+        """Log-probability of each item to be the next, shape (len(histories), items); rows sum to 1."""
+        with self._lock, torch.inference_mode():
+            if self._outputs is None:
+                self._outputs = (self.model.item_outputs(), self.model.popularity())
+            states = self._read([h[-self.window :] for h in histories])
+            logits = self.model.logits(states, *self._outputs)
+            values: Floats = torch.log_softmax(logits, dim=-1).cpu().numpy()
+        return values
+
+    def _read(self, histories: Sequence[Codes]) -> Tensor:
+        """State after each history, shape (len(histories), head_dim)."""
+        keys = [h.astype(np.int32).tobytes() for h in histories]
+        new = {key: h for key, h in zip(keys, histories, strict=True) if key not in self._states}
+        fresh: dict[bytes, Tensor] = {}
+        for group in self._groups(sorted(new, key=len, reverse=True)):
+            codes, lengths = pad([new[key] for key in group])
+            device = self.model.counts.device
+            with torch.autocast(device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+                hidden = self.model.hidden(codes.to(device))
+            last = hidden[torch.arange(len(group), device=device), lengths.to(device)]
+            fresh.update(zip(group, self.model.states(last), strict=True))
+        states = torch.stack([fresh[key] if key in fresh else self._states[key] for key in keys])
+        for key in keys:
+            self._states[key] = fresh[key] if key in fresh else self._states[key]
+            self._states.move_to_end(key)
+        while len(self._states) > self.cached:
+            self._states.popitem(last=False)
+        return states
+
+    def _groups(self, keys: Sequence[bytes]) -> list[list[bytes]]:
+        """Split histories, longest first, so that a padded batch has at most `tokens` positions."""
+        groups: list[list[bytes]] = []
+        start = 0
+        while start < len(keys):
+            longest = len(self.model.instruction) + len(keys[start]) // 4
+            rows = max(1, self.tokens // longest)
+            groups.append(list(keys[start : start + rows]))
+            start += rows
+        return groups
+
+    def score(self, queries: Sequence[Query], candidates: Sequence[Codes]) -> list[Floats]:
+        """Log-probability over the whole catalogue of each candidate of each query."""
+        if not queries:
+            return []
+        rows = self.log_probs([q.history for q in queries])
+        return [row[items] for row, items in zip(rows, candidates, strict=True)]
+
+    def retrieve(self, queries: Sequence[Query], k: int) -> list[Hits]:
+        """Return the k most probable allowed items for each query."""
+        if not queries:
+            return []
+        return tops(self.log_probs([q.history for q in queries]), queries, k)

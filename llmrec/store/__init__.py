@@ -1,0 +1,1 @@
+"""Where live events are kept: durable once appended, erasable by user."""

@@ -1,0 +1,98 @@
+"""Text clean-up: what a user typed into a title must not reach a model as anything but words."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+
+import polars as pl
+
+# Characters that have no width or steer the direction of text (Unicode Default_Ignorable_Code_Point,
+# bidi and interlinear controls), the controls that are not white space, and lone surrogates. They can
+# split a token so that a filter misses it, hide text from a reader, or crash an encoder.
+_INVISIBLE = re.compile(
+    "[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f"
+    "\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb"
+    "\ud800-\udfff\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]+"
+)
+# SentencePiece writes a space as U+2581, so the two must be one character here as well.
+_SPACE = re.compile("[\\s\u2581]+")
+_ASCII_DIRTY = re.compile(r"[\x00-\x1f\x7f<>\[|]|  |^ | $")
+
+# Special tokens stand in brackets of one kind. The width and compatibility forms are here because many
+# tokenizers normalise (NFKC, or NFD without accents) before they look for special tokens.
+_ANGLE_OPEN, _ANGLE_CLOSE = "<＜﹤≮◁", ">＞﹥≯▷"
+_SQUARE_OPEN, _SQUARE_CLOSE = "[［﹇", "]］﹈"
+_OPEN = re.compile(f"[{re.escape(_ANGLE_OPEN + _SQUARE_OPEN)}]")
+_ANGLE_PIPE = re.compile(f"[{_ANGLE_OPEN}](?=[|｜])")
+_PIPES = re.compile(r"\|{3,}")
+_ANGLES = str.maketrans(_ANGLE_OPEN + _ANGLE_CLOSE, "‹" * len(_ANGLE_OPEN) + "›" * len(_ANGLE_CLOSE))
+_SQUARES = str.maketrans(_SQUARE_OPEN + _SQUARE_CLOSE, "(" * len(_SQUARE_OPEN) + ")" * len(_SQUARE_CLOSE))
+
+_NEAR = 40
+"""How many characters before the limit a word border may lie to be preferred."""
+
+
+def neutralise(text: str, limit: int) -> str:
+    """Make untrusted text safe to put into a prompt: plain words on one line, no special tokens.
+
+    Control, bidi, zero-width characters and lone surrogates go, white space becomes single spaces, the
+    rest is NFC. A word that holds an opening and a closing bracket of a kind that special tokens use
+    (``<s>``, ``<|im_start|>``, ``[INST]``) gets other brackets (``‹s›``, ``(INST)``); ``I <3 it``,
+    ``A > B`` and ``[two words]`` stay.
+
+    Parameters
+    ----------
+    text
+        Anything.
+    limit
+        Longest result in characters. The cut is at a word border if one is near.
+
+    Returns
+    -------
+    str
+        Of at most `limit` characters. ``neutralise(neutralise(x, n), n) == neutralise(x, n)``.
+    """
+    if not text.isascii():
+        text = unicodedata.normalize("NFC", _INVISIBLE.sub("", text))
+        text = _defuse(_SPACE.sub(" ", text).strip(" "))
+    elif _ASCII_DIRTY.search(text):
+        text = _defuse(_SPACE.sub(" ", _INVISIBLE.sub("", text)).strip(" "))
+    return shorten(text, limit)
+
+
+def neutralise_series(texts: pl.Series, limit: int) -> pl.Series:
+    """Return `texts` (strings) with each one neutralised; null stays null, shape (n,) as given."""
+    values = [None if text is None else neutralise(text, limit) for text in texts.to_list()]
+    return pl.Series(texts.name, values, dtype=pl.String)
+
+
+def shorten(text: str, limit: int) -> str:
+    """Return at most `limit` characters of `text`, cut at a word border if one is near."""
+    if len(text) <= limit:
+        return text
+    cut = text[: max(limit, 0)]
+    border = text.rfind(" ", 0, limit + 1)
+    if border > 0 and border >= limit - min(_NEAR, limit // 2):
+        cut = text[:border]
+    return cut.rstrip(" ")
+
+
+def _defuse(text: str) -> str:
+    """Change the brackets of every word that could hold a special token. `text` has single spaces."""
+    text = _PIPES.sub("|", text)
+    if not _OPEN.search(text):
+        return text
+    # A special token has no space inside, so it lies within one word; changing every bracket of the
+    # word leaves nothing that a nested form could turn into a token. Tokens that open with a pipe may
+    # have spaces inside (DeepSeek's U+2581), so that pair never stays.
+    text = _ANGLE_PIPE.sub("‹", text)
+    return " ".join(_defuse_word(word) if _OPEN.search(word) else word for word in text.split(" "))
+
+
+def _defuse_word(word: str) -> str:
+    if any(c in word for c in _ANGLE_OPEN) and any(c in word for c in _ANGLE_CLOSE):
+        word = word.translate(_ANGLES)
+    if any(c in word for c in _SQUARE_OPEN) and any(c in word for c in _SQUARE_CLOSE):
+        word = word.translate(_SQUARES)
+    return word

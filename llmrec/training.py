@@ -1,0 +1,335 @@
+"""LoRA fine-tuning on histories: windows, loss, the loop, checkpoints. Shared by finetune/ and the CLI."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import functional
+
+from llmrec.errors import DataError
+from llmrec.protocols import Codes
+from llmrec.score.config import TrainingConfig
+from llmrec.score.item_tokens import ItemTokenModel, pad
+
+logger = logging.getLogger(__name__)
+
+FULL_SOFTMAX_UP_TO = 50_000
+"""Above this many items the softmax is over the targets and `negatives` drawn ones."""
+
+
+@dataclass(slots=True)
+class Progress:
+    """State of a run; written into every checkpoint."""
+
+    step: int = 0
+    epoch: int = 0
+    batch: int = 0
+    events: int = 0
+    seconds: float = 0.0
+    loss: float = math.nan
+    validated: int = 0
+    best: float = -math.inf
+    curve: list[dict[str, float]] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingReport:
+    """What a run did. `curve` holds one row a validation: events, seconds, train_nats and the measures."""
+
+    steps: int
+    events: int
+    seconds: float
+    events_per_second: float
+    best: float
+    best_step: int
+    curve: list[dict[str, float]]
+
+    def __str__(self) -> str:
+        last = self.curve[-1]["train_nats"] if self.curve else math.nan
+        return (
+            f"{self.steps} steps, {self.events} events in {self.seconds:.0f} s "
+            f"({self.events_per_second:.0f} a second), {last:.2f} nats an item; "
+            f"validation NDCG@10 {self.best:.4f} at step {self.best_step}"
+        )
+
+
+Validate = Callable[[ItemTokenModel], Mapping[str, float]]
+"""Returns the measures of a model; ``ndcg@10`` among them decides which state is kept."""
+
+
+def windows(histories: Sequence[Codes], length: int, rng: np.random.Generator) -> list[Codes]:
+    """Cut histories into windows of at most `length` items so that every event is seen once.
+
+    The first cut of a long history falls at random, so that over epochs every event gets every context.
+    """
+    pieces: list[Codes] = []
+    for history in histories:
+        if len(history) <= length:
+            if len(history):
+                pieces.append(history)
+            continue
+        first = int(rng.integers(1, length + 1))
+        starts = [0, *range(first, len(history), length)]
+        pieces.extend(history[a:b] for a, b in zip(starts, [*starts[1:], len(history)], strict=True))
+    return pieces
+
+
+def batches(
+    pieces: Sequence[Codes], overhead: int, tokens: int, rng: np.random.Generator
+) -> list[list[Codes]]:
+    """Group windows of like length so that a batch has about `tokens` positions, padding included.
+
+    `overhead` is the number of instruction tokens that each window carries. The order of batches is random.
+    """
+    order = rng.permutation(len(pieces))
+    by_length = sorted(order.tolist(), key=lambda i: -len(pieces[i]))
+    grouped: list[list[Codes]] = []
+    start = 0
+    while start < len(by_length):
+        rows = max(1, tokens // (overhead + len(pieces[by_length[start]])))
+        grouped.append([pieces[i] for i in by_length[start : start + rows]])
+        start += rows
+    return [grouped[i] for i in rng.permutation(len(grouped))]
+
+
+def next_item_loss(model: ItemTokenModel, batch: Sequence[Codes], negatives: int) -> tuple[Tensor, int]:
+    """Mean nats an item over all positions of a batch, and the number of positions.
+
+    Full softmax over the catalogue, or, in a large one, over the batch's targets and drawn items with
+    the logQ correction (Bengio and Senecal 2008; Yi et al. 2019).
+    """
+    codes, lengths = pad(batch)
+    device = model.counts.device
+    codes, lengths = codes.to(device), lengths.to(device)
+    hidden = model.hidden(codes)[:, :-1]
+    real = torch.arange(codes.shape[1], device=device)[None, :] < lengths[:, None]
+    states, targets = model.states(hidden[real]), codes[real]
+    outputs, popularity = model.item_outputs(), model.popularity()
+    if len(outputs) <= FULL_SOFTMAX_UP_TO:
+        return functional.cross_entropy(model.logits(states, outputs, popularity), targets), len(targets)
+    drawn = torch.multinomial(popularity.exp(), negatives, replacement=True)
+    shared = model.logits(states, outputs[drawn], popularity[drawn])
+    # Draws repeat, so dividing by their expected number, negatives * q, makes the sum of exponentials an
+    # unbiased estimate of the full one; a draw that equals the target would count it twice.
+    shared = shared - popularity[drawn] - math.log(negatives)
+    shared = shared.masked_fill(drawn[None, :] == targets[:, None], -torch.inf)
+    scale = 2.0 / math.sqrt(states.shape[-1])
+    own = (states * outputs[targets]).sum(-1, keepdim=True) * scale + popularity[targets][:, None]
+    logits = torch.cat([own, shared], dim=1)
+    return functional.cross_entropy(logits, torch.zeros(len(targets), dtype=torch.long, device=device)), len(
+        targets
+    )
+
+
+def trainable(model: ItemTokenModel) -> dict[str, Tensor]:
+    """Parameters that are trained: the LoRA matrices and the head."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file to a temporary name and rename it, so that no half file is ever seen."""
+    temporary = path.with_name(path.name + ".tmp")
+    save_file(
+        {k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata=dict(metadata)
+    )
+    with temporary.open("rb") as written:
+        os.fsync(written.fileno())
+    temporary.replace(path)
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read a safetensors file: tensors and metadata."""
+    with safe_open(path, framework="pt") as opened:
+        return {key: opened.get_tensor(key) for key in opened.keys()}, dict(opened.metadata() or {})  # noqa: SIM118
+
+
+class LoRATrainer:
+    """One training run of an item-token model, resumable from its folder.
+
+    Parameters
+    ----------
+    model
+        Its body carries LoRA matrices already; everything else in the body is frozen.
+    histories
+        Training histories, oldest first.
+    window
+        Longest window in items.
+    folder
+        Where checkpoint and best state are written. A checkpoint of the same `fingerprint` is continued.
+    fingerprint
+        Hash of data and settings; a checkpoint of another run is not continued.
+    """
+
+    def __init__(
+        self,
+        model: ItemTokenModel,
+        histories: Sequence[Codes],
+        window: int,
+        config: TrainingConfig,
+        folder: Path,
+        fingerprint: str,
+        *,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        from accelerate import Accelerator
+
+        if not any(len(h) for h in histories):
+            raise DataError("no events to train on: all training histories are empty")
+        self.config, self.window, self.folder = config, window, folder
+        self.histories = list(histories)
+        self.fingerprint = fingerprint
+        self.progress = Progress()
+        self.accelerator = Accelerator(
+            cpu=not torch.cuda.is_available(), mixed_precision="bf16" if dtype == torch.bfloat16 else "no"
+        )
+        body = [p for n, p in model.named_parameters() if p.requires_grad and n.startswith("body.")]
+        head = [p for n, p in model.named_parameters() if not n.startswith("body.")]
+        optimiser = torch.optim.AdamW(
+            [
+                {"params": body, "base": config.learning_rate},
+                {"params": head, "base": config.head_learning_rate},
+            ],
+            lr=config.learning_rate,
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+        self.model = model.to(self.accelerator.device)
+        self.optimiser: Any = optimiser
+        self.parameters = trainable(model)
+
+    def run(
+        self, validate: Validate | None = None, on_step: Callable[[Progress, float], None] | None = None
+    ) -> TrainingReport:
+        """Train to the end of the budget and leave the best validated state in the model.
+
+        `on_step` is called with the progress and the finished share of the budget.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        torch.manual_seed(self.config.seed)
+        self._resume()
+        started = time.monotonic() - self.progress.seconds
+        saved = time.monotonic()
+        recent: list[float] = []
+        for batch in self._stream():
+            done = self._done()
+            if done >= 1:
+                break
+            loss = self._step(batch, done)
+            recent = [*recent[-49:], loss]
+            p = self.progress
+            p.loss, p.seconds = float(np.mean(recent)), time.monotonic() - started
+            if on_step is not None:
+                on_step(p, self._done())
+            if validate is not None and self._done() * self.config.validations >= p.validated + 1:
+                started += self._validate(validate)
+            if time.monotonic() - saved > self.config.checkpoint_seconds:
+                self._checkpoint()
+                saved = time.monotonic()
+        return self._finish(validate)
+
+    def _done(self) -> float:
+        """Finished share of the budget; the sooner of minutes and steps ends the run."""
+        by_time = self.progress.seconds / (60 * self.config.minutes) if self.config.minutes else 0.0
+        by_step = self.progress.step / self.config.steps if self.config.steps else 0.0
+        return max(by_time, by_step)
+
+    def _stream(self) -> Iterator[list[Codes]]:
+        """Batches without end; their order depends on seed and epoch alone, so a resumed run is exact."""
+        p = self.progress
+        while True:
+            rng = np.random.default_rng([self.config.seed, p.epoch])
+            pieces = windows(self.histories, self.window, rng)
+            overhead = len(self.model.instruction)
+            for batch in batches(pieces, overhead, self.config.tokens_per_step, rng)[p.batch :]:
+                p.batch += 1
+                yield batch
+            p.epoch, p.batch = p.epoch + 1, 0
+
+    def _step(self, batch: Sequence[Codes], done: float) -> float:
+        warm = min(1.0, (self.progress.step + 1) / max(1, self.config.warmup_steps))
+        for group in self.optimiser.param_groups:
+            group["lr"] = group["base"] * warm * max(0.0, 1.0 - done)
+        self.model.train()
+        with self.accelerator.autocast():
+            loss, events = next_item_loss(self.model, batch, self.config.negatives)
+        self.accelerator.backward(loss)
+        self.accelerator.clip_grad_norm_(self.parameters.values(), self.config.clip)
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        self.progress.step += 1
+        self.progress.events += events
+        return float(loss.detach())
+
+    def _validate(self, validate: Validate) -> float:
+        """Measure, keep the state if it is the best so far, and return the seconds it took."""
+        begun = time.monotonic()
+        p = self.progress
+        self.model.eval()
+        measures = dict(validate(self.model))
+        p.validated = math.floor(self._done() * self.config.validations + 1e-9)
+        p.curve.append(
+            {"step": p.step, "events": p.events, "seconds": p.seconds, "train_nats": p.loss, **measures}
+        )
+        logger.info("step %d: %s", p.step, p.curve[-1])
+        if measures["ndcg@10"] > p.best:
+            p.best = measures["ndcg@10"]
+            write_tensors(self.folder / "best.safetensors", self.parameters, {"step": str(p.step)})
+        return time.monotonic() - begun
+
+    def _finish(self, validate: Validate | None) -> TrainingReport:
+        p = self.progress
+        best, best_step = self.folder / "best.safetensors", p.step
+        if validate is not None and (not p.curve or p.curve[-1]["step"] != p.step):
+            self._validate(validate)
+        if best.is_file():
+            tensors, metadata = read_tensors(best)
+            self._load(tensors)
+            best_step = int(metadata["step"])
+        self.model.eval()
+        speed = p.events / p.seconds if p.seconds else 0.0
+        return TrainingReport(p.step, p.events, p.seconds, speed, p.best, best_step, p.curve)
+
+    def _load(self, tensors: Mapping[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(tensors[name])
+
+    def _checkpoint(self) -> None:
+        state: dict[str, Tensor] = dict(self.parameters)
+        for name, parameter in self.parameters.items():
+            for key, value in self.optimiser.state[parameter].items():
+                state[f"optimiser.{key}.{name}"] = value
+        state["rng"] = torch.get_rng_state()
+        metadata = {"fingerprint": self.fingerprint, "progress": json.dumps(asdict(self.progress))}
+        write_tensors(self.folder / "checkpoint.safetensors", state, metadata)
+
+    def _resume(self) -> None:
+        path = self.folder / "checkpoint.safetensors"
+        if not path.is_file():
+            return
+        tensors, metadata = read_tensors(path)
+        if metadata.get("fingerprint") != self.fingerprint:
+            logger.warning("the checkpoint in %s is of another run; starting anew", self.folder)
+            (self.folder / "best.safetensors").unlink(missing_ok=True)
+            path.unlink()
+            return
+        self._load(tensors)
+        for name, parameter in self.parameters.items():
+            keys = {k.split(".")[1] for k in tensors if k.startswith("optimiser.") and k.endswith("." + name)}
+            self.optimiser.state[parameter] = {key: tensors[f"optimiser.{key}.{name}"] for key in keys}
+        torch.set_rng_state(tensors["rng"])
+        self.progress = Progress(**json.loads(metadata["progress"]))
+        logger.info("continuing at step %d", self.progress.step)

@@ -1,0 +1,260 @@
+from __future__ import annotations
+
+import datetime as dt
+import re
+import time
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmrec.catalog import LINE_LIMIT, RENDERER_HASH, Catalog
+from llmrec.errors import DataError, RequestError
+from llmrec.text import neutralise
+from llmrec.types import Item
+
+FILMS = [
+    Item("1", "Toy Story (1995)", "Toys come alive.", {"genres": ("Animation", "Comedy"), "year": 1995}),
+    Item("2", "Heat", "", {"genres": ("Crime",), "year": 1995, "price": 9.5, "studio": "Warner"}),
+    Item("3", "Alien", "In space.", {"year": 1979, "sequel": False}),
+]
+
+
+def test_load_numbers_items_in_order_and_gives_them_back():
+    catalog = Catalog.load(FILMS)
+    assert len(catalog) == 3 and catalog.ids == ["1", "2", "3"] and catalog.titles[1] == "Heat"
+    assert [catalog.item(code) for code in range(3)] == FILMS
+    assert catalog.attributes == {
+        "genres": "list of strings", "year": "number", "price": "number", "studio": "string", "sequel": "boolean"
+    }  # fmt: skip
+    assert "2" in catalog and "x" not in catalog and 2 not in catalog
+    assert catalog.active.all() and catalog.report.rows_kept == 3
+
+
+def test_codes_of_unknown_ids_are_request_errors_with_hints():
+    catalog = Catalog.load([Item(f"film-{n}", "t") for n in range(2000)])
+    assert catalog.code("film-7") == 7
+    assert catalog.codes(["film-3", "film-1"]).tolist() == [3, 1] and catalog.codes([]).dtype == np.int32
+    assert catalog.find(["film-3", "x"]).tolist() == [3, -1]
+    with pytest.raises(RequestError, match=r"unknown item 'film-199x'.*'film-199'"):
+        catalog.code("film-199x")
+    with pytest.raises(RequestError, match=r"7 of 8 item ids are unknown: 'a', 'b', 'c', 'd', 'e', \.\.\."):
+        catalog.codes([*"abcdefg", "film-1"])
+    for call in (lambda: catalog.codes("film-1"), lambda: catalog.item(2000), lambda: catalog.item(-1)):
+        with pytest.raises(RequestError):
+            call()
+    with pytest.raises(RequestError, match="known are item_id, title, text"):
+        catalog.column("x")
+
+
+def test_all_problems_are_reported_at_once_with_counts_and_rows():
+    rows = pl.DataFrame(
+        {
+            "item_id": ["1", None, "2", " ", "1", "3", "3"],
+            "title": ["a", "b", "\u200b \n", "c", "d", None, "third"],
+        }
+    )
+    with pytest.raises(DataError) as raised:
+        Catalog.load(rows)
+    message = str(raised.value)
+    for part in (
+        "2 rows: null or blank item_id (rows 2, 4)",
+        "2 rows: null or blank title (rows 3, 6)",
+        "1 row: duplicate item_id (row 5), e.g. '1'",
+        'policy="drop"',
+    ):
+        assert part in message
+    catalog = Catalog.load(rows, policy="drop")
+    assert catalog.ids == ["1", "3"] and catalog.titles == ["a", "third"]
+    assert catalog.report.dropped == {
+        "null or blank item_id": 2, "null or blank title": 2, "duplicate item_id": 1
+    }  # fmt: skip
+    assert "kept 2 of 7 rows" in str(catalog.report) and "(rows 2, 4)" in str(catalog.report)
+
+
+@pytest.mark.parametrize(
+    ("frame", "message"),
+    [
+        ({"id": ["1"], "name": ["a"]}, "no column 'item_id' and no column 'title'; the columns are id, name"),
+        ({"item_id": ["1"], "title": ["a"], "x": [{"a": 1}]}, "attribute 'x' holds Struct"),
+        ({"item_id": ["1"], "title": ["a"], "x": [[1, 2]]}, "attribute 'x' holds List"),
+        ({"item_id": ["1"], "title": ["a"], "x": [b"b"]}, "attribute 'x' holds Binary"),
+        ({"item_id": [1.5], "title": ["a"]}, "must hold text or whole numbers"),
+        ({"item_id": [True], "title": ["a"]}, "must hold text or whole numbers"),
+        ({"item_id": ["1"], "title": [["a"]]}, "column 'title' must hold text"),
+        ({"item_id": [None], "title": ["a"]}, "null or blank item_id"),
+    ],
+)
+def test_broken_tables_are_data_errors(frame, message):
+    with pytest.raises(DataError, match=re.escape(message)):
+        Catalog.load(pl.DataFrame(frame))
+
+
+def test_nothing_left_and_unknown_policy_are_data_errors():
+    with pytest.raises(DataError, match="no rows left"):
+        Catalog.load(pl.DataFrame({"item_id": [None], "title": ["a"]}), policy="drop")
+    with pytest.raises(DataError, match="policy must be"):
+        Catalog.load(FILMS, policy="skip")
+
+
+def test_ids_and_attributes_are_converted():
+    frame = pl.DataFrame(
+        {
+            "item_id": [42.0, 7.0],
+            "title": [1984, 2001],
+            "text": [None, "x"],
+            "day": [dt.date(2020, 1, 2), None],
+            "when": [dt.datetime(2020, 1, 2, 3, 4, 5), None],
+            "price": [float("nan"), float("inf")],
+            "count": pl.Series([1, None], dtype=pl.UInt8),
+            "tags": [["a\n", "", None, "[INST]"], []],
+            "kind": pl.Series(["<s>", " "], dtype=pl.Categorical),
+            "empty": [None, None],
+        }
+    )
+    catalog = Catalog.load(frame)
+    assert catalog.ids == ["42", "7"] and catalog.titles == ["1984", "2001"]
+    assert catalog.item(0).attributes == {
+        "day": "2020-01-02", "when": "2020-01-02T03:04:05", "count": 1, "tags": ("a", "(INST)"), "kind": "‹s›"
+    }  # fmt: skip
+    assert catalog.item(1) == Item("7", "2001", "x", {})
+    assert catalog.attributes["empty"] == "string"
+
+
+def test_text_files_recognise_numbers_and_booleans_but_keep_ids(tmp_path):
+    path = tmp_path / "items.csv"
+    path.write_text(
+        "item_id,title,year,price,zip,new,mixed,half,none,dash\n"
+        "007,100,1995,1.5,01234,true,1,nan,,-\n"
+        "08,True,,-2e3,99999,False,x,2,,-\n"
+    )
+    catalog = Catalog.load(path)
+    assert catalog.ids == ["007", "08"] and catalog.titles == ["100", "True"]
+    assert catalog.item(0).attributes == {
+        "year": 1995, "price": 1.5, "zip": "01234", "new": True, "mixed": "1", "dash": "-"
+    }  # fmt: skip
+    assert catalog.item(1).attributes == {
+        "price": -2000.0, "zip": "99999", "new": False, "mixed": "x", "half": 2.0, "dash": "-"
+    }  # fmt: skip
+    assert isinstance(catalog.item(0).attributes["year"], int)
+
+
+def test_lines_hold_title_texts_years_and_nothing_unsafe():
+    catalog = Catalog.load([*FILMS, Item("4", "x" * 5000, "<|im_end|> " * 900, {"studio": "[INST]"})])
+    assert catalog.lines()[:3] == [
+        "Toy Story (1995); Animation, Comedy; Toys come alive.",
+        "Heat; Crime; Warner; 1995",
+        "Alien; 1979; In space.",
+    ]
+    assert catalog.line(1) == catalog.lines()[1]
+    assert (
+        catalog.line(3).startswith("x" * 300 + "; (INST); ‹|im_end|›") and len(catalog.line(3)) <= LINE_LIMIT
+    )
+    assert all(neutralise(line, LINE_LIMIT) == line for line in catalog.lines())
+    assert catalog.render(FILMS) == catalog.lines()[:3] and catalog.render([]) == []
+    assert catalog.render([Item("new", "Up", "", {"year": 2009, "studio": "Pixar"})]) == ["Up; Pixar; 2009"]
+    assert re.fullmatch("[0-9a-f]{64}", RENDERER_HASH)
+
+
+words = st.text(max_size=12)
+attribute = st.one_of(words, st.integers(-3000, 3000), st.booleans(), st.lists(words, max_size=3).map(tuple))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(
+        st.tuples(words, words, words, st.dictionaries(st.sampled_from("ab"), words)), min_size=1, max_size=6
+    )
+)
+def test_any_text_loads_saves_and_renders_without_surprise(tmp_path_factory, rows):
+    items = [Item(f"i{n}", f"t {t}", x, {**a, "tags": (g, "z")}) for n, (t, x, g, a) in enumerate(rows)]
+    catalog = Catalog.load(items)
+    assert all(neutralise(line, LINE_LIMIT) == line and line for line in catalog.lines())
+    again = Catalog.load([catalog.item(code) for code in range(len(catalog))])
+    assert again.lines() == catalog.lines()
+    path = tmp_path_factory.mktemp("catalog") / "items.parquet"
+    catalog.save(path)
+    assert Catalog.read(path).fingerprint == catalog.fingerprint
+    assert [path] == list(path.parent.iterdir())
+
+
+def test_with_items_appends_updates_and_revives_without_touching_the_old():
+    old = Catalog.load(FILMS)
+    old.lines()
+    removed = old.without_items(["2"])
+    assert removed.active.tolist() == [True, False, True] and old.active.all() and "2" in removed
+    new = removed.with_items([Item("9", "Up", "", {"rating": "PG"}), Item("2", "Heat 2", "", {"price": 1})])
+    assert new.ids == ["1", "2", "3", "9"] and new.active.all()
+    assert new.item(1) == Item("2", "Heat 2", "", {"price": 1.0}) and new.item(3).attributes == {
+        "rating": "PG"
+    }
+    assert new.code("9") == 3 and "9" not in old and old.titles[1] == "Heat"
+    assert new.lines() == Catalog(new._frame, new.active, new.report).lines()
+    assert len({old.fingerprint, removed.fingerprint, new.fingerprint}) == 3
+    assert old.with_items([]) is old
+    for bad, message in [
+        ([Item("9", "a"), Item("9", "b")], "duplicate item_id"),
+        ([Item("9", " ")], "blank title"),
+        ([Item("9", "a", "", {"year": "x"})], "'year' is a number in the catalogue, got a string"),
+    ]:
+        with pytest.raises(DataError, match=message):
+            old.with_items(bad)
+    with pytest.raises(RequestError, match="unknown"):
+        old.without_items(["2", "nope"])
+
+
+def test_absent_values_fit_every_kind():
+    catalog = Catalog.load(pl.DataFrame({"item_id": ["1"], "title": ["a"], "year": [None], "n": [3]}))
+    new = catalog.with_items([{"item_id": "2", "title": "b", "year": 1999, "n": None}])
+    assert new.attributes == {"year": "number", "n": "number"}
+    assert new.item(0).attributes == {"n": 3} and new.item(1).attributes == {"year": 1999}
+
+
+def test_save_replaces_whole_files_and_read_refuses_others(tmp_path):
+    path = tmp_path / "items.parquet"
+    catalog = Catalog.load(FILMS).without_items(["3"])
+    catalog.save(path)
+    catalog.with_items([Item("4", "Up")]).save(path)
+    read = Catalog.read(path)
+    assert read.ids == ["1", "2", "3", "4"] and read.active.tolist() == [True, True, False, True]
+    assert read.attributes == catalog.attributes and read.item(0) == FILMS[0]
+    assert list(tmp_path.iterdir()) == [path]
+    pl.DataFrame({"item_id": ["1"], "title": ["a"]}).write_parquet(path)
+    with pytest.raises(DataError, match="not a saved catalogue"):
+        Catalog.read(path)
+    with pytest.raises(DataError, match="taken"):
+        Catalog.load([Item("1", "a", "", {"__active__": True})])
+
+
+def test_one_hundred_thousand_items_take_seconds():
+    n = 100_000
+    frame = pl.DataFrame(
+        {
+            "item_id": [str(i) for i in range(n)],
+            "title": [f"Item number {i} (Large)" for i in range(n)],
+            "tags": [["red", f"tag {i % 50}"] for i in range(n)],
+            "price": np.arange(n) / 7,
+            "text": ["A few words about it. " * 5] * n,
+        }
+    )
+    start = time.perf_counter()
+    catalog = Catalog.load(frame)
+    lines = catalog.lines()
+    loaded = time.perf_counter()
+    catalog.with_items([Item("new", "New", "", {"tags": ("red",)}), Item("5", "Five")])
+    updated = time.perf_counter()
+    assert lines[7].startswith("Item number 7 (Large); red, tag 7; A few words")
+    assert loaded - start < 15 and updated - loaded < 2  # about 1 s and .1 s on an idle core
+
+
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason="the evaluation data is not here")
+@pytest.mark.parametrize(("name", "kept"), [("ml-latest-small", 9742), ("amazon-beauty", 12093)])
+def test_real_catalogues_load(name, kept):
+    catalog = Catalog.load(DATA / name / "items.parquet", policy="drop")
+    assert len(catalog) == kept and all(catalog.lines())

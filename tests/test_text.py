@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import time
+import unicodedata
+
+import polars as pl
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmrec.text import neutralise, neutralise_series
+
+TOKENS = """
+<|im_start|> <|endoftext|> <|anything|> [INST] [/INST] <<SYS>> <</SYS>> <s> </s> <bos> <eos> <pad> <unk>
+<start_of_turn> <mask> [CLS] [SEP] [MASK] [TOOL_CALLS] <｜end▁of▁sentence｜> >>TITLE<< [gMASK] <extra_id_0>
+＜|im_end|＞ ◁think▷ |||EMAIL_ADDRESS|||
+""".split()
+
+alphabet = st.sampled_from("<>[]|/‹›＜＞｜▁≮\u0338\u200b\u202e\ud800\x00\n\t \u00a0e\u0301ésINT_ab3-")
+texts = st.one_of(
+    st.text(alphabet, max_size=40),
+    st.text(max_size=40),
+    st.lists(st.sampled_from([*TOKENS, " ", "x", "\u200b", "<", ">", "|"]), max_size=6).map("".join),
+)
+
+
+def holds_a_token(text: str) -> bool:
+    """Look as the most eager tokenizer would: after NFKC, without accents, any case."""
+    plain = unicodedata.normalize("NFD", unicodedata.normalize("NFKC", text))
+    plain = "".join(c for c in plain if not unicodedata.combining(c)).lower().replace("▁", " ")
+    tokens = [unicodedata.normalize("NFKC", token).lower().replace("▁", " ") for token in TOKENS]
+    return any(token in plain for token in tokens)
+
+
+@settings(max_examples=400, deadline=None)
+@given(texts, st.integers(0, 60))
+def test_result_is_short_clean_free_of_tokens_and_a_fixed_point(text, limit):
+    clean = neutralise(text, limit)
+    assert len(clean) <= limit
+    assert neutralise(clean, limit) == clean
+    assert clean == " ".join(clean.split()) and unicodedata.is_normalized("NFC", clean)
+    assert not any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in clean)
+    assert not holds_a_token(clean)
+
+
+@pytest.mark.parametrize("token", TOKENS)
+@pytest.mark.parametrize("around", ["{}", "a{}b", "Heat {} (1995)", "<{}>", "[{}]", "<|{}|>"])
+def test_special_tokens_are_defused_even_nested_or_split(token, around):
+    assert not holds_a_token(neutralise(around.format(token), 200))
+    assert not holds_a_token(neutralise("\u200b".join(around.format(token)), 200))
+    assert not holds_a_token(neutralise(token[:1] + token + token[1:], 200))
+
+
+@pytest.mark.parametrize(
+    ("text", "clean"),
+    [
+        ("Toy Story (1995)", "Toy Story (1995)"),
+        ("I <3 NY, 5 < 6 & A > B -> C", "I <3 NY, 5 < 6 & A > B -> C"),
+        ("Batman [Limited Edition]", "Batman [Limited Edition]"),
+        ("  two\n\nlines\u2028three\t ", "two lines three"),
+        ("<s>Heat</s>", "‹s›Heat‹/s›"),
+        ("[INST] hi [/INST]", "(INST) hi (/INST)"),
+        ("Ame\u0301lie \u202eabc\u202c", "Amélie abc"),
+        ("\ud83d lone", "lone"),
+        ("名探偵コナン 👍", "名探偵コナン 👍"),
+        ("\x00\x1b", ""),
+    ],
+)
+def test_examples(text, clean):
+    assert neutralise(text, 100) == clean
+
+
+def test_cut_prefers_a_word_border_that_is_near():
+    assert neutralise("one two three", 9) == "one two"
+    assert neutralise("x" * 5000, 300) == "x" * 300
+    assert neutralise("ab " + "x" * 500, 300) == "ab " + "x" * 297
+
+
+def test_series_keeps_nulls_and_is_fast():
+    series = pl.Series("t", ["Toy Story (1995)", "Amélie <s>", "Some Like It Hot, Vol. 2", None] * 25_000)
+    start = time.perf_counter()
+    clean = neutralise_series(series, 300)
+    assert time.perf_counter() - start < 5  # a fifth of a second on an idle core
+    assert clean[:4].to_list() == ["Toy Story (1995)", "Amélie <s>".replace("<s>", "‹s›"), series[2], None]
+
+
+def test_long_hostile_text_takes_linear_time():
+    start = time.perf_counter()
+    for text in (
+        "<" * 200_000,
+        "[a" * 100_000,
+        "|" * 200_000,
+        "<|" * 100_000 + "|>" * 100_000,
+        "\u200b" * 200_000,
+    ):
+        neutralise(text, 1000)
+    assert time.perf_counter() - start < 5
