@@ -85,12 +85,21 @@ def _texts(column: pl.Series) -> pl.Series:
 
 
 def _lists(column: pl.Series) -> pl.Series:
-    cleaned = [
-        None if values is None else [text for value in values if value and (text := clean_text(value))]
-        for values in column.to_list()
-    ]
-    # An empty list says as little as no list.
-    return pl.Series(column.name, [values or None for values in cleaned], dtype=pl.List(pl.String))
+    table = column.alias("word").to_frame().with_row_index("row")
+    flat = table.explode("word").drop_nulls("word")
+    words = flat["word"].unique()
+    clean = neutralise_series(words, ATTRIBUTE_LIMIT)
+    clean = clean.set(clean == "", None)
+    flat = flat.with_columns(
+        pl.col("word").replace_strict(words, clean, default=None, return_dtype=pl.String)
+    )
+    lists = flat.drop_nulls("word").group_by("row", maintain_order=True).agg("word")
+    # An empty list says as little as no list: both are null here.
+    return (
+        table.select("row")
+        .join(lists, on="row", how="left", maintain_order="left")["word"]
+        .alias(column.name)
+    )
 
 
 def _recognise(column: pl.Series) -> pl.Series:

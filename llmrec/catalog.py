@@ -136,7 +136,10 @@ class Catalog:
         if isinstance(ids, str):
             raise RequestError(f"expected a list of item ids, got one string {ids!r}")
         get = self._index.get
-        return np.fromiter((get(item_id, -1) for item_id in ids), dtype=np.int32, count=len(ids))
+        try:
+            return np.fromiter((get(item_id, -1) for item_id in ids), dtype=np.int32, count=len(ids))
+        except TypeError as error:
+            raise RequestError(f"item ids are text: {error}") from error
 
     def item(self, code: int) -> Item:
         """Return an item with the attributes that it has."""
@@ -157,8 +160,9 @@ class Catalog:
     def lines(self) -> list[str]:
         """Return every item in words, by code: what encoders and lexical search read.
 
-        Title, then texts and lists of the attributes in the order of the columns, then years, then text;
-        at most `LINE_LIMIT` characters. Other numbers say nothing without their name and stay out.
+        Title, then texts and lists of the attributes in the order of their names, then years, then text;
+        at most `LINE_LIMIT` characters. Other numbers say nothing without their name and stay out, as
+        does a year that the title holds.
         """
         if self._lines is None:
             self._lines = _render(self._frame)
@@ -169,8 +173,7 @@ class Catalog:
         if not items:
             return []
         frame, _ = clean_items(read_table(items, "items"), False, "raise", unique=False)
-        known = [name for name in self._frame.columns if name in frame.columns]
-        return _render(frame.select(*known, pl.exclude(known)))
+        return _render(frame)
 
     @property
     def fingerprint(self) -> str:
@@ -223,6 +226,7 @@ class Catalog:
     def save(self, path: str | Path) -> None:
         """Write everything to one parquet file; a reader sees the old file or the new one."""
         path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex}")
         try:
             self._frame.with_columns(pl.Series(ACTIVE, self.active)).write_parquet(temporary)
@@ -240,7 +244,7 @@ class Catalog:
             If the file is missing, damaged, or not a saved catalogue.
         """
         frame = read_table(Path(path), "catalogue")
-        if not {*CONTRACT, ACTIVE} <= set(frame.columns):
+        if not {*CONTRACT, ACTIVE} <= set(frame.columns) or frame.schema[ACTIVE] != pl.Boolean:
             raise DataError(f"{path} is not a saved catalogue; load tables of items with Catalog.load")
         active = frame[ACTIVE].to_numpy().copy()
         return cls(frame.drop(ACTIVE), active, LoadReport(frame.height, frame.height))
@@ -259,10 +263,9 @@ def _render(frame: pl.DataFrame) -> list[str]:
     """Return one line an item. The only place where an item becomes words."""
     parts = [pl.col("title")]
     years = []
-    for name, dtype in frame.schema.items():
-        kind = kind_of(dtype)
-        if name in CONTRACT:
-            continue
+    # By name: a line must not change with the order in which a source happens to list its columns.
+    for name in sorted(set(frame.columns) - set(CONTRACT)):
+        kind = kind_of(frame.schema[name])
         if kind == "string":
             parts.append(pl.col(name))
         elif kind == "list of strings":

@@ -153,7 +153,11 @@ class EventLog:
         problems.add("weight is not finite and above 0", ~(np.isfinite(weight) & (weight > 0)))
         report = problems.finish("raise")
         keep = problems.keep
-        users, user = _number(pl.Series([event.user_id for event in events], dtype=pl.String).filter(keep))
+        try:
+            user_ids = pl.Series([event.user_id for event in events], dtype=pl.String)
+        except TypeError as error:
+            raise DataError(f"events: user ids must be text: {error}") from error
+        users, user = _number(user_ids.filter(keep))
         seconds = None if seconds is None else seconds[keep]
         return _ordered(users, user, item[keep], seconds, weight[keep], None, report)
 
@@ -302,7 +306,7 @@ def _ordered(
     twice = _exact_repeats(log)
     if not twice:
         return log
-    note = f"{twice:,} events repeat user, item and time stamp of another one and were kept"
+    note = f"kept although they repeat user, item and time stamp of another row: {twice:,}"
     return replace(log, report=replace(report, notes=(*report.notes, note)))
 
 

@@ -183,3 +183,17 @@ class Pipeline:
         for i, values in zip(rows, scores, strict=True):
             result[i] = blend(merged[i], values, lm_weights[i])
         return result
+
+    def order(self, query: Query, items: Codes) -> Candidates:
+        """Order given items, all of them: those that no component found come last, as they were given."""
+        weights = self.weights_for(query)
+        merged = self.retrieve([query], [weights])[0]
+        missing = items[~np.isin(items, merged.items)]
+        merged = Candidates(
+            np.concatenate([merged.items, missing]),
+            np.concatenate([merged.scores, np.zeros(len(missing), np.float32)]),
+            merged.names,
+            np.concatenate([merged.parts, np.zeros((len(missing), len(merged.names)), np.float32)]),
+            np.concatenate([merged.ranks, np.zeros((len(missing), len(merged.names)), np.int32)]),
+        )
+        return self.rerank([query], [merged], [weights.lm])[0]

@@ -9,15 +9,15 @@ import logging
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from llmrec.metrics import Ranks, Values, per_user, summary
-from llmrec.pipeline import LM, Weights, gather
-from llmrec.protocols import Codes, Encoder, Floats, Hits, Query, Retriever, VectorIndex
+from llmrec.pipeline import LM, Weights, gather, normalise
+from llmrec.protocols import Codes, Encoder, Floats, Hits, Query, Retriever, Scorer, VectorIndex
 from llmrec.retrieve.dense import ProfileConfig, ProfileRetriever, TextQueryRetriever
 from llmrec.retrieve.lexical import BM25Retriever
 from llmrec.retrieve.linear import EASEConfig, EASERetriever
@@ -57,6 +57,10 @@ class Texts:
     vectors: Floats
     encoder: Encoder
     index: VectorIndex
+
+
+class ScoringRetriever(Retriever, Scorer, Protocol):
+    """A language model that proposes items and scores those of others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +146,34 @@ def text_retrievers(texts: Texts, recipe: Recipe) -> dict[str, Retriever]:
     }
 
 
+def retriever_arrays(retrievers: Mapping[str, Retriever]) -> dict[str, dict[str, NDArray[Any]]]:
+    """State of the retrievers that were fitted on the log; the others are made from the catalogue."""
+    fitted = (PopularityRetriever, EASERetriever, TransitionsRetriever)
+    return {name: r.arrays() for name, r in retrievers.items() if isinstance(r, fitted)}
+
+
+def load_retrievers(
+    arrays: Mapping[str, Mapping[str, NDArray[Any]]], texts: Texts, recipe: Recipe
+) -> dict[str, Retriever]:
+    """Make the retrievers from `retriever_arrays()` and the catalogue."""
+    return {
+        "popularity": PopularityRetriever.from_arrays(arrays["popularity"]),
+        "ease": EASERetriever.from_arrays(arrays["ease"], recipe.ease),
+        "transitions": TransitionsRetriever.from_arrays(arrays["transitions"], recipe.transitions),
+        **text_retrievers(texts, recipe),
+    }
+
+
+def grown_retrievers(
+    retrievers: Mapping[str, Retriever], texts: Texts, recipe: Recipe
+) -> dict[str, Retriever]:
+    """The same retrievers over a catalogue that has grown or changed."""
+    n_items = len(texts.lines)
+    fitted = (PopularityRetriever, EASERetriever, TransitionsRetriever)
+    kept: dict[str, Retriever] = {n: r.grown(n_items) for n, r in retrievers.items() if isinstance(r, fitted)}
+    return {**kept, **text_retrievers(texts, recipe)}
+
+
 def ranks_in(results: Iterable[Codes], targets: Codes) -> Ranks:
     """Rank of each target in its list of codes, from 1; 0 if it is not there."""
     ranks = np.zeros(len(targets), dtype=np.int64)
@@ -212,6 +244,23 @@ class Features:
             row += len(items)
         scores = np.concatenate([np.zeros((0, len(hits)), np.float32), *blocks])
         return cls(tuple(hits), scores, np.array(starts, np.int64), np.array(truth, np.int64))
+
+    @classmethod
+    def with_lm(
+        cls,
+        hits: Mapping[str, Sequence[Hits]],
+        proposed: Sequence[Hits],
+        scorer: Scorer,
+        held_out: HeldOut,
+    ) -> Features:
+        """Gather hits and the language model's own; its column holds its score of every candidate."""
+        named = {**hits, LM: proposed}
+        plain = cls.of(named, held_out.targets)
+        unions = [gather({n: found[i] for n, found in named.items()})[0] for i in range(len(proposed))]
+        columns = [normalise(s) for s in scorer.score(held_out.queries, unions)]
+        scores = plain.scores.copy()
+        scores[:, -1] = np.concatenate([np.zeros(0, np.float32), *columns])
+        return replace(plain, scores=scores)
 
     def ranks(self, weights: Mapping[str, float]) -> Ranks:
         """Rank of each target under these weights, ties in the order of item codes; 0 if not found."""
@@ -290,6 +339,34 @@ def lm_weight(
         }
     )
     return chosen
+
+
+def with_language_model(
+    recipe: Recipe,
+    retrievers: Mapping[str, Retriever],
+    model: ScoringRetriever,
+    held_out: HeldOut,
+    lines: Sequence[str],
+    config: RetrievalConfig,
+) -> Recipe:
+    """Fit the weight of the language model for requests by history and with typed words.
+
+    Neither `retrievers` nor `model` may have been fitted on `held_out`.
+    """
+    held_out = held_out.sample(config.search_users, config.seed)
+    log = [entry for entry in recipe.log if "language model" not in entry["search"]]
+
+    def weighted(kind: str, weights: Weights, part: HeldOut) -> Weights:
+        if len(part.targets) == 0:
+            return replace(weights, lm=0.0)
+        hits = {n: retrievers[n].retrieve(part.queries, config.depth) for n in weights.retrievers}
+        proposed = model.retrieve(part.queries, config.depth)
+        features = Features.with_lm(hits, proposed, model, part)
+        return replace(weights, lm=lm_weight(features, weights.retrievers, log, kind))
+
+    typed = known_item_queries(held_out, lines, config.seed)
+    history = weighted("history", recipe.history, held_out)
+    return replace(recipe, history=history, query=weighted("query", recipe.query, typed), log=log)
 
 
 def _walk(

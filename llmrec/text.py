@@ -84,14 +84,14 @@ def _defuse(text: str) -> str:
     if not _OPEN.search(text):
         return text
     # A special token has no space inside, so it lies within one word; changing every bracket of the
-    # word leaves nothing that a nested form could turn into a token. Tokens that open with a pipe may
-    # have spaces inside (DeepSeek's U+2581), so that pair never stays.
-    text = _ANGLE_PIPE.sub("‹", text)
+    # word leaves nothing that a nested form could turn into a token.
     return " ".join(_defuse_word(word) if _OPEN.search(word) else word for word in text.split(" "))
 
 
 def _defuse_word(word: str) -> str:
-    if any(c in word for c in _ANGLE_OPEN) and any(c in word for c in _ANGLE_CLOSE):
+    # Tokens that open with a pipe may have spaces inside (DeepSeek's U+2581), so that pair never stays.
+    closed = any(c in word for c in _ANGLE_CLOSE) or _ANGLE_PIPE.search(word)
+    if closed and any(c in word for c in _ANGLE_OPEN):
         word = word.translate(_ANGLES)
     if any(c in word for c in _SQUARE_OPEN) and any(c in word for c in _SQUARE_CLOSE):
         word = word.translate(_SQUARES)

@@ -27,9 +27,8 @@ def test_load_numbers_items_in_order_and_gives_them_back():
     catalog = Catalog.load(FILMS)
     assert len(catalog) == 3 and catalog.ids == ["1", "2", "3"] and catalog.titles[1] == "Heat"
     assert [catalog.item(code) for code in range(3)] == FILMS
-    assert catalog.attributes == {
-        "genres": "list of strings", "year": "number", "price": "number", "studio": "string", "sequel": "boolean"
-    }  # fmt: skip
+    kinds = {"genres": "list of strings", "year": "number", "price": "number", "studio": "string"}
+    assert catalog.attributes == kinds | {"sequel": "boolean"}
     assert "2" in catalog and "x" not in catalog and 2 not in catalog
     assert catalog.active.all() and catalog.report.rows_kept == 3
 
@@ -43,7 +42,12 @@ def test_codes_of_unknown_ids_are_request_errors_with_hints():
         catalog.code("film-199x")
     with pytest.raises(RequestError, match=r"7 of 8 item ids are unknown: 'a', 'b', 'c', 'd', 'e', \.\.\."):
         catalog.codes([*"abcdefg", "film-1"])
-    for call in (lambda: catalog.codes("film-1"), lambda: catalog.item(2000), lambda: catalog.item(-1)):
+    for call in (
+        lambda: catalog.codes("film-1"),
+        lambda: catalog.item(2000),
+        lambda: catalog.item(-1),
+        lambda: catalog.find([[]]),
+    ):
         with pytest.raises(RequestError):
             call()
     with pytest.raises(RequestError, match="known are item_id, title, text"):
@@ -113,6 +117,7 @@ def test_ids_and_attributes_are_converted():
             "tags": [["a\n", "", None, "[INST]"], []],
             "kind": pl.Series(["<s>", " "], dtype=pl.Categorical),
             "empty": [None, None],
+            "none": pl.Series([[""], None], dtype=pl.List(pl.String)),
         }
     )
     catalog = Catalog.load(frame)
@@ -121,7 +126,7 @@ def test_ids_and_attributes_are_converted():
         "day": "2020-01-02", "when": "2020-01-02T03:04:05", "count": 1, "tags": ("a", "(INST)"), "kind": "‹s›"
     }  # fmt: skip
     assert catalog.item(1) == Item("7", "2001", "x", {})
-    assert catalog.attributes["empty"] == "string"
+    assert catalog.attributes["empty"] == "string" and catalog.attributes["none"] == "list of strings"
 
 
 def test_text_files_recognise_numbers_and_booleans_but_keep_ids(tmp_path):
@@ -214,14 +219,14 @@ def test_absent_values_fit_every_kind():
 
 
 def test_save_replaces_whole_files_and_read_refuses_others(tmp_path):
-    path = tmp_path / "items.parquet"
+    path = tmp_path / "model" / "items.parquet"
     catalog = Catalog.load(FILMS).without_items(["3"])
     catalog.save(path)
     catalog.with_items([Item("4", "Up")]).save(path)
     read = Catalog.read(path)
     assert read.ids == ["1", "2", "3", "4"] and read.active.tolist() == [True, True, False, True]
     assert read.attributes == catalog.attributes and read.item(0) == FILMS[0]
-    assert list(tmp_path.iterdir()) == [path]
+    assert list(path.parent.iterdir()) == [path]
     pl.DataFrame({"item_id": ["1"], "title": ["a"]}).write_parquet(path)
     with pytest.raises(DataError, match="not a saved catalogue"):
         Catalog.read(path)

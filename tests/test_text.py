@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 
 from llmrec.text import neutralise, neutralise_series
 
-TOKENS = """
-<|im_start|> <|endoftext|> <|anything|> [INST] [/INST] <<SYS>> <</SYS>> <s> </s> <bos> <eos> <pad> <unk>
-<start_of_turn> <mask> [CLS] [SEP] [MASK] [TOOL_CALLS] <｜end▁of▁sentence｜> >>TITLE<< [gMASK] <extra_id_0>
-＜|im_end|＞ ◁think▷ |||EMAIL_ADDRESS|||
-""".split()
+TOKENS = [
+    *("<|im_start|>", "<|endoftext|>", "<|anything|>", "[INST]", "[/INST]", "<<SYS>>", "<</SYS>>"),
+    *("<s>", "</s>", "<bos>", "<eos>", "<pad>", "<unk>", "<start_of_turn>", "<mask>", "<extra_id_0>"),
+    *("[CLS]", "[SEP]", "[MASK]", "[TOOL_CALLS]", "[gMASK]", "<｜end▁of▁sentence｜>", ">>TITLE<<"),
+    *("＜|im_end|＞", "◁think▷", "|||EMAIL_ADDRESS|||"),
+]
 
 alphabet = st.sampled_from("<>[]|/‹›＜＞｜▁≮\u0338\u200b\u202e\ud800\x00\n\t \u00a0e\u0301ésINT_ab3-")
 texts = st.one_of(

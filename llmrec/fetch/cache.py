@@ -85,7 +85,7 @@ def resolve(
     artifact = artifacts.get(str(name))
     if artifact is None:
         folder = Path(name).expanduser()
-        if folder.is_dir():
+        if str(name) and folder.is_dir():
             return folder
         artifact = _of_hub(str(name))
     root = cache_root(cache)

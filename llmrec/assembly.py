@@ -1,0 +1,87 @@
+"""From a configuration and data to parts: catalogue, log, encoder, text vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmrec.catalog import Catalog
+from llmrec.config import Config, DataConfig
+from llmrec.encode.light import LightEncoder
+from llmrec.errors import ConfigError
+from llmrec.events import EventLog
+from llmrec.fetch import resolve
+from llmrec.index.faiss_index import FaissIndex
+from llmrec.protocols import Encoder, Floats
+from llmrec.recipe import Texts
+
+LIGHT = "light"
+"""Name of the encoder that needs no download."""
+
+
+def read_catalog(items: Any, config: DataConfig) -> Catalog:
+    """Load the items; a `Catalog` is taken as it is."""
+    if isinstance(items, Catalog):
+        return items
+    return Catalog.load(items, mapping=config.items_mapping or None, policy=config.policy)
+
+
+def read_log(events: Any, catalog: Catalog, config: DataConfig) -> EventLog:
+    """Load the events; an `EventLog` is taken as it is."""
+    if isinstance(events, EventLog):
+        return events
+    return EventLog.load(
+        events,
+        catalog,
+        mapping=config.events_mapping or None,
+        clock=config.clock,
+        ties=config.ties,
+        policy=config.policy,
+        rating_threshold=config.rating_threshold,
+        event_weights=config.event_weights,
+    )
+
+
+def make_encoder(
+    config: Config, lines: Sequence[str], arrays: Mapping[str, NDArray[Any]] | None = None
+) -> Encoder:
+    """Make the encoder that the configuration names; `arrays` is the state of a fitted light encoder.
+
+    Raises
+    ------
+    FetchError, ImportError
+        If the model or its packages cannot be had.
+    """
+    if config.encoder.name == LIGHT:
+        return LightEncoder.from_arrays(arrays) if arrays else LightEncoder.fit(lines, config.encoder.dim)
+    from llmrec.encode.sentence import SentenceEncoder
+
+    return SentenceEncoder(resolve(config.encoder.name, allow_hub=config.allow_hub))
+
+
+def make_texts(lines: Sequence[str], encoder: Encoder, vectors: Floats | None = None) -> Texts:
+    """Encode the catalogue's lines, unless their vectors are given, and index them."""
+    if vectors is None:
+        vectors = encoder.encode(lines)
+    if vectors.shape != (len(lines), encoder.dim):
+        raise ConfigError(
+            f"{len(lines)} items of {encoder.dim} dimensions need as many vectors, got {vectors.shape}"
+        )
+    index = FaissIndex(encoder.dim)
+    index.add(vectors)
+    return Texts(lines, vectors, encoder, index)
+
+
+def grown_texts(texts: Texts, lines: Sequence[str]) -> Texts:
+    """Encode only the lines that are new or changed, by code."""
+    changed = [
+        code for code, line in enumerate(lines) if code >= len(texts.lines) or line != texts.lines[code]
+    ]
+    vectors = np.zeros((len(lines), texts.encoder.dim), dtype=np.float32)
+    vectors[: len(texts.vectors)] = texts.vectors
+    if changed:
+        vectors[changed] = texts.encoder.encode([lines[code] for code in changed])
+    return make_texts(lines, texts.encoder, vectors)

@@ -1,0 +1,113 @@
+"""A saved recommender: one directory, replaced as a whole, no pickle.
+
+model/
+  manifest.json        names the state and the event store; replacing it is the moment of saving
+  state-<id>/          items.parquet, vectors.npy, encoder.npz, retrievers.npz, adapter/
+  events-<id>.sqlite   all events, those observed after `fit` included
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmrec.errors import ModelError
+
+FORMAT = 1
+"""Version of the directory; raised when an older llmrec could not read it."""
+
+MANIFEST = "manifest.json"
+
+Arrays = Mapping[str, NDArray[Any]]
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Read the manifest of a saved recommender.
+
+    Raises
+    ------
+    ModelError
+        If the directory is no saved recommender, is damaged, or of another format.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise ModelError(
+            f"{folder} is not a saved recommender: it has no {MANIFEST}; make one with Recommender.save"
+        )
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        found = manifest["format"]
+    except (ValueError, KeyError, TypeError) as broken:
+        raise ModelError(f"{path} is damaged: {broken}") from broken
+    if found != FORMAT:
+        raise ModelError(
+            f"{folder} has format {found}, this llmrec reads format {FORMAT}; it was written by llmrec "
+            f"{manifest.get('llmrec', 'of an unknown version')}: use that one, or fit again"
+        )
+    return manifest
+
+
+def replace_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Write the manifest in one step."""
+    temporary = folder / f".{MANIFEST}.{uuid.uuid4().hex}"
+    with temporary.open("w", encoding="utf-8") as opened:
+        json.dump({"format": FORMAT, **manifest}, opened, indent=1)
+        opened.flush()
+        os.fsync(opened.fileno())
+    temporary.replace(folder / MANIFEST)
+
+
+def write_state(folder: Path, write: Callable[[Path], None]) -> str:
+    """Let `write` fill a new state directory, flush it to disk, and return its name."""
+    name = f"state-{uuid.uuid4().hex[:12]}"
+    target = folder / name
+    target.mkdir(parents=True)
+    try:
+        write(target)
+        for path in target.rglob("*"):
+            if path.is_file():
+                with path.open("rb") as opened:
+                    os.fsync(opened.fileno())
+    except BaseException:
+        shutil.rmtree(target, ignore_errors=True)
+        raise
+    return name
+
+
+def remove_stale(folder: Path, keep: Mapping[str, str]) -> None:
+    """Remove states and stores that the manifest does not name: what was replaced, and what a kill left."""
+    names = set(keep.values())
+    for path in folder.glob("state-*"):
+        if path.name not in names:
+            shutil.rmtree(path, ignore_errors=True)
+    for path in [*folder.glob("events-*.sqlite*"), *folder.glob(f".{MANIFEST}.*")]:
+        if not any(path.name.startswith(name) for name in names):
+            path.unlink(missing_ok=True)
+
+
+def save_arrays(path: Path, groups: Mapping[str, Arrays]) -> None:
+    """Write named groups of arrays to one npz file."""
+    flat = {f"{group}/{name}": array for group, arrays in groups.items() for name, array in arrays.items()}
+    with path.open("wb") as opened:
+        np.savez(opened, allow_pickle=False, **flat)
+
+
+def load_arrays(path: Path) -> dict[str, dict[str, NDArray[Any]]]:
+    """Read what `save_arrays` wrote."""
+    groups: dict[str, dict[str, NDArray[Any]]] = {}
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            for key in stored.files:
+                group, _, name = key.partition("/")
+                groups.setdefault(group, {})[name] = stored[key]
+    except (OSError, ValueError, EOFError) as broken:
+        raise ModelError(f"{path} is missing or damaged: {broken}") from broken
+    return groups

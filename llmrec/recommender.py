@@ -1,0 +1,570 @@
+"""The one object that users meet: fit, fine-tune, save, load, then verbs."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+import polars as pl
+
+from llmrec import persistence
+from llmrec.assembly import grown_texts, make_encoder, make_texts, read_catalog, read_log
+from llmrec.catalog import Catalog
+from llmrec.config import Config
+from llmrec.errors import ModelError, RequestError
+from llmrec.evaluation.split import tail
+from llmrec.events import EventLog
+from llmrec.fetch import resolve
+from llmrec.metrics import Comparison, compare
+from llmrec.pipeline import LM, Candidates, Pipeline, Weights
+from llmrec.protocols import Codes, Mask, Query, Retriever
+from llmrec.recipe import (
+    Recipe,
+    Texts,
+    fit_retrievers,
+    grown_retrievers,
+    load_retrievers,
+    ranks_in,
+    retriever_arrays,
+    search_recipe,
+    with_language_model,
+)
+from llmrec.rules import compile_where
+from llmrec.store.sqlite import SQLiteStore
+from llmrec.text import neutralise
+from llmrec.types import Event, Item, Recommendation, Request, Source
+
+if TYPE_CHECKING:
+    from llmrec.language_model import LanguageModel
+    from llmrec.training import Progress, TrainingReport
+
+REPEATS = 0.05
+"""Share of repeated items in the log from which on `seen="auto"` lets seen items come back."""
+
+QUERY_LIMIT = 1000
+"""Longest typed query in characters."""
+
+CHUNK = 64
+"""Requests that go through the pipeline at once."""
+
+
+@dataclass(frozen=True)
+class FinetuneReport:
+    """What fine-tuning did, and the language model's weight in the blend (0: it is left out).
+
+    `gain` compares the blend with the merge on the held-out users that chose the weight.
+    """
+
+    training: TrainingReport
+    weight: float
+    query_weight: float
+    gain: Comparison
+
+    def __str__(self) -> str:
+        if self.weight or self.query_weight:
+            used = f"weight in the blend {self.weight:g}, with typed words {self.query_weight:g}"
+        else:
+            used = "weight 0: on held-out events the language model adds nothing beyond noise, it is left out"
+        return f"{self.training}\n{used}\n{self.gain} (held-out users that chose the weight)"
+
+
+@dataclass(frozen=True)
+class _State:
+    """Everything that a request reads; replaced as a whole, so that a request sees one state."""
+
+    catalog: Catalog
+    texts: Texts
+    recipe: Recipe
+    retrievers: Mapping[str, Retriever]
+    repeats: bool
+    lm: LanguageModel | None = None
+
+    def pipeline(self) -> Pipeline:
+        retrievers = dict(self.retrievers)
+        if self.lm is not None:
+            retrievers[LM] = self.lm.scorer
+        r = self.recipe
+        return Pipeline(retrievers, r.history, r.query, r.similar, self.lm.scorer if self.lm else None)
+
+
+class Recommender:
+    """Recommendations from a log and a catalogue. Made by `fit` or `load`, not by the constructor.
+
+    Thread-safe: a request runs on the state it started with while items are added or models refitted.
+    """
+
+    def __init__(self, config: Config, state: _State, store: SQLiteStore, folder: Path | None = None) -> None:
+        self.config = config
+        self.folder = folder
+        self._state = state
+        self._store = store
+        self._adapter: Path | None = None
+        self._run: Path | None = None
+        self._changing = threading.RLock()
+
+    # ---- making one -----------------------------------------------------------------------------
+
+    @classmethod
+    def fit(
+        cls,
+        items: Any,
+        events: Any,
+        config: Config | Mapping[str, Any] | str | Path | None = None,
+        *,
+        on_stage: Callable[[str], None] = lambda stage: None,
+    ) -> Self:
+        """Fit the retrievers; settings and weights are chosen on a held-out tail, then all events are used.
+
+        Parameters
+        ----------
+        items, events
+            Paths (parquet, csv, jsonl, RecBole atomic files), frames of polars or pandas,
+            `datasets.Dataset`, or lists of `Item` and `Event`.
+        config
+            A `Config`, a mapping, or the path of a TOML file.
+        on_stage
+            Told the name of each stage as it begins.
+
+        Raises
+        ------
+        DataError, ConfigError, FetchError
+            If data or configuration are invalid, or the encoder cannot be had.
+        """
+        config = Config.of(config)
+        on_stage("reading items and events")
+        catalog = read_catalog(items, config.data)
+        log = read_log(events, catalog, config.data)
+        on_stage("encoding item texts")
+        texts = make_texts(catalog.lines(), make_encoder(config, catalog.lines()))
+        train, part = tail(log)
+        repeats = log.repeat_share() >= REPEATS
+        search = config.retrieval
+        held_out = part.sample(search.search_users, search.seed).held_out(catalog.active, not repeats)
+        recipe, _ = search_recipe(train, held_out, texts, search, lambda s: on_stage(f"choosing {s}"))
+        on_stage("fitting on all events")
+        histories = [log.history(user) for user in range(log.n_users)]
+        retrievers = fit_retrievers(histories, texts, recipe)
+        store = SQLiteStore(":memory:")
+        store.append(log.to_events(catalog))
+        return cls(config, _State(catalog, texts, recipe, retrievers, repeats), store)
+
+    def finetune(
+        self,
+        minutes: float | None = None,
+        *,
+        on_step: Callable[[Progress, float], None] | None = None,
+        folder: str | Path | None = None,
+    ) -> FinetuneReport:
+        """Fine-tune the language model on the stored log with LoRA, and fit its weight in the blend.
+
+        The last event of each user is held out: it decides which state is kept and the weight.
+
+        Parameters
+        ----------
+        minutes
+            Time to train; the configuration's `training.minutes` and `steps` if None.
+        on_step
+            Called after each step with the progress and the finished share.
+        folder
+            Where checkpoints go; an interrupted run on the same data and settings is continued from
+            there. By default ``training/`` in the directory of a saved recommender, else a temporary one.
+
+        Raises
+        ------
+        DataError, FetchError, ImportError
+            If there is nothing to train on, or the language model or its packages cannot be had.
+        """
+        try:
+            from llmrec.language_model import train_language_model
+        except ImportError as missing:
+            raise ImportError('fine-tuning needs: pip install "llmrec[lm]"') from missing
+
+        state, config = self._state, self.config
+        training = config.training
+        if minutes is not None:
+            training = type(training)(**{**training.model_dump(), "minutes": minutes, "steps": None})
+        log = self._log()
+        train, part = tail(log)
+        search = config.retrieval
+        held_out = part.sample(search.search_users, search.seed).held_out(
+            state.catalog.active, not state.repeats
+        )
+        with tempfile.TemporaryDirectory(prefix="llmrec-") as temporary:
+            run = Path(folder) if folder else (self.folder / "training" if self.folder else Path(temporary))
+            lm, report = train_language_model(
+                train,
+                held_out,
+                state.texts.vectors,
+                resolve(config.lm.base, allow_hub=config.allow_hub),
+                config.lm,
+                training,
+                encoder=state.texts.encoder.fingerprint,
+                data=log.fingerprint,
+                folder=run,
+                on_step=on_step,
+            )
+        retrievers = fit_retrievers(train, state.texts, state.recipe)
+        recipe = with_language_model(state.recipe, retrievers, lm.scorer, held_out, state.texts.lines, search)
+        tuned = replace(state, retrievers=retrievers, recipe=recipe, lm=lm).pipeline()
+        plain = replace(tuned, history=replace(tuned.history, lm=0.0))
+        ranks = {
+            name: ranks_in((c.items for c in system.recommend(held_out.queries, 100)), held_out.targets)
+            for name, system in (("blend", tuned), ("merge", plain))
+        }
+        with self._changing:
+            # Items may have been added meanwhile.
+            self._state = replace(self._state, lm=lm.grown(self._state.texts.vectors), recipe=recipe)
+            self._adapter, self._run = None, run
+        return FinetuneReport(report, recipe.history.lm, recipe.query.lm, compare(ranks, "blend", "merge"))
+
+    def refit(self) -> None:
+        """Fit the retrievers again on all stored events; settings, weights and language model stay."""
+        with self._changing:
+            state, log = self._state, self._log()
+            histories = [log.history(user) for user in range(log.n_users)]
+            retrievers = fit_retrievers(histories, state.texts, state.recipe)
+            self._state = replace(state, retrievers=retrievers, repeats=log.repeat_share() >= REPEATS)
+
+    def _log(self) -> EventLog:
+        columns = self._store.columns()
+        frame = pl.DataFrame(
+            {
+                "user_id": columns.users,
+                "item_id": columns.items,
+                "timestamp": columns.timestamps,
+                "weight": columns.weights,
+            },
+            schema={"user_id": pl.String, "item_id": pl.String, "timestamp": pl.Int64, "weight": pl.Float64},
+        )
+        # The store keeps the order of events, ties included.
+        data = self.config.data
+        return EventLog.load(frame, self._state.catalog, clock=data.clock, ties="input", policy="drop")
+
+    # ---- saving and loading ---------------------------------------------------------------------
+
+    def save(self, folder: str | Path) -> None:
+        """Write one directory, atomically: a reader or a kill finds the old state or the new one.
+
+        From then on observed events go to the event store in that directory.
+        """
+        folder = Path(folder)
+        with self._changing:
+            state, store = self._state, self._store
+            same = self.folder is not None and folder.exists() and folder.samefile(self.folder)
+            folder.mkdir(parents=True, exist_ok=True)
+            name = persistence.write_state(folder, lambda target: self._write(target, state))
+            events = Path(store.path).name if same else f"events-{uuid.uuid4().hex[:12]}.sqlite"
+            if not same:
+                store.copy_to(folder / events)
+            persistence.replace_manifest(
+                folder,
+                {
+                    "llmrec": _version(),
+                    "state": name,
+                    "events": events,
+                    "config": self.config.model_dump(),
+                    "recipe": state.recipe.as_dict(),
+                    "repeats": state.repeats,
+                    "encoder": state.texts.encoder.fingerprint,
+                    "catalog": state.catalog.fingerprint,
+                    "language_model": (folder / name / "adapter").is_dir(),
+                },
+            )
+            if not same:
+                store.close()
+                self._store = SQLiteStore(folder / events)
+            if (folder / name / "adapter").is_dir():
+                self._adapter = folder / name / "adapter"
+            persistence.remove_stale(folder, {"state": name, "events": events})
+            if self._run is not None:
+                shutil.rmtree(self._run, ignore_errors=True)
+            self.folder, self._run = folder, None
+
+    def _write(self, target: Path, state: _State) -> None:
+        state.catalog.save(target / "items.parquet")
+        np.save(target / "vectors.npy", state.texts.vectors)
+        persistence.save_arrays(target / "retrievers.npz", retriever_arrays(state.retrievers))
+        light = getattr(state.texts.encoder, "arrays", None)
+        if light is not None:
+            persistence.save_arrays(target / "encoder.npz", {"light": light()})
+        if state.lm is not None:
+            state.lm.save(target / "adapter")
+        elif self._adapter is not None:
+            shutil.copytree(self._adapter, target / "adapter")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Self:
+        """Load a saved recommender. The language model is loaded when a request first needs it.
+
+        Raises
+        ------
+        ModelError
+            If the directory is none, is damaged, of another format, or was saved with another encoder.
+        """
+        folder = Path(folder)
+        manifest = persistence.read_manifest(folder)
+        config = Config.of(manifest["config"])
+        target = folder / manifest["state"]
+        catalog = Catalog.read(target / "items.parquet")
+        recipe = Recipe.from_dict(manifest["recipe"])
+        light = persistence.load_arrays(target / "encoder.npz") if (target / "encoder.npz").exists() else {}
+        encoder = make_encoder(config, [], light.get("light"))
+        if encoder.fingerprint != manifest["encoder"]:
+            raise ModelError(
+                f"{folder} was saved with another encoder: {manifest['encoder'][:12]}... then, "
+                f"{encoder.fingerprint[:12]}... now; use that one, or fit again"
+            )
+        try:
+            vectors = np.load(target / "vectors.npy", allow_pickle=False)
+        except (OSError, ValueError) as broken:
+            raise ModelError(f"{target / 'vectors.npy'} is missing or damaged: {broken}") from broken
+        texts = make_texts(catalog.lines(), encoder, vectors)
+        retrievers = load_retrievers(persistence.load_arrays(target / "retrievers.npz"), texts, recipe)
+        store = SQLiteStore(folder / manifest["events"])
+        made = cls(config, _State(catalog, texts, recipe, retrievers, manifest["repeats"]), store, folder)
+        made._adapter = target / "adapter" if manifest["language_model"] else None
+        return made
+
+    def _ready(self, *, lm: bool) -> _State:
+        """The present state, with the language model in it if it is wanted and there is one."""
+        if not lm or self._state.lm is not None or self._adapter is None:
+            return self._state
+        try:
+            from llmrec.language_model import LanguageModel
+        except ImportError as missing:
+            raise ImportError('the language model needs: pip install "llmrec[lm]"') from missing
+
+        with self._changing:
+            if self._state.lm is None and self._adapter is not None:
+                base = resolve(self.config.lm.base, allow_hub=self.config.allow_hub)
+                texts = self._state.texts
+                loaded = LanguageModel.load(self._adapter, base, texts.vectors, texts.encoder.fingerprint)
+                self._state = replace(self._state, lm=loaded)
+        return self._state
+
+    # ---- asking ---------------------------------------------------------------------------------
+
+    def recommend(self, request: Request | None = None, **fields: Any) -> list[Recommendation]:
+        """Return up to k recommendations for one request, given as a `Request` or by its fields.
+
+        Raises
+        ------
+        RequestError
+            If the request is invalid or names unknown items.
+        """
+        return self.recommend_many([_request(request, fields)])[0]
+
+    def recommend_many(self, requests: Sequence[Request]) -> list[list[Recommendation]]:
+        """Answer many requests; those of a chunk go through each component as one batch."""
+        recipe = self._state.recipe
+        state = self._ready(lm=any((recipe.query if r.query else recipe.history).lm > 0 for r in requests))
+        pipeline = state.pipeline()
+        answers: list[list[Recommendation]] = []
+        for start in range(0, len(requests), CHUNK):
+            chunk = requests[start : start + CHUNK]
+            queries = [self._query(r, state) for r in chunk]
+            found = pipeline.recommend(queries, max(r.k for r in chunk))
+            answers += [_answer(c.top(r.k), state.catalog) for r, c in zip(chunk, found, strict=True)]
+        return answers
+
+    def stages(self, request: Request | None = None, **fields: Any) -> dict[str, list[Recommendation]]:
+        """Return what each stage alone would answer: ``retrieval``, ``language model``, ``default``.
+
+        `default` is what `recommend` returns. Without a tuned model ``language model`` is not there.
+        """
+        asked = _request(request, fields)
+        state = self._ready(lm=True)
+        pipeline = state.pipeline()
+        query = self._query(asked, state)
+        plain = replace(
+            pipeline, history=replace(pipeline.history, lm=0.0), query=replace(pipeline.query, lm=0.0)
+        )
+        lists = {"retrieval": plain.recommend([query], asked.k)[0]}
+        if state.lm is not None:
+            only = Weights({}, lm=1.0)
+            lists["language model"] = replace(pipeline, history=only, query=only).recommend([query], asked.k)[
+                0
+            ]
+        lists["default"] = pipeline.recommend([query], asked.k)[0]
+        return {name: _answer(c, state.catalog) for name, c in lists.items()}
+
+    def search(
+        self, query: str, user: str | None = None, k: int = 10, where: Mapping[str, Any] | None = None
+    ) -> list[Recommendation]:
+        """Return up to k items for a typed query, personalised where the user has a history.
+
+        Seen items may come back: who searches for something wants to find it.
+        """
+        if not query or not query.strip():
+            raise RequestError("search needs words, got an empty query")
+        return self.recommend(Request(user=user, query=query, k=k, where=where, seen="include"))
+
+    def similar(
+        self, item_id: str, k: int = 10, where: Mapping[str, Any] | None = None
+    ) -> list[Recommendation]:
+        """Return up to k items like one item: by text, and by what people chose around it.
+
+        Raises
+        ------
+        RequestError
+            If the item is unknown.
+        """
+        state = self._state
+        code = state.catalog.code(item_id)
+        request = Request(history=[item_id], k=k, where=where, exclude=[item_id])
+        query = Query(np.array([code], dtype=np.int32), "", self._mask(request, state, np.empty(0, np.int32)))
+        pipeline = replace(state.pipeline(), history=state.recipe.similar)
+        return _answer(pipeline.recommend([query], k)[0], state.catalog)
+
+    def rank(
+        self,
+        items: Sequence[str],
+        user: str | None = None,
+        history: Sequence[str | Event] | None = None,
+        query: str | None = None,
+    ) -> list[Recommendation]:
+        """Order the caller's own candidates, best first; every known one comes back, seen ones too.
+
+        Items that no component knows how to score keep the caller's order, at the end.
+
+        Raises
+        ------
+        RequestError
+            If an id is unknown or given twice.
+        """
+        ids = list(items)
+        state = self._ready(lm=(self._state.recipe.query if query else self._state.recipe.history).lm > 0)
+        codes = state.catalog.codes(ids)
+        if len(set(ids)) < len(ids):
+            raise RequestError("an item is given twice; ids to rank must differ")
+        if not ids:
+            return []
+        request = Request(user=user, history=history, query=query, k=len(ids))
+        mask = np.zeros(len(state.catalog), dtype=np.bool_)
+        mask[codes] = True
+        asked = replace(self._query(request, state), mask=mask)
+        pipeline = replace(state.pipeline(), depth=len(ids))
+        return _answer(pipeline.order(asked, codes), state.catalog)
+
+    def _query(self, request: Request, state: _State) -> Query:
+        history = self._history(request, state)
+        text = neutralise(request.query, QUERY_LIMIT) if request.query else ""
+        return Query(history, text, self._mask(request, state, history))
+
+    def _history(self, request: Request, state: _State) -> Codes:
+        if request.history is not None:
+            ids = [e.item_id if isinstance(e, Event) else e for e in request.history]
+            return state.catalog.codes(ids)
+        if request.user is None:
+            return np.empty(0, dtype=np.int32)
+        codes = state.catalog.find([e.item_id for e in self._store.history(request.user)])
+        return codes[codes >= 0]
+
+    def _mask(self, request: Request, state: _State, history: Codes) -> Mask:
+        mask: Mask = state.catalog.active.copy()
+        allowed = compile_where(request.where, state.catalog)
+        if allowed is not None:
+            mask &= allowed
+        if len(request.exclude):
+            mask[state.catalog.codes(list(request.exclude))] = False
+        if request.seen == "exclude" or (request.seen == "auto" and not state.repeats):
+            mask[history] = False
+        return mask
+
+    # ---- what changes while serving ---------------------------------------------------------------
+
+    def observe(self, user: str, item: str, timestamp: int | None = None, weight: float = 1.0) -> None:
+        """Store a live event; it counts in the next request. `timestamp` is now unless given.
+
+        Raises
+        ------
+        RequestError
+            If the item is unknown.
+        """
+        self._state.catalog.code(item)
+        if timestamp is None and self.config.data.clock == "time":
+            timestamp = int(time.time())
+        self._store.append([Event(user, item, timestamp, weight)])
+
+    def forget(self, user: str) -> int:
+        """Erase a user's events and cached states; return how many events there were.
+
+        Aggregates fitted earlier (item weights, the adapter) stay until `refit` and `finetune`.
+        """
+        count = self._store.forget(user)
+        if self._state.lm is not None:
+            self._state.lm.scorer.forget()
+        return count
+
+    def add_items(self, items: Sequence[Item]) -> None:
+        """Add items, or replace those with the same id; recommendable at once by their text.
+
+        Raises
+        ------
+        DataError
+            If an item breaks the data contract.
+        """
+        with self._changing:
+            self._change_catalog(self._state.catalog.with_items(items))
+
+    def remove_items(self, item_ids: Sequence[str]) -> None:
+        """Remove items: never returned again, unless added again. Events that name them stay.
+
+        Raises
+        ------
+        RequestError
+            If an id is unknown.
+        """
+        with self._changing:
+            self._state = replace(self._state, catalog=self._state.catalog.without_items(item_ids))
+
+    def _change_catalog(self, catalog: Catalog) -> None:
+        state = self._ready(lm=self._adapter is not None)
+        texts = grown_texts(state.texts, catalog.lines())
+        retrievers = grown_retrievers(state.retrievers, texts, state.recipe)
+        lm = state.lm.grown(texts.vectors) if state.lm is not None else None
+        self._state = replace(state, catalog=catalog, texts=texts, retrievers=retrievers, lm=lm)
+
+    def close(self) -> None:
+        """Release the event store."""
+        self._store.close()
+
+
+def _request(request: Request | None, fields: Mapping[str, Any]) -> Request:
+    if request is None:
+        try:
+            return Request(**fields)
+        except TypeError as wrong:
+            known = ", ".join(Request.__dataclass_fields__)
+            raise RequestError(f"{wrong}; a request has the fields {known}") from None
+    if fields:
+        raise RequestError(f"give a Request or its fields, not both: {', '.join(fields)}")
+    return request
+
+
+def _answer(found: Candidates, catalog: Catalog) -> list[Recommendation]:
+    answer = []
+    for row, code in enumerate(found.items):
+        sources = [
+            Source(name, int(found.ranks[row, column]), float(found.parts[row, column]))
+            for column, name in enumerate(found.names)
+            if found.ranks[row, column] > 0 or found.parts[row, column] > 0
+        ]
+        sources.sort(key=lambda s: -s.score)
+        item = catalog.item(int(code))
+        answer.append(Recommendation(item, row + 1, float(found.scores[row]), tuple(sources)))
+    return answer
+
+
+def _version() -> str:
+    from llmrec import __version__
+
+    return __version__
