@@ -64,7 +64,7 @@ class Card:
             mine, theirs = getattr(self, f"{name}_sha256"), getattr(other, f"{name}_sha256")
             if mine != theirs:
                 raise ModelError(
-                    f"the adapter was trained with another {name}: {mine[:12]}... then, {theirs[:12]}... now; "
+                    f"the adapter belongs to another {name}: {mine[:12]}... then, {theirs[:12]}... now; "
                     f"use the {name} it was trained with, or fine-tune again"
                 )
         changed = [

@@ -185,7 +185,10 @@ class Pipeline:
         return result
 
     def order(self, query: Query, items: Codes) -> Candidates:
-        """Order given items, all of them: those that no component found come last, as they were given."""
+        """Order given items, all of them: those that no component found come last, as they were given.
+
+        The query's mask has to allow these items and no others; an item is given once.
+        """
         weights = self.weights_for(query)
         merged = self.retrieve([query], [weights])[0]
         missing = items[~np.isin(items, merged.items)]

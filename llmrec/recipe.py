@@ -267,7 +267,8 @@ class Features:
         total = self.scores @ np.array([weights.get(n, 0.0) for n in self.names], dtype=np.float32)
         counts = np.diff(np.append(self.starts, len(total)))
         found = self.truth >= 0
-        own = np.where(found, total[np.maximum(self.truth, 0)], np.inf) if len(total) else np.zeros(0)
+        own = np.full(len(found), np.inf)
+        own[found] = total[self.truth[found]]
         theirs = np.repeat(own, counts)
         earlier = np.arange(len(total)) < np.repeat(self.truth, counts)
         ahead = (total > theirs) | ((total == theirs) & earlier)
@@ -295,7 +296,8 @@ def search_weights(
     for _ in range(3):
         before = score
         for name in features.names:
-            if name in fixed:
+            # Alone, a component ranks the same at every weight: the tie would shrink it for nothing.
+            if name in fixed or not any(w for n, w in best.items() if n != name):
                 continue
             trials = {w: value({**best, name: w}) for w in GRID}
             chosen = max(GRID, key=lambda w: (round(trials[w], 7), -w))

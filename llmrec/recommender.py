@@ -110,6 +110,11 @@ class Recommender:
         self._run: Path | None = None
         self._changing = threading.RLock()
 
+    @property
+    def recipe(self) -> Recipe:
+        """Settings and weights that were chosen, with the log of all trials."""
+        return self._state.recipe
+
     # ---- making one -----------------------------------------------------------------------------
 
     @classmethod

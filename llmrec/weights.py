@@ -53,7 +53,8 @@ def _type_weights(
             f"events: {len(unlisted):,} rows have an event type without a weight: {names}; "
             f"event_weights lists {', '.join(map(repr, weights))}; add it, with 0 to leave the rows out"
         )
-    return types.replace_strict(dict(weights), default=0.0, return_dtype=pl.Float64).to_numpy()
+    factors = {name: float(weight) for name, weight in weights.items()}
+    return types.replace_strict(factors, default=0.0, return_dtype=pl.Float64).to_numpy()
 
 
 def _numbers(frame: pl.DataFrame, name: str, reason: str) -> NDArray[np.float64]:

@@ -178,18 +178,21 @@ def use_after_fork(store):
 
 
 def test_forget_leaves_no_bytes_of_the_user(store, path):
-    users = [f"person-{n:04d}@example.org" for n in range(300)]
-    # Small transactions in no order split pages, and a split may leave stale copies of rows.
-    choose = random.Random(1)
-    for _ in range(200):
-        store.append([Event(choose.choice(users), f"item {n}", n) for n in range(choose.choice([1, 5, 100]))])
-    assert all(user.encode() in bytes_on_disk(path) for user in users[:30])
-    for user in users[:30]:
+    # Users in no order split the pages of the index, and a split may leave a stale copy of a row: with this
+    # seed and SQLite 3.40 it does for some of the seven users, even where deleted rows are overwritten.
+    choose = random.Random(2)
+    users = [f"person-{choose.getrandbits(40):010x}@example.org" for _ in range(600)]
+    with store._connection() as connection:
+        connection.execute("PRAGMA synchronous = OFF")
+    for _ in range(150):
+        store.append([Event(choose.choice(users), f"item {n}", n) for n in range(200)])
+    gone = [users[n] for n in (30, 110, 178, 191, 192, 196, 198)]
+    assert all(user.encode() in bytes_on_disk(path) for user in gone)
+    for user in gone:
         assert store.forget(user) > 0
         assert store.history(user) == [] and store.forget(user) == 0
     left = bytes_on_disk(path)
-    assert not [user for user in users[:30] if user.encode() in left]
-    assert all(store.history(user) for user in users[30:])
+    assert [user in gone for user in users] == [user.encode() not in left for user in users]
 
 
 def test_forget_says_so_when_a_reader_keeps_the_old_bytes(store, path, monkeypatch):

@@ -59,10 +59,14 @@ class LightEncoder:
             counts = terms.fit_transform(texts)
         except ValueError as empty:
             raise DataError(f"the item texts hold no words to encode ({len(texts)} texts)") from empty
-        dim = max(1, min(dim, min(counts.shape) - 1))
-        svd = TruncatedSVD(n_components=dim, random_state=0).fit(counts)
+        components: Floats = np.ones((1, 1), dtype=np.float32)
+        # The library refuses a single term, for which there is nothing to decompose.
+        if counts.shape[1] > 1:
+            with np.errstate(invalid="ignore"):  # its share of variance is 0 / 0 if all texts are equal
+                svd = TruncatedSVD(n_components=min(dim, *counts.shape), random_state=0).fit(counts)
+            components = svd.components_.astype(np.float32)
         vocabulary = {term: int(column) for term, column in terms.vocabulary_.items()}
-        return cls(vocabulary, terms.idf_.astype(np.float32), svd.components_.astype(np.float32))
+        return cls(vocabulary, terms.idf_.astype(np.float32), components)
 
     def encode(self, texts: Sequence[str]) -> Floats:
         """Return float32 vectors of length 1 (0 where no term is known), shape (len(texts), dim)."""
@@ -70,8 +74,9 @@ class LightEncoder:
             return np.zeros((0, self.dim), dtype=np.float32)
         vectors: Floats = (self._terms.transform(texts) @ self.components.T).astype(np.float32)
         lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-        vectors /= np.where(lengths > 1e-12, lengths, np.float32(1.0))
-        return vectors
+        # A text whose terms the components leave out has a length of rounding errors, not a direction.
+        known = lengths > 1e-5
+        return np.where(known, vectors / np.where(known, lengths, np.float32(1.0)), np.float32(0.0))
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """Everything needed to make the encoder again, as arrays without objects."""

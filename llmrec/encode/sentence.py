@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from llmrec.protocols import Floats
+from llmrec.quiet import quiet_transformers
 
 
 class SentenceEncoder:
@@ -33,10 +34,11 @@ class SentenceEncoder:
         except ImportError as missing:
             raise ImportError('the sentence encoder needs: pip install "llmrec[lm]"') from missing
         self.folder, self.batch, self.on_progress = folder, batch, on_progress
-        self._model: Any = SentenceTransformer(
-            str(folder), trust_remote_code=False, model_kwargs={"use_safetensors": True}
-        )
-        self.dim = int(self._model.encode(["a"]).shape[1])
+        with quiet_transformers():
+            self._model: Any = SentenceTransformer(
+                str(folder), trust_remote_code=False, model_kwargs={"use_safetensors": True}
+            )
+        self.dim = int(self._model.encode(["a"], show_progress_bar=False).shape[1])
         weights = hashlib.sha256()
         for path in sorted(folder.rglob("*.safetensors")):
             with path.open("rb") as opened:

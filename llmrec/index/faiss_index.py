@@ -12,6 +12,9 @@ from llmrec.protocols import Floats, Hits, Mask
 EXACT_UP_TO = 200_000
 """Vectors up to which exact search is used. Measured by `eval/index_size.py`, see eval/README.md."""
 
+FEW_ALLOWED = 0.1
+"""Share of allowed items below which the graph is not walked: most of its edges lead to forbidden ones."""
+
 
 class FaissIndex:
     """Inner-product search with FAISS; filters are pushed down into the search.
@@ -61,16 +64,19 @@ class FaissIndex:
         return [self._search_one(v, k, m) for v, m in zip(vectors, masks, strict=True)]
 
     def _search_one(self, vector: Floats, k: int, mask: Mask | None) -> Hits:
-        parameters = None
+        index, parameters = self._index, None
         if mask is not None:
             # A bitmap of the allowed codes; it must stay alive during the search.
             bits = np.packbits(mask, bitorder="little")
             chosen = self._faiss.IDSelectorBitmap(bits)
-            make = self._faiss.SearchParameters if self.exact else self._faiss.SearchParametersHNSW
+            if not self.exact and np.count_nonzero(mask) < FEW_ALLOWED * len(self):
+                index = self._index.storage
+            exact = self.exact or index is not self._index
+            make = self._faiss.SearchParameters if exact else self._faiss.SearchParametersHNSW
             parameters = make(sel=chosen)
-            if not self.exact:
-                parameters.efSearch = max(64, 2 * k)
-        scores, codes = self._index.search(np.ascontiguousarray(vector[None]), k, params=parameters)
+            if not exact:
+                parameters.efSearch = max(128, 2 * k)
+        scores, codes = index.search(np.ascontiguousarray(vector[None]), k, params=parameters)
         return self._hits(codes[0], scores[0])
 
     @staticmethod

@@ -45,13 +45,8 @@ class ProfileRetriever:
     def retrieve(self, queries: Sequence[Query], k: int) -> list[Hits]:
         """Return up to k allowed items for each query with a history."""
         able = [i for i, query in enumerate(queries) if len(query.history)]
-        hits = [NO_HITS] * len(queries)
-        if able:
-            profiles = np.stack([self.profile(queries[i]) for i in able])
-            found = self.index.search(profiles, k, [queries[i].mask for i in able])
-            for i, result in zip(able, found, strict=True):
-                hits[i] = result
-        return hits
+        vectors = np.stack([self.profile(queries[i]) for i in able]) if able else self.vectors[:0]
+        return _nearest(self.index, queries, able, vectors, k)
 
 
 class TextQueryRetriever:
@@ -65,10 +60,18 @@ class TextQueryRetriever:
     def retrieve(self, queries: Sequence[Query], k: int) -> list[Hits]:
         """Return up to k allowed items for each query with words."""
         able = [i for i, query in enumerate(queries) if query.text]
-        hits = [NO_HITS] * len(queries)
-        if able:
-            vectors = self.encoder.encode([queries[i].text for i in able])
-            found = self.index.search(vectors, k, [queries[i].mask for i in able])
-            for i, result in zip(able, found, strict=True):
-                hits[i] = result
-        return hits
+        vectors = self.encoder.encode([queries[i].text for i in able])
+        return _nearest(self.index, queries, able, vectors, k)
+
+
+def _nearest(
+    index: VectorIndex, queries: Sequence[Query], rows: Sequence[int], vectors: Floats, k: int
+) -> list[Hits]:
+    """Hits of the queries at `rows`, which have these vectors; none for the others and for a zero vector."""
+    hits = [NO_HITS] * len(queries)
+    # A text without a known word is as near to every item: no reason to propose any.
+    able = np.flatnonzero(vectors.any(axis=1)).tolist()
+    found = index.search(vectors[able], k, [queries[rows[i]].mask for i in able])
+    for i, result in zip(able, found, strict=True):
+        hits[rows[i]] = result
+    return hits

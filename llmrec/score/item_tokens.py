@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from llmrec.errors import ModelError
 from llmrec.protocols import Codes, Floats, Hits, Query
+from llmrec.quiet import quiet_transformers
 from llmrec.ranking import tops
 from llmrec.score.config import Precision
 
@@ -44,11 +45,17 @@ def load_body(folder: Path, layers: int | None, dtype: torch.dtype) -> nn.Module
     Raises
     ------
     ModelError
-        If the model has fewer layers than asked for, or keeps them where we do not know.
+        If weights are missing, if the model has fewer layers than asked for, or keeps them where we do
+        not know.
     """
     from transformers import AutoModel
 
-    body: Any = AutoModel.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
+    with quiet_transformers():
+        body, info = AutoModel.from_pretrained(
+            folder, dtype=dtype, trust_remote_code=False, output_loading_info=True
+        )
+    if info["missing_keys"]:
+        raise ModelError(f"{folder} lacks weights: {', '.join(sorted(info['missing_keys'])[:5])}")
     attribute = next((name for name in ("layers", "h") if hasattr(body, name)), None)
     if layers is not None:
         if attribute is None:

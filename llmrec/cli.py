@@ -1,0 +1,299 @@
+"""The command line: one command for each verb of `Recommender`.
+
+Results are on standard output, everything else on standard error. Exit codes: 0, 2 for what the user can
+mend (one line ``error: ...``), 130 after Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.logging import RichHandler
+from typer.core import TyperGroup
+
+from llmrec import __version__
+from llmrec.cli_show import say, say_weights, show, show_known, stages, stderr, training_bar
+from llmrec.errors import LLMRecError, RequestError
+
+
+class _Commands(TyperGroup):
+    """Ends a command with one line on standard error instead of a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise typer.Exit(130) from None
+        except BrokenPipeError:
+            # Whoever read our output has seen enough; typer ends quietly.
+            raise
+        except (LLMRecError, ImportError, OSError) as error:
+            say(f"error: {error}")
+            raise typer.Exit(2) from None
+
+
+app = typer.Typer(cls=_Commands, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
+
+Model = Annotated[Path, typer.Argument(help="Directory of a saved recommender.", show_default=False)]
+User = Annotated[str | None, typer.Option(help="User whose stored history is used.")]
+History = Annotated[str | None, typer.Option(help="Item ids, oldest first, with commas between.")]
+Words = Annotated[str | None, typer.Option("--query", help="A wish typed in words.")]
+Count = Annotated[int, typer.Option("-k", help="How many at most.")]
+Where = Annotated[str | None, typer.Option(help="""Conditions as JSON: '{"year": {"gte": 1990}}'.""")]
+InJSON = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def start(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    """From a purchase log to recommendations reranked by a LoRA-tuned language model."""
+
+
+@app.command()
+def fetch(
+    names: Annotated[list[str] | None, typer.Argument(help="Known names or hub ids.")] = None,
+    allow_hub: Annotated[bool, typer.Option("--allow-hub", help="A model hub may be asked.")] = False,
+    listed: Annotated[bool, typer.Option("--list", help="List the known names.")] = False,
+) -> None:
+    """Fetch models and data by name and print their folders; without names, list what is known."""
+    from llmrec.fetch import fetch_with_progress, known
+
+    if listed or not names:
+        show_known(known())
+        return
+    for folder in fetch_with_progress(names, allow_hub=allow_hub, console=stderr):
+        typer.echo(str(folder))
+
+
+@app.command()
+def fit(
+    items: Annotated[str, typer.Option(help="Items: .parquet, .csv(.gz), .tsv, .jsonl, .item.")],
+    events: Annotated[str, typer.Option(help="Events: .parquet, .csv(.gz), .tsv, .jsonl, .inter.")],
+    out: Annotated[Path, typer.Option(help="Directory of the recommender.")],
+    config: Annotated[Path | None, typer.Option(help="TOML file; the flags below win over it.")] = None,
+    clock: Annotated[str | None, typer.Option(help="time, or none: rows are in order.")] = None,
+    policy: Annotated[str | None, typer.Option(help="Bad rows: raise, or drop and count.")] = None,
+    ties: Annotated[str | None, typer.Option(help="Equal time stamps: order of input, or item id.")] = None,
+    encoder: Annotated[str | None, typer.Option(help="light, a known name, hub id or folder.")] = None,
+) -> None:
+    """Fit a recommender on a catalogue and a log, and save it."""
+    from llmrec.assembly import read_catalog, read_log
+    from llmrec.config import Config
+    from llmrec.recommender import Recommender
+
+    values = Config.of(config).model_dump()
+    flags = {"clock": clock, "policy": policy, "ties": ties}
+    values["data"] |= {name: value for name, value in flags.items() if value is not None}
+    if encoder is not None:
+        values["encoder"]["name"] = encoder
+    settings = Config.of(values)
+    with stages() as on_stage:
+        on_stage("reading items and events")
+        catalog = read_catalog(items, settings.data)
+        log = read_log(events, catalog, settings.data)
+        rec = Recommender.fit(catalog, log, settings, on_stage=on_stage)
+        on_stage("saving")
+        rec.save(out)
+    say(f"items: {catalog.report}")
+    say(f"events: {log.report}")
+    say_weights(rec.recipe)
+    typer.echo(str(out))
+
+
+@app.command()
+def finetune(
+    model: Model,
+    minutes: Annotated[
+        float | None, typer.Option(help="Time to train; that of the configuration if not given, 20.")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="TOML file; its lm and training sections count.")
+    ] = None,
+) -> None:
+    """Fine-tune the language model on the stored log, choose its weight, and save.
+
+    An interrupted run goes on from its last checkpoint when the same command is given again.
+    """
+    from llmrec.config import Config
+    from llmrec.recommender import Recommender
+
+    rec = Recommender.load(model)
+    if config is not None:
+        given = Config.of(config)
+        sections: dict[str, Any] = {n: getattr(given, n) for n in given.model_fields_set & {"lm", "training"}}
+        rec.config = rec.config.model_copy(update=sections)
+    if minutes is not None and not minutes > 0:
+        raise RequestError(f"--minutes must be above 0, got {minutes:g}")
+    try:
+        with training_bar() as on_step:
+            report = rec.finetune(minutes, on_step=on_step)
+        rec.save(model)
+    except KeyboardInterrupt:
+        kept = (model / "training" / "checkpoint.safetensors").is_file()
+        say(
+            "stopped; the last checkpoint is kept, the same command continues from there"
+            if kept
+            else "stopped before the first checkpoint; the same command starts again"
+        )
+        raise
+    typer.echo(str(report))
+
+
+@app.command()
+def recommend(
+    model: Model,
+    user: User = None,
+    history: History = None,
+    query: Words = None,
+    k: Count = 10,
+    where: Where = None,
+    exclude: Annotated[str | None, typer.Option(help="Item ids never to return.")] = None,
+    seen: Annotated[
+        str, typer.Option(help="May items of the history return: auto, include, exclude.")
+    ] = "auto",
+    by_stage: Annotated[
+        bool, typer.Option("--stages", help="Show what each stage alone would answer.")
+    ] = False,
+    in_json: InJSON = False,
+) -> None:
+    """Recommend items to a user, for a history, for typed words, or for words and one of the others."""
+    from llmrec.recommender import Recommender
+    from llmrec.types import Request
+
+    if user is None and history is None and query is None:
+        raise RequestError("whom for? give --user, --history or --query")
+    fields: dict[str, Any] = {
+        "user": user,
+        "history": _ids("--history", history),
+        "query": query,
+        "seen": seen,
+    }
+    request = Request(**fields, k=k, where=_where(where), exclude=_ids("--exclude", exclude) or [])
+    rec = Recommender.load(model)
+    show(rec.stages(request) if by_stage else rec.recommend(request), in_json=in_json)
+
+
+@app.command()
+def similar(
+    model: Model,
+    item: Annotated[str, typer.Argument(help="Item id.")],
+    k: Count = 10,
+    where: Where = None,
+    in_json: InJSON = False,
+) -> None:
+    """Show items like one item."""
+    from llmrec.recommender import Recommender
+
+    conditions = _where(where)
+    show(Recommender.load(model).similar(item, k, conditions), in_json=in_json)
+
+
+@app.command()
+def search(
+    model: Model,
+    text: Annotated[str, typer.Argument(help="What to look for, in words.")],
+    user: User = None,
+    k: Count = 10,
+    where: Where = None,
+    in_json: InJSON = False,
+) -> None:
+    """Search the catalogue, personalised where a user is given."""
+    from llmrec.recommender import Recommender
+
+    conditions = _where(where)
+    show(Recommender.load(model).search(text, user, k, conditions), in_json=in_json)
+
+
+@app.command()
+def rank(
+    model: Model,
+    items: Annotated[str, typer.Option(help="Item ids to order, with commas between.")],
+    user: User = None,
+    history: History = None,
+    query: Words = None,
+    in_json: InJSON = False,
+) -> None:
+    """Order given items, best first; all of them come back."""
+    from llmrec.recommender import Recommender
+
+    ids, past = _ids("--items", items) or [], _ids("--history", history)
+    show(Recommender.load(model).rank(ids, user, past, query), in_json=in_json)
+
+
+@app.command()
+def observe(
+    model: Model,
+    user: Annotated[str, typer.Option(help="User id.")],
+    item: Annotated[str, typer.Option(help="Item id.")],
+) -> None:
+    """Store an event that happened now; it counts in the next request."""
+    from llmrec.recommender import Recommender
+
+    Recommender.load(model).observe(user, item)
+    say(f"stored: user {user!r}, item {item!r}")
+
+
+@app.command()
+def forget(model: Model, user: Annotated[str, typer.Option(help="User id.")]) -> None:
+    """Erase all events of a user."""
+    from llmrec.recommender import Recommender
+
+    count = Recommender.load(model).forget(user)
+    say(f"erased {count:,} event{'s' * (count != 1)} of user {user!r}")
+
+
+def _ids(flag: str, text: str | None) -> list[str] | None:
+    """Split ids at commas."""
+    if text is None:
+        return None
+    ids = [part.strip() for part in text.split(",")]
+    if not all(ids):
+        raise RequestError(f"{flag} has an empty item id: {text!r}; write ids with one comma between them")
+    return ids
+
+
+def _where(text: str | None) -> dict[str, Any] | None:
+    """Read conditions."""
+    if text is None:
+        return None
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as wrong:
+        at = text[wrong.pos : wrong.pos + 20]
+        found = f"before {at!r}" if at else "at the end"
+        raise RequestError(
+            f"--where is not JSON: {wrong.msg} at character {wrong.pos + 1}, {found}"
+        ) from None
+    if not isinstance(values, dict):
+        raise RequestError(f'--where must be a JSON object such as {{"genres": "Comedy"}}, got {text}')
+    return values
+
+
+def main() -> None:
+    """Run the command line."""
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal that cannot show a character shows a question mark.
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    # The handler has a level of its own, since some libraries set that of their loggers to DEBUG.
+    handler = RichHandler(logging.WARNING, stderr, show_time=False, show_path=False)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""What the command line shows: tables and JSON on standard output, progress on standard error."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bars
+from rich.table import Table
+from rich.text import Text
+
+from llmrec.fetch import Artifact
+from llmrec.pipeline import LM
+from llmrec.recipe import Recipe
+from llmrec.types import Recommendation
+
+if TYPE_CHECKING:
+    from llmrec.training import Progress
+
+stderr = Console(stderr=True)
+"""Progress, notes and errors."""
+
+PIPED = 1_000
+"""Width where standard output is no terminal: nothing is cut."""
+
+
+def say(message: str) -> None:
+    """Print a line on standard error as it is: brackets are no markup."""
+    stderr.print(message, markup=False, highlight=False, soft_wrap=True)
+
+
+def _print(table: Table) -> None:
+    console = Console(width=None if sys.stdout.isatty() else PIPED, highlight=False)
+    console.print(table)
+
+
+def as_json(found: Sequence[Recommendation]) -> list[dict[str, Any]]:
+    """Return recommendations as JSON values."""
+    return [
+        {
+            "item_id": r.item_id,
+            "title": r.title,
+            "rank": r.rank,
+            "score": r.score,
+            "attributes": dict(r.item.attributes),
+            "sources": [{"name": s.name, "rank": s.rank, "score": s.score} for s in r.sources],
+        }
+        for r in found
+    ]
+
+
+def show(found: Sequence[Recommendation] | Mapping[str, Sequence[Recommendation]], *, in_json: bool) -> None:
+    """Print one list, or several by name, as tables or as one JSON value."""
+    if isinstance(found, Mapping):
+        if in_json:
+            typer.echo(json.dumps({name: as_json(part) for name, part in found.items()}))
+        else:
+            for name, part in found.items():
+                _print(_table(part, name))
+    elif in_json:
+        typer.echo(json.dumps(as_json(found)))
+    else:
+        _print(_table(found))
+
+
+def _table(found: Sequence[Recommendation], title: str | None = None) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", show_edge=False, pad_edge=False)
+    table.add_column("rank", justify="right")
+    table.add_column("item", no_wrap=True)
+    table.add_column("title")
+    table.add_column("score", justify="right")
+    table.add_column("what each source added")
+    for r in found:
+        sources = ", ".join(f"{s.name} +{s.score:.2f}" for s in r.sources)
+        # `Text`, since in a plain string "[bold]" would be markup.
+        table.add_row(str(r.rank), Text(r.item_id), Text(r.title), f"{r.score:.3f}", Text(sources))
+    if not found:
+        table.caption = "nothing: the rules leave no item"
+    return table
+
+
+def show_known(artifacts: Sequence[Artifact]) -> None:
+    """Print what can be fetched by name."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for name in ("name", "size", "licence", "what"):
+        table.add_column(name, justify="right" if name == "size" else "left", no_wrap=name == "name")
+    for a in artifacts:
+        size = f"{a.megabytes} MB" if a.megabytes else "?"
+        table.add_row(Text(a.name), size, Text(a.licence), Text(a.summary))
+    _print(table)
+
+
+def say_weights(recipe: Recipe) -> None:
+    """Print the weights that were chosen for each kind of request."""
+    kinds = (("history", recipe.history), ("typed words", recipe.query), ("similar items", recipe.similar))
+    for kind, weights in kinds:
+        named = {**weights.retrievers, **({LM: weights.lm} if weights.lm else {})}
+        say(f"weights by {kind}: " + ", ".join(f"{name} {weight:g}" for name, weight in named.items()))
+
+
+@contextmanager
+def stages() -> Iterator[Callable[[str], None]]:
+    """Show the name of the stage that runs; where standard error is no terminal, each is a line."""
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
+    last = ""
+    with Bars(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as bars:
+        task = bars.add_task("starting", total=None)
+
+        def on_stage(stage: str) -> None:
+            nonlocal last
+            bars.update(task, description=stage)
+            if bars.disable and stage != last:
+                say(stage)
+            last = stage
+
+        yield on_stage
+
+
+@contextmanager
+def training_bar() -> Iterator[Callable[[Progress, float], None]]:
+    """Show share done, nats an item, speed and time left of a training run.
+
+    Where standard error is no terminal, that is a line every twentieth of the run.
+    """
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TextColumn("{task.fields[state]}", markup=False),
+    )
+    started, reached = False, -1
+    with Bars(*columns, console=stderr, disable=not stderr.is_terminal) as bars:
+        task = bars.add_task("preparing", total=1.0, state="")
+
+        def on_step(progress: Progress, done: float) -> None:
+            nonlocal started, reached
+            if not started and progress.step > 1:
+                say(f"continuing from the checkpoint of step {progress.step - 1}")
+            started = True
+            done = min(1.0, done)
+            left = progress.seconds * (1 - done) / done if done else 0.0
+            state = (
+                f"step {progress.step}, {progress.loss:.2f} nats an item, "
+                f"{progress.events / max(progress.seconds, 1e-9):.0f} events/s, {_minutes(left)} left"
+            )
+            what = "training" if done < 1 else "choosing the weight"
+            bars.update(task, completed=done, description=what, state=state)
+            if bars.disable and int(done * 20) > reached:
+                reached = int(done * 20)
+                say(f"{done:4.0%} {state}")
+
+        yield on_step
+
+
+def _minutes(seconds: float) -> str:
+    whole = round(seconds)
+    return f"{whole // 60}:{whole % 60:02d}"

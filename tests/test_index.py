@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from llmrec.index.faiss_index import FaissIndex
+
+DIM = 64
+
+
+def clustered(n, seed=0):
+    """Unit vectors around 40 centres, and queries near some of them."""
+    rng = np.random.default_rng(seed)
+    centres = rng.normal(size=(40, DIM))
+    vectors = centres[rng.integers(0, 40, n)] + 0.5 * rng.normal(size=(n, DIM))
+    vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+    return vectors, vectors[:30] + 0.05 * rng.normal(size=(30, DIM)).astype(np.float32)
+
+
+VECTORS, QUERIES = clustered(4000)
+
+
+@pytest.fixture(scope="module")
+def exact():
+    index = FaissIndex(DIM)
+    index.add(VECTORS)
+    assert index.exact and len(index) == 4000
+    return index
+
+
+@pytest.fixture(scope="module")
+def graph():
+    """Grown past its limit in pieces: the first are moved from exact storage into the graph."""
+    index = FaissIndex(DIM, exact_up_to=1000)
+    for piece in np.split(VECTORS, [600, 900, 2500]):
+        index.add(piece)
+    assert not index.exact and len(index) == 4000
+    return index
+
+
+def brute_force(query, k, mask=None):
+    """Codes by inner product, computed in float64."""
+    scores = VECTORS.astype(np.float64) @ query
+    if mask is not None:
+        scores = np.where(mask, scores, -np.inf)
+    order = np.argsort(-scores)[:k]
+    return order[np.isfinite(scores[order])], scores
+
+
+def test_exact_search_equals_an_argsort_with_and_without_masks(exact):
+    rng = np.random.default_rng(1)
+    masks = [None if i % 3 == 0 else rng.random(4000) < 0.5 for i in range(30)]
+    for asked in ([None] * 30, masks):
+        for query, mask, hits in zip(QUERIES, asked, exact.search(QUERIES, 20, asked), strict=True):
+            codes, scores = brute_force(query, 20, mask)
+            assert hits.items.tolist() == codes.tolist()
+            np.testing.assert_allclose(hits.scores, scores[codes], atol=1e-5)
+            assert hits.items.dtype == np.int32 and hits.scores.dtype == np.float32
+
+
+def test_the_graph_finds_what_exact_search_finds(exact, graph):
+    for masks in ([None] * 30, [np.arange(4000) % 2 == 0] * 30, [np.arange(4000) % 8 == 0] * 30):
+        pairs = zip(graph.search(QUERIES, 10, masks), exact.search(QUERIES, 10, masks), strict=True)
+        found = [len(np.intersect1d(near.items, true.items)) / 10 for near, true in pairs]
+        assert np.mean(found) >= 0.9
+
+
+@pytest.mark.parametrize("allowed", [1, 7, 40, 390])
+def test_however_few_items_are_allowed_they_are_found_and_no_others(exact, graph, allowed):
+    rng = np.random.default_rng(allowed)
+    masks = [np.isin(np.arange(4000), rng.choice(4000, allowed, replace=False)) for _ in QUERIES]
+    for index in (exact, graph):
+        for query, mask, hits in zip(QUERIES, masks, index.search(QUERIES, 25, masks), strict=True):
+            assert mask[hits.items].all()
+            assert hits.items.tolist() == brute_force(query, min(25, allowed), mask)[0].tolist()
+        assert [len(h.items) for h in index.search(QUERIES, 5, [np.zeros(4000, bool)] * 30)] == [0] * 30
+
+
+def test_adding_in_pieces_equals_adding_at_once(exact):
+    pieces = FaissIndex(DIM)
+    for piece in np.split(VECTORS, [0, 1, 1500, 1500]):
+        pieces.add(piece)
+    found = [index.search(QUERIES, 15, [None] * 30) for index in (exact, pieces)]
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_array_equal(one.items, other.items)
+        np.testing.assert_array_equal(one.scores, other.scores)
+
+
+def test_an_empty_index_finds_nothing_and_a_small_one_all_it_has():
+    index = FaissIndex(DIM)
+    assert [len(h.items) for h in index.search(QUERIES[:2], 5, [None, None])] == [0, 0]
+    assert index.search(QUERIES[:0], 5, []) == []
+    index.add(VECTORS[:3])
+    (hits,) = index.search(QUERIES[:1], 50, [None])
+    assert hits.items.tolist() == np.argsort(-(VECTORS[:3] @ QUERIES[0])).tolist()
+    (hits,) = index.search(QUERIES[:1], 50, [np.array([False, True, True])])
+    assert sorted(hits.items.tolist()) == [1, 2]

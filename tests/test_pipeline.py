@@ -1,0 +1,231 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmrec.encode.light import LightEncoder
+from llmrec.index.faiss_index import FaissIndex
+from llmrec.pipeline import LM, Pipeline, Weights, blend, merge
+from llmrec.protocols import Hits, Query
+from llmrec.ranking import top
+from llmrec.recipe import Recipe, RetrievalConfig, Texts, fit_retrievers
+
+N = 30
+
+
+def codes(values):
+    return np.array(values, dtype=np.int32)
+
+
+def hits_of(scores):
+    """Hits from code -> score, best first."""
+    order = sorted(scores, key=lambda code: (-scores[code], code))
+    return Hits(codes(order), np.array([scores[code] for code in order], np.float32))
+
+
+class FavouritesScorer:
+    """A language model in one dict: code -> score, -5 for all others. Counts what it was asked."""
+
+    name = LM
+
+    def __init__(self, favourites):
+        self.favourites, self.asked = favourites, []
+
+    def score(self, queries, candidates):
+        self.asked.append([c.tolist() for c in candidates])
+        return [np.array([self.favourites.get(int(i), -5.0) for i in c], np.float32) for c in candidates]
+
+    def retrieve(self, queries, k):
+        scores = np.array([self.favourites.get(i, -5.0) for i in range(N)], np.float32)
+        return [top(scores, k, query.mask) for query in queries]
+
+
+def toy_retrievers():
+    rng = np.random.default_rng(0)
+    histories = [codes(rng.integers(0, N - 3, rng.integers(2, 12))) for _ in range(50)]
+    words = ["red", "blue", "lamp", "shoe", "boat", "steel"]
+    lines = [" ".join(rng.choice(words, 2, replace=False)) + f" no{i:02}" for i in range(N)]
+    encoder = LightEncoder.fit(lines, dim=16)
+    index = FaissIndex(encoder.dim)
+    index.add(encoder.encode(lines))
+    texts = Texts(lines, encoder.encode(lines), encoder, index)
+    return fit_retrievers(histories, texts, Recipe.default(RetrievalConfig()))
+
+
+RECIPE = Recipe.default(RetrievalConfig())
+RETRIEVERS = toy_retrievers()
+PLAIN = Pipeline(RETRIEVERS, RECIPE.history, RECIPE.query, RECIPE.similar)
+
+
+def with_lm(favourites, weight):
+    scorer = FavouritesScorer(favourites)
+    return Pipeline(
+        {**RETRIEVERS, LM: scorer},
+        replace(RECIPE.history, lm=weight),
+        replace(RECIPE.query, lm=weight),
+        RECIPE.similar,
+        scorer,
+    )
+
+
+def score_dict(candidates):
+    return dict(zip(candidates.items.tolist(), candidates.scores.tolist(), strict=True))
+
+
+found = st.dictionaries(st.integers(0, 12), st.sampled_from([-2.0, 0.0, 0.25, 1.0, 7.0]), max_size=8)
+weights = st.sampled_from([0.0, 0.25, 0.5, 1.0])
+components = st.dictionaries(st.sampled_from(["a", "b", "c", LM]), st.tuples(found, weights))
+
+
+@settings(max_examples=200, deadline=None)
+@given(components, st.randoms(use_true_random=False))
+def test_the_merge_equals_a_plain_sum_over_dicts_in_any_order_of_components(parts, random):
+    expected: dict[int, float] = {}
+    for scores, weight in parts.values():
+        low, high = min(scores.values(), default=0), max(scores.values(), default=0)
+        for code, score in scores.items():
+            scaled = (score - low) / (high - low) if high > low else 1.0
+            expected[code] = expected.get(code, 0.0) + weight * scaled
+    hits = {name: hits_of(scores) for name, (scores, _) in parts.items()}
+    by_name = {name: weight for name, (_, weight) in parts.items()}
+    merged = merge(hits, by_name)
+    assert score_dict(merged) == pytest.approx(expected, abs=1e-6)
+    assert merged.items.tolist() == sorted(expected, key=lambda c: (-score_dict(merged)[c], c))
+    np.testing.assert_allclose(merged.parts.sum(axis=1), merged.scores, atol=1e-6)
+    for column, name in enumerate(merged.names):
+        ranks = {int(c): place + 1 for place, c in enumerate(hits[name].items)}
+        assert merged.ranks[:, column].tolist() == [ranks.get(int(c), 0) for c in merged.items]
+    names = list(hits)
+    random.shuffle(names)
+    shuffled = merge({name: hits[name] for name in names}, by_name)
+    assert score_dict(shuffled) == pytest.approx(score_dict(merged), abs=1e-6)
+
+
+@settings(max_examples=200, deadline=None)
+@given(components, st.data())
+def test_the_blend_adds_the_weighted_scaled_score_and_ties_keep_the_merge_order(parts, data):
+    merged = merge(
+        {n: hits_of(s) for n, (s, _) in parts.items()}, {n: w for n, (_, w) in parts.items() if n != LM}
+    )
+    n = len(merged.items)
+    lm = data.draw(st.lists(st.sampled_from([-9.0, -3.0, -1.0]), min_size=n, max_size=n))
+    weight = data.draw(st.sampled_from([0.0, 0.5, 3.0]))
+    blended = blend(merged, np.array(lm, np.float32), weight)
+    span = max(lm, default=0) - min(lm, default=0)
+    expected = {
+        int(code): float(score) + weight * ((own - min(lm)) / span if span else 1.0)
+        for code, score, own in zip(merged.items, merged.scores, lm, strict=True)
+    }
+    assert score_dict(blended) == pytest.approx(expected, abs=1e-5)
+    place = {code: i for i, code in enumerate(merged.items.tolist())}
+    scores = score_dict(blended)
+    assert blended.items.tolist() == sorted(place, key=lambda code: (-scores[code], place[code]))
+    if weight == 0 or not span:
+        assert blended.items.tolist() == merged.items.tolist()
+    assert blended.names[-1] == LM and blended.names.count(LM) == 1
+    if LM in parts:
+        ranks = dict(zip(merged.items.tolist(), merged.ranks[:, merged.names.index(LM)], strict=True))
+        assert blended.ranks[:, -1].tolist() == [ranks[int(code)] for code in blended.items]
+
+
+def test_a_tie_in_the_blend_is_broken_by_the_merge_and_then_by_code():
+    merged = merge({"a": hits_of({5: 3.0, 2: 2.0, 9: 1.0, 7: 1.0})}, {"a": 1.0})
+    assert merged.items.tolist() == [5, 2, 7, 9]
+    tied = blend(merged, np.array([-4.0, -2.0, -4.0, -4.0], np.float32), 0.5)
+    assert tied.scores.tolist() == [1.0, 1.0, 0.0, 0.0] and tied.items.tolist() == [5, 2, 7, 9]
+
+
+def test_a_query_that_no_component_can_use_falls_back_to_popularity():
+    (popular,) = RETRIEVERS["popularity"].retrieve([Query()], N)
+    mask = np.arange(N) % 3 == 1
+    queries = [Query(), Query(text="zzz"), Query(mask=mask), Query(text="...", mask=mask)]
+    plain = [c.items.tolist() for c in PLAIN.recommend(queries, N)]
+    assert plain[0] == plain[1] == popular.items.tolist()
+    assert plain[2] == plain[3] == [i for i in popular.items.tolist() if mask[i]]
+    candidates = PLAIN.recommend([Query()], 4)[0]
+    assert candidates.names == ("popularity",) and candidates.ranks[:, 0].tolist() == [1, 2, 3, 4]
+    (nothing,) = PLAIN.recommend([Query(mask=np.zeros(N, bool))], 5)
+    assert len(nothing.items) == 0
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(st.integers(0, N - 1), max_size=6),
+    st.sampled_from(["", "red lamp", "no07 boat", "zzz"]),
+    st.lists(st.booleans(), min_size=N, max_size=N) | st.none(),
+    st.sampled_from([0.0, 0.3, 50.0]),
+    st.integers(1, 40),
+)
+def test_what_comes_out_is_allowed_listed_once_and_at_most_k(history, text, mask, weight, k):
+    pipeline = with_lm({4: 3.0, 11: 2.0, 28: 1.0}, weight)
+    mask = None if mask is None else np.array(mask)
+    (got,) = pipeline.recommend([Query(codes(history), text, mask)], k)
+    allowed = np.ones(N, bool) if mask is None else mask
+    assert allowed[got.items].all()
+    assert len(set(got.items.tolist())) == len(got.items) <= k
+    assert np.isfinite(got.scores).all() and (np.diff(got.scores) <= 0).all()
+    assert len(got.items) > 0 or not allowed.any() or weight == 0
+    for proposed in (items for batch in pipeline.scorer.asked for items in batch):
+        assert allowed[proposed].all(), "the model does not even score what may not be returned"
+
+
+def test_the_favourite_of_a_heavy_language_model_comes_first_and_says_why():
+    history = codes([1, 2])
+    before = PLAIN.recommend([Query(history)], N)[0].items.tolist()
+    for favourite in (before[-1], 29):  # the last of the merge, and one without a single event
+        (got,) = with_lm({favourite: 1.0}, 50.0).recommend([Query(history)], N)
+        assert got.items[0] == favourite
+        column = got.names.index(LM)
+        assert got.parts[0, column] == pytest.approx(50) and got.ranks[0, column] == 1
+    light = with_lm({before[-1]: 1.0}, 1e-6).recommend([Query(history)], N)[0].items.tolist()
+    assert light[:3] == before[:3]
+
+
+def test_a_language_model_of_weight_zero_is_not_asked():
+    pipeline = with_lm({29: 1.0}, 0.0)
+    query = Query(codes([1, 2]), "red")
+    assert pipeline.recommend([query], N)[0].items.tolist() == PLAIN.recommend([query], N)[0].items.tolist()
+    assert pipeline.scorer.asked == []
+
+
+@pytest.mark.parametrize("weight", [0.0, 2.0])
+def test_a_batch_equals_its_requests_one_by_one(weight):
+    rng = np.random.default_rng(2)
+    queries = [
+        Query(codes(rng.integers(0, N, n)), text, mask)
+        for n in (0, 1, 5)
+        for text in ("", "red lamp", "zzz")
+        for mask in (None, rng.random(N) < 0.4, np.zeros(N, bool))
+    ]
+    pipeline = with_lm({4: 3.0, 11: 2.0, 28: 1.0}, weight)
+    for query, together in zip(queries, pipeline.recommend(queries, N), strict=True):
+        (alone,) = pipeline.recommend([query], N)
+        assert score_dict(alone) == pytest.approx(score_dict(together), abs=1e-5)
+        assert alone.names == together.names
+    assert pipeline.recommend([], 5) == []
+
+
+@pytest.mark.parametrize("text", ["", "red lamp", "zzz"])
+@pytest.mark.parametrize("history", [[], [1, 2], [29]])
+@pytest.mark.parametrize("weight", [0.0, 50.0])
+def test_order_returns_every_given_item_once(weight, history, text):
+    pipeline = with_lm({4: 3.0, 28: 2.0}, weight)
+    rng = np.random.default_rng(3)
+    for given_items in ([28], [4, 28, 0, 29], [29, 28, 27], rng.permutation(N).tolist()):
+        mask = np.isin(np.arange(N), given_items)
+        got = pipeline.order(Query(codes(history), text, mask), codes(given_items))
+        assert sorted(got.items.tolist()) == sorted(given_items)
+        assert len(got.scores) == len(got.parts) == len(got.ranks) == len(given_items)
+        if weight and {4, 28} < set(given_items):
+            assert got.items[:2].tolist() == [4, 28]
+    (ease_only,) = [replace(PLAIN, history=Weights({"ease": 1.0}))]
+    mask = np.isin(np.arange(N), [29, 28, 27])
+    if history == [1, 2] and not text:
+        unknown = replace(ease_only, depth=3).order(
+            Query(codes(history), "", mask | (np.arange(N) == 3)), codes([29, 3, 28, 27])
+        )
+        assert unknown.items.tolist() == [3, 29, 28, 27], "what no component found comes last, as given"

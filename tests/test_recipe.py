@@ -1,0 +1,324 @@
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmrec.encode.light import LightEncoder
+from llmrec.index.faiss_index import FaissIndex
+from llmrec.metrics import per_user, summary
+from llmrec.pipeline import LM, Pipeline, Weights
+from llmrec.protocols import Query
+from llmrec.ranking import top
+from llmrec.recipe import (
+    BY_HISTORY,
+    Features,
+    HeldOut,
+    Recipe,
+    RetrievalConfig,
+    Texts,
+    fit_retrievers,
+    known_item_queries,
+    like_last_item,
+    lm_weight,
+    ranks_in,
+    retriever_arrays,
+    search_recipe,
+    search_weights,
+    with_language_model,
+)
+
+N = 60
+CONFIG = RetrievalConfig(depth=100)
+
+
+def codes(values):
+    return np.array(values, dtype=np.int32)
+
+
+def planted(users=120, seed=0):
+    """A log where item i is nearly always followed by its successor; the last event is held out."""
+    rng = np.random.default_rng(seed)
+    successor = rng.permutation(N)
+    train, held_out = [], []
+    for _ in range(users):
+        walk = [int(rng.integers(N))]
+        for _ in range(rng.integers(4, 9)):
+            walk.append(int(successor[walk[-1]]) if rng.random() < 0.9 else int(rng.integers(N)))
+        train.append(codes(walk[:-1]))
+        held_out.append(walk[-1])
+    return train, HeldOut([Query(h) for h in train], codes(held_out))
+
+
+def toy_texts():
+    rng = np.random.default_rng(1)
+    words = ["red", "blue", "lamp", "shoe", "boat", "steel", "of", "x"]
+    lines = [" ".join(rng.choice(words, 3, replace=False)) + f" no{i:02}" for i in range(N)]
+    encoder = LightEncoder.fit(lines, dim=16)
+    index = FaissIndex(encoder.dim)
+    index.add(encoder.encode(lines))
+    return Texts(lines, encoder.encode(lines), encoder, index)
+
+
+TRAIN, HELD_OUT = planted()
+TEXTS = toy_texts()
+
+
+@pytest.fixture(scope="module")
+def searched():
+    return search_recipe(TRAIN, HELD_OUT, TEXTS, CONFIG)
+
+
+class KnowingScorer:
+    """Scores by a function of the query's position in the held-out part; noise where it knows nothing."""
+
+    name = LM
+
+    def __init__(self, knows, seed=0):
+        self.knows, self.seed = knows, seed
+        self.target = {id(q.history): int(t) for q, t in zip(HELD_OUT.queries, HELD_OUT.targets, strict=True)}
+
+    def _scores(self, queries):
+        rng = np.random.default_rng(self.seed)
+        for query in queries:
+            scores = rng.normal(size=N).astype(np.float32)
+            if self.knows:
+                scores[self.target[id(query.history)]] += 9
+            yield scores
+
+    def score(self, queries, candidates):
+        return [s[c] for s, c in zip(self._scores(queries), candidates, strict=True)]
+
+    def retrieve(self, queries, k):
+        return [top(s, k, q.mask) for s, q in zip(self._scores(queries), queries, strict=True)]
+
+
+# Features
+
+quarters = st.integers(0, 4).map(lambda n: n / 4)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_ranks_from_features_equal_a_plain_sort(data):
+    m = data.draw(st.integers(1, 3))
+    row = st.lists(quarters, min_size=m, max_size=m)
+    blocks = data.draw(st.lists(st.lists(row, max_size=6), max_size=6))
+    weights = dict(zip("abc", data.draw(st.lists(quarters, min_size=m, max_size=m)), strict=False))
+    truth = [data.draw(st.integers(-1, len(b) - 1)) for b in blocks]
+    starts = np.cumsum([0, *map(len, blocks)])[:-1]
+    features = Features(
+        tuple("abc"[:m]),
+        np.array([r for b in blocks for r in b], np.float32).reshape(-1, m),
+        starts.astype(np.int64),
+        np.array([s + t if t >= 0 else -1 for s, t in zip(starts, truth, strict=True)], np.int64),
+    )
+    expected = []
+    for block, target in zip(blocks, truth, strict=True):
+        total = [sum(w * x for w, x in zip(weights.values(), r, strict=True)) for r in block]
+        order = sorted(range(len(block)), key=lambda i: (-total[i], i))
+        expected.append(order.index(target) + 1 if target >= 0 else 0)
+    assert features.ranks(weights).tolist() == expected
+
+
+def test_the_ranks_that_the_search_looks_at_are_those_that_the_pipeline_serves():
+    retrievers = fit_retrievers(TRAIN, TEXTS, Recipe.default(CONFIG))
+    weights = {"ease": 0.5, "transitions": 1.0, "profile": 0.25, "popularity": 0.125}
+    pipeline = Pipeline(retrievers, Weights(weights), Weights({}), Weights({}), depth=20)
+    served = ranks_in((c.items for c in pipeline.recommend(HELD_OUT.queries, N)), HELD_OUT.targets)
+    hits = {name: retrievers[name].retrieve(HELD_OUT.queries, 20) for name in weights}
+    ranks = Features.of(hits, HELD_OUT.targets).ranks(weights)
+    np.testing.assert_array_equal(ranks, served)
+    assert (served == 1).any() and (served == 0).any() and (served > 10).any()
+
+
+# Weights
+
+
+def random_features(seed, informed=0.3):
+    """Three components over 60 queries of 12 candidates; each knows the target now and then."""
+    rng = np.random.default_rng(seed)
+    scores = rng.random((60, 12, 3)).astype(np.float32)
+    truth = rng.integers(0, 12, 60)
+    for user in range(60):
+        scores[user, truth[user]] += rng.random(3) * informed * (rng.random(3) < 0.7)
+    rows = np.where(rng.random(60) < 0.1, -1, truth + 12 * np.arange(60))
+    return Features(("a", "b", "c"), scores.reshape(-1, 3), 12 * np.arange(60), rows)
+
+
+def value(features, weights):
+    return per_user(features.ranks(weights), "ndcg@10").mean()
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_searched_weights_are_never_worse_than_the_best_component_alone(seed):
+    features, log = random_features(seed), []
+    chosen = search_weights(features, {}, log, "toy")
+    assert chosen and min(chosen.values()) > 0
+    assert value(features, chosen) >= max(value(features, {n: 1.0}) for n in "abc") - 1e-6
+    assert value(features, chosen) == pytest.approx(log[-1]["ndcg@10"], abs=1e-5)
+    assert all(entry["search"] == "toy weights" for entry in log)
+    fixed = search_weights(features, {"b": 1.0}, [], "toy")
+    assert fixed["b"] == 1.0
+    assert value(features, fixed) >= value(features, {"b": 1.0}) - 1e-6
+
+
+def test_a_component_that_helps_only_at_a_small_weight_is_found_beside_the_best_one():
+    rng = np.random.default_rng(4)
+    scores = rng.random((80, 10, 2)).astype(np.float32)
+    truth = rng.integers(0, 10, 80)
+    # The first leaves the target tied with a few; the second breaks such ties, but is noise beyond them.
+    scores[:, :, 0] = np.floor(scores[:, :, 0] * 4) / 10
+    for user in range(80):
+        scores[user, rng.choice(10, 3, replace=False), 0] = 0.5
+        scores[user, truth[user]] = 0.5, scores[user, scores[user, :, 0] == 0.5, 1].max() + 0.01
+    features = Features(
+        ("first", "second"), scores.reshape(-1, 2), 10 * np.arange(80), truth + 10 * np.arange(80)
+    )
+    small = value(features, {"first": 1.0, "second": 0.05})
+    assert small > value(features, {"first": 1.0}) + 0.05
+    assert small > max(value(features, {"first": 1.0, "second": w}) for w in (1.0, 1.5, 3.0)) + 0.05
+    assert value(features, search_weights(features, {}, [], "toy")) >= small - 1e-6
+
+
+@pytest.fixture(scope="module")
+def history_hits():
+    retrievers = fit_retrievers(TRAIN, TEXTS, Recipe.default(CONFIG))
+    return {n: retrievers[n].retrieve(HELD_OUT.queries, 30) for n in BY_HISTORY}
+
+
+def lm_features(hits, scorer):
+    return Features.with_lm(hits, scorer.retrieve(HELD_OUT.queries, 30), scorer, HELD_OUT)
+
+
+def test_a_language_model_of_noise_seldom_gets_a_weight(history_hits):
+    """One standard error lets some noise through, since the best of ten weights is tested."""
+    weights = Recipe.default(CONFIG).history.retrievers
+    log: list[dict] = []
+    chosen = [
+        lm_weight(lm_features(history_hits, KnowingScorer(False, seed)), weights, log, "history")
+        for seed in range(30)
+    ]
+    assert sum(weight > 0 for weight in chosen) <= 6 and max(chosen) < 0.5
+    for weight, entry in zip(chosen, log, strict=True):
+        assert weight == entry["chosen"] and "0.0" in entry["ndcg@10"]
+        assert (weight == 0) == (entry["gain"] <= entry["standard_error"])
+
+
+def test_a_language_model_that_knows_the_target_gets_a_weight_that_pays(history_hits):
+    log: list[dict] = []
+    features, weights = lm_features(history_hits, KnowingScorer(True)), {"ease": 0.7, "transitions": 1.0}
+    chosen = lm_weight(features, weights, log, "history")
+    assert chosen > 0
+    assert value(features, {**weights, LM: chosen}) > value(features, weights) + 0.05
+    assert log[-1]["gain"] > log[-1]["standard_error"] > 0
+    without = replace(features, names=("ease", "transitions", "profile", "popularity", "other"))
+    assert lm_weight(without, weights, [], "history") == 0
+    nobody = Features.of({"ease": [], LM: []}, codes([]))
+    assert lm_weight(nobody, weights, [], "history") == 0
+
+
+def test_fitting_the_language_model_again_replaces_its_entries_in_the_log(searched):
+    recipe, retrievers = searched
+    once = with_language_model(recipe, retrievers, KnowingScorer(True), HELD_OUT, TEXTS.lines, CONFIG)
+    assert once.history.lm > 0 and once.history.retrievers == recipe.history.retrievers
+    twice = with_language_model(once, retrievers, KnowingScorer(False), HELD_OUT, TEXTS.lines, CONFIG)
+    assert twice.history.lm == 0 and len(twice.log) == len(once.log) > len(recipe.log)
+    assert [entry for entry in twice.log if "language model" not in entry["search"]] == recipe.log
+    nobody = HeldOut([], codes([]))
+    assert (
+        with_language_model(once, retrievers, KnowingScorer(True), nobody, TEXTS.lines, CONFIG).history.lm
+        == 0
+    )
+
+
+# The whole search
+
+
+def test_the_search_finds_a_planted_successor_rule(searched):
+    recipe, retrievers = searched
+    pipeline = Pipeline(retrievers, recipe.history, recipe.query, recipe.similar)
+
+    def quality(queries, pipe=pipeline):
+        lists = (c.items for c in pipe.recommend(queries, 10))
+        return summary(ranks_in(lists, HELD_OUT.targets), ["ndcg@10"])["ndcg@10"]
+
+    popularity = replace(pipeline, history=Weights({"popularity": 1.0}))
+    merged, popular = quality(HELD_OUT.queries), quality(HELD_OUT.queries, popularity)
+    assert merged > 0.7 and popular < 0.3
+    assert recipe.history.retrievers.get("transitions", 0) > 0
+    assert recipe.log[-1]["search"].startswith("similar") and recipe.similar.retrievers["profile"] == 1.0
+    typed = known_item_queries(HELD_OUT, TEXTS.lines, CONFIG.seed)
+    assert len(typed.targets) == len(HELD_OUT.targets) and quality(typed.queries) > popular + 0.2
+
+
+def test_no_fitted_parameter_has_seen_a_held_out_event(searched):
+    recipe, retrievers = searched
+    expected = retriever_arrays(fit_retrievers(TRAIN, TEXTS, recipe))
+    whole = [np.append(h, t) for h, t in zip(TRAIN, HELD_OUT.targets, strict=True)]
+    leaked = retriever_arrays(fit_retrievers(whole, TEXTS, recipe))
+    for name, arrays in retriever_arrays(retrievers).items():
+        for key, array in arrays.items():
+            np.testing.assert_array_equal(array, expected[name][key])
+        assert any(not np.array_equal(a, leaked[name][key]) for key, a in arrays.items()), (
+            "the check can fail"
+        )
+    assert set(retrievers) == set(fit_retrievers([], TEXTS, recipe))
+    assert retrievers["ease"].config == recipe.ease
+    assert retrievers["transitions"].config == recipe.transitions
+    assert retrievers["profile"].config == recipe.profile
+
+
+def test_the_search_is_the_same_every_time(searched):
+    again, _ = search_recipe(TRAIN, HELD_OUT, TEXTS, CONFIG)
+    assert again == searched[0]
+
+
+@pytest.mark.parametrize("held_out", [HELD_OUT, HeldOut([], codes([]))])
+def test_without_a_search_or_held_out_events_the_defaults_are_fitted(held_out):
+    config = CONFIG if not len(held_out.targets) else CONFIG.model_copy(update={"search": False})
+    recipe, retrievers = search_recipe(TRAIN, held_out, TEXTS, config)
+    assert recipe == Recipe.default(config) and recipe.log == []
+    assert set(retrievers) == set(fit_retrievers([], TEXTS, recipe))
+
+
+def test_a_recipe_survives_json(searched):
+    recipe = replace(searched[0], history=Weights({"ease": 0.7}, lm=0.3))
+    assert Recipe.from_dict(json.loads(json.dumps(recipe.as_dict()))) == recipe
+    default = Recipe.default(CONFIG)
+    assert Recipe.from_dict(json.loads(json.dumps(default.as_dict()))) == default
+
+
+# Queries made from held-out events
+
+
+def test_known_item_queries_use_only_words_of_the_line_of_their_target():
+    lines = [*TEXTS.lines]
+    wordless = int(HELD_OUT.targets[0])
+    lines[wordless] = "a - bc !"
+    made = known_item_queries(HELD_OUT, lines, seed=7)
+    kept = [i for i, t in enumerate(HELD_OUT.targets) if t != wordless]
+    assert 0 < len(kept) < len(HELD_OUT.targets) and made.targets.tolist() == HELD_OUT.targets[kept].tolist()
+    for query, target, row in zip(made.queries, made.targets, kept, strict=True):
+        words = query.text.split()
+        assert 1 <= len(words) <= 3 and len(set(words)) == len(words)
+        assert set(words) <= {w for w in re.findall(r"\w+", lines[target]) if len(w) > 2}
+        assert query.history is HELD_OUT.queries[row].history
+    texts = [q.text for q in made.queries]
+    assert texts == [q.text for q in known_item_queries(HELD_OUT, lines, 7).queries]
+    assert texts != [q.text for q in known_item_queries(HELD_OUT, lines, 8).queries]
+
+
+def test_a_sample_keeps_each_query_with_its_target_and_the_last_item_alone_asks_for_similar_ones():
+    some = HELD_OUT.sample(25, seed=3)
+    target_of = {id(q): int(t) for q, t in zip(HELD_OUT.queries, HELD_OUT.targets, strict=True)}
+    assert [target_of[id(q)] for q in some.queries] == some.targets.tolist() and len(some.queries) == 25
+    assert HELD_OUT.sample(1000, seed=3) is HELD_OUT
+    part = HeldOut([Query(codes([1, 2])), Query(), Query(codes([7]))], codes([3, 4, 5]))
+    single = like_last_item(part)
+    assert [q.history.tolist() for q in single.queries] == [[2], [7]] and single.targets.tolist() == [3, 5]

@@ -1,0 +1,395 @@
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmrec.encode.light import LightEncoder
+from llmrec.index.faiss_index import FaissIndex
+from llmrec.protocols import Query
+from llmrec.ranking import top
+from llmrec.recipe import (
+    Recipe,
+    RetrievalConfig,
+    Texts,
+    fit_retrievers,
+    grown_retrievers,
+    load_retrievers,
+    retriever_arrays,
+)
+from llmrec.retrieve.dense import ProfileConfig, ProfileRetriever, TextQueryRetriever
+from llmrec.retrieve.lexical import BM25Retriever
+from llmrec.retrieve.linear import EASEConfig, EASERetriever
+from llmrec.retrieve.popularity import PopularityRetriever
+from llmrec.retrieve.transitions import TransitionsConfig, TransitionsRetriever
+
+N = 40
+WORDS = [
+    "red",
+    "blue",
+    "green",
+    "old",
+    "new",
+    "small",
+    "large",
+    "steel",
+    "wood",
+    "glass",
+    "lamp",
+    "chair",
+    "table",
+    "knife",
+    "shoe",
+    "boat",
+    "train",
+    "clock",
+]
+
+
+def codes(values):
+    return np.array(values, dtype=np.int32)
+
+
+def logs(seed=0, users=60, n_items=N - 4):
+    """Histories with repeats and an empty one; the last four items of the catalogue have no events."""
+    rng = np.random.default_rng(seed)
+    favourites = rng.integers(0, n_items, (users, 4))
+    return [
+        codes(np.where(rng.random(n) < 0.4, rng.choice(f, n), rng.integers(0, n_items, n)))
+        for f, n in zip(favourites, [0, 1, 2, *rng.integers(3, 15, users - 3)], strict=True)
+    ]
+
+
+def catalogue(n=N):
+    """Lines of three to five words, the last of them unique; one item has no words at all."""
+    rng = np.random.default_rng(5)
+    lines = [" ".join(rng.choice(WORDS, rng.integers(2, 5), replace=False)) + f" no{i:03}" for i in range(n)]
+    lines[3] = "..."
+    return lines
+
+
+def texts_of(lines, encoder):
+    vectors = encoder.encode(lines)
+    index = FaissIndex(encoder.dim)
+    index.add(vectors)
+    return Texts(lines, vectors, encoder, index)
+
+
+HISTORIES = logs()
+RECIPE = Recipe.default(RetrievalConfig())
+TEXTS = texts_of(catalogue(), LightEncoder.fit(catalogue(), dim=24))
+RETRIEVERS = fit_retrievers(HISTORIES, TEXTS, RECIPE)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_top_equals_a_plain_sort_with_ties_by_code(data):
+    values = data.draw(st.lists(st.sampled_from([-1.0, 0.0, 0.5, 2.0]), max_size=12))
+    mask = data.draw(st.none() | st.lists(st.booleans(), min_size=len(values), max_size=len(values)))
+    k, floor = data.draw(st.integers(1, 14)), data.draw(st.sampled_from([-np.inf, 0.0]))
+    allowed = [c for c, v in enumerate(values) if v > floor and (mask is None or mask[c])]
+    expected = sorted(allowed, key=lambda c: (-values[c], c))[:k]
+    hits = top(np.array(values, np.float32), k, None if mask is None else np.array(mask, bool), floor)
+    assert hits.items.tolist() == expected and hits.scores.tolist() == [values[c] for c in expected]
+
+
+# EASE
+
+
+def naive_ease(histories, n, l2, fit_decay):
+    """Steck's closed form in float64: X, then P = (X'X + l2 I)^-1, then B = -P / diag(P) without diagonal."""
+    x = np.zeros((len(histories), n))
+    for user, history in enumerate(histories):
+        for age, item in enumerate(reversed(history.tolist())):
+            x[user, item] = max(x[user, item], fit_decay**age)
+    p = np.linalg.inv(x.T @ x + l2 * np.eye(n))
+    b = np.zeros((n, n))
+    for i in range(n):
+        for j in range(n):
+            b[i, j] = 0.0 if i == j else -p[i, j] / p[j, j]
+    return b
+
+
+def naive_profile(history, decay):
+    """Weight of each item in a history: that of its latest event."""
+    weights = {}
+    for age, item in enumerate(reversed(history.tolist())):
+        weights.setdefault(item, decay**age)
+    return weights
+
+
+@pytest.mark.parametrize(("fit_decay", "decay"), [(1.0, 1.0), (0.8, 0.9), (0.5, 0.6)])
+def test_ease_equals_the_closed_form(fit_decay, decay):
+    config = EASEConfig(l2=3.0, fit_decay=fit_decay, decay=decay)
+    ease = EASERetriever.fit(HISTORIES, N, config)
+    b = naive_ease(HISTORIES, N, 3.0, fit_decay)
+    np.testing.assert_array_equal(ease.items, np.arange(N - 4))
+    np.testing.assert_allclose(ease.weights.toarray(), b[: N - 4, : N - 4], atol=2e-6)
+    asked = [*HISTORIES[1:12], codes([7, 3, 7, 7, 1]), codes([N - 1, 2]), codes([N - 1])]
+    for history in asked:
+        expected = sum(w * b[i] for i, w in naive_profile(history, decay).items())
+        np.testing.assert_allclose(ease.score(history), expected, atol=5e-6)
+        (hits,) = ease.retrieve([Query(history)], 5)
+        assert hits.items.tolist() == [int(i) for i in np.argsort(-expected)[:5] if expected[i] > 1e-9]
+    other = ease.with_decay(0.3)
+    np.testing.assert_array_equal(other.weights.toarray(), ease.weights.toarray())
+    expected = sum(w * b[i] for i, w in naive_profile(asked[0], 0.3).items())
+    np.testing.assert_allclose(other.score(asked[0]), expected, atol=5e-6)
+
+
+def test_ease_keeps_the_largest_weights_of_each_item():
+    b = naive_ease(HISTORIES, N, 3.0, 1.0)[: N - 4, : N - 4]
+    kept = EASERetriever.fit(HISTORIES, N, EASEConfig(l2=3.0, keep=3)).weights.toarray()
+    for row in range(N - 4):
+        largest = np.argsort(-np.abs(b[row]))[:3]
+        assert np.flatnonzero(kept[row]).tolist() == sorted(largest.tolist())
+        np.testing.assert_allclose(kept[row, largest], b[row, largest], atol=2e-6)
+    full = EASERetriever.fit(HISTORIES, N, EASEConfig(l2=3.0, keep=N - 4)).weights.toarray()
+    np.testing.assert_allclose(full, b, atol=2e-6)
+
+
+def test_ease_covers_the_most_frequent_items_and_scores_no_others():
+    histories = [codes([1, 2, 5]), codes([2, 5]), codes([2, 1]), codes([0, 5, 2])]
+    ease = EASERetriever.fit(histories, 6, EASEConfig(l2=1.0, decay=1.0, max_items=3))
+    assert ease.items.tolist() == [1, 2, 5]
+    inside = {1: 0, 2: 1, 5: 2}
+    small = [codes([inside[i] for i in h if i in inside]) for h in histories]
+    b = naive_ease(small, 3, 1.0, 1.0)
+    expected = np.zeros(6)
+    expected[[1, 2, 5]] = b[0]
+    np.testing.assert_allclose(ease.score(codes([0, 1])), expected, atol=1e-6)
+
+
+# Transitions
+
+
+def naive_transitions(histories, n, c):
+    counts = np.zeros((n, n))
+    for history in histories:
+        for i in range(len(history)):
+            for j in range(i + 1, min(i + c.window, len(history) - 1) + 1):
+                if history[i] != history[j]:
+                    counts[history[i], history[j]] += c.step_decay ** (j - i - 1)
+                    counts[history[j], history[i]] += c.backward * c.step_decay ** (j - i - 1)
+    out = counts.sum(axis=1, keepdims=True) + c.smoothing
+    return np.divide(counts, out, out=np.zeros_like(counts), where=out > 0)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        TransitionsConfig(),
+        TransitionsConfig(window=1, backward=0.0, smoothing=0.0, decay=1.0),
+        TransitionsConfig(window=3, step_decay=0.5, backward=1.0, smoothing=20.0, decay=0.9),
+        TransitionsConfig(window=500, step_decay=1.0, backward=0.2),
+    ],
+)
+def test_transitions_equal_plain_loops(config):
+    model = TransitionsRetriever.fit(HISTORIES, N, config)
+    expected = naive_transitions(HISTORIES, N, config)
+    np.testing.assert_allclose(model.matrix.toarray(), expected, atol=1e-6)
+    for history in (*HISTORIES[1:8], codes([4, 4, 9, 4]), codes([N - 1])):
+        scores = sum(config.decay**age * expected[i] for age, i in enumerate(reversed(history.tolist())))
+        np.testing.assert_allclose(model.score(history), scores, atol=2e-6)
+    history = HISTORIES[9]
+    scores = sum(0.4**age * expected[i] for age, i in enumerate(reversed(history.tolist())))
+    np.testing.assert_allclose(model.with_decay(0.4).score(history), scores, atol=2e-6)
+
+
+def test_events_out_of_reach_move_a_score_by_less_than_a_thousandth():
+    model = TransitionsRetriever.fit(HISTORIES, N, TransitionsConfig(decay=0.7))
+    matrix = model.matrix.toarray().astype(np.float64)
+    history = codes(np.random.default_rng(1).integers(0, N - 4, 300))
+    exact = sum(0.7**age * matrix[i] for age, i in enumerate(reversed(history.tolist())))
+    np.testing.assert_allclose(model.score(history), exact, atol=1e-3 * exact.max())
+
+
+@pytest.mark.parametrize("histories", [[], [codes([])], [codes([2])], [codes([2, 2])]])
+def test_a_log_without_a_pair_of_items_proposes_nothing_but_what_is_popular(histories):
+    query = Query(codes([2, 1]))
+    for model in (
+        EASERetriever.fit(histories, 5, EASEConfig()),
+        TransitionsRetriever.fit(histories, 5, TransitionsConfig()),
+    ):
+        assert len(model.retrieve([query], 3)[0].items) == 0
+    counts = Counter(int(i) for h in histories for i in h)
+    (hits,) = PopularityRetriever.fit(histories, 5).retrieve([query], 5)
+    assert hits.items.tolist() == sorted(range(5), key=lambda i: (-counts[i], i))
+
+
+def test_popularity_is_the_log_of_the_count_ties_by_code():
+    counts = Counter(int(i) for h in HISTORIES for i in h)
+    (hits,) = RETRIEVERS["popularity"].retrieve([Query()], N)
+    assert hits.items.tolist() == sorted(range(N), key=lambda i: (-counts[i], i))
+    np.testing.assert_allclose(hits.scores, [math.log(1 + counts[i]) for i in hits.items], rtol=1e-6)
+
+
+# Dense
+
+
+def test_the_profile_is_ranked_by_cosine_with_the_weighted_mean():
+    profile = ProfileRetriever(TEXTS.vectors, TEXTS.index, ProfileConfig(decay=0.6))
+    vectors = TEXTS.vectors.astype(np.float64)
+    for history in (*HISTORIES[1:10], codes([3, 8, 8])):
+        mean = sum(0.6**age * vectors[i] for age, i in enumerate(reversed(history.tolist())))
+        cosine = vectors @ mean / np.linalg.norm(mean)
+        (hits,) = profile.retrieve([Query(history)], 10)
+        assert hits.items.tolist() == np.argsort(-cosine, kind="stable")[:10].tolist()
+        np.testing.assert_allclose(hits.scores, cosine[hits.items], atol=1e-5)
+
+
+def test_the_text_retriever_finds_the_item_whose_line_is_the_query():
+    text = TextQueryRetriever(TEXTS.encoder, TEXTS.index)
+    asked = [i for i in range(N) if i != 3]
+    hits = text.retrieve([Query(text=TEXTS.lines[i].upper()) for i in asked], 1)
+    assert [h.items.tolist() for h in hits] == [[i] for i in asked]
+    np.testing.assert_allclose([h.scores[0] for h in hits], 1, atol=1e-5)
+
+
+# BM25
+
+
+def naive_bm25(lines, query, k1=1.5, b=0.75):
+    """The variant of Lucene: idf = log(1 + (n - df + .5) / (df + .5)), tf without (k1 + 1)."""
+    documents = [re.findall(r"\w\w+", line.lower()) for line in lines]
+    mean = sum(map(len, documents)) / len(documents)
+    scores = np.zeros(len(lines))
+    for word in re.findall(r"\w\w+", query.lower()):
+        df = sum(word in document for document in documents)
+        for i, document in enumerate(documents):
+            tf = document.count(word)
+            idf = math.log(1 + (len(documents) - df + 0.5) / (df + 0.5))
+            scores[i] += idf * tf / (tf + k1 * (1 - b + b * len(document) / mean))
+    return scores
+
+
+@pytest.mark.parametrize(
+    "query", ["red", "red lamp of steel", "Glass, CLOCK; no007!", "boat boat train", "no039"]
+)
+def test_bm25_equals_the_formula_of_lucene(query):
+    lines = [*catalogue(), "red red red lamp", "lamp", ""]
+    expected = naive_bm25(lines, query.replace(" of", ""))
+    (hits,) = BM25Retriever(lines).retrieve([Query(text=query)], len(lines))
+    assert sorted(hits.items.tolist()) == np.flatnonzero(expected).tolist() and len(hits.items)
+    np.testing.assert_allclose(hits.scores, np.sort(expected)[::-1][: len(hits.items)], rtol=1e-5)
+    np.testing.assert_allclose(hits.scores, expected[hits.items], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("lines", "query", "expected"),
+    [
+        (["red lamp", "blue lamp"], "zebra", []),
+        (["red lamp", "blue lamp"], "zebra blue", [1]),
+        (["red lamp", "blue lamp"], "?! ...", []),
+        (["red lamp", "blue lamp"], "the of and", []),
+        (["", "red lamp", ""], "red", [1]),
+        (["only one"], "one", [0]),
+        (["only one"], "two", []),
+        (["", ""], "red", []),
+        (["...", "!?"], "red", []),
+        ([], "red", []),
+    ],
+)
+def test_bm25_copes_with_texts_and_queries_without_words(lines, query, expected):
+    assert BM25Retriever(lines).retrieve([Query(text=query)], 5)[0].items.tolist() == expected
+
+
+# The contract of all
+
+KINDS = {
+    "popularity": "anything",
+    "ease": "history",
+    "transitions": "history",
+    "profile": "history",
+    "text": "words",
+    "bm25": "words",
+}
+
+
+def queries():
+    rng = np.random.default_rng(9)
+    masks = [None, rng.random(N) < 0.5, rng.random(N) < 0.1, np.zeros(N, bool), np.arange(N) == 17]
+    past = [codes([]), *HISTORIES[1:6], codes([8, 8, 8]), codes(rng.integers(0, N, 200)), codes([N - 1])]
+    words = ["", "red lamp", "no017", "zebra", "...", "the"]
+    return [Query(h, w, m) for h in past for w in words for m in masks]
+
+
+def as_dict(hits):
+    return dict(zip(hits.items.tolist(), hits.scores.tolist(), strict=True))
+
+
+def test_the_contract_covers_every_retriever_that_is_fitted():
+    assert set(KINDS) == set(RETRIEVERS)
+    assert all(r.name == name for name, r in RETRIEVERS.items())
+
+
+@pytest.mark.parametrize("k", [1, 7, 500])
+@pytest.mark.parametrize("name", sorted(KINDS))
+def test_hits_are_allowed_distinct_finite_at_most_k_and_best_first(name, k):
+    asked = queries()
+    found = RETRIEVERS[name].retrieve(asked, k)
+    assert len(found) == len(asked) and RETRIEVERS[name].retrieve([], k) == []
+    for query, hits in zip(asked, found, strict=True):
+        allowed = np.ones(N, bool) if query.mask is None else query.mask
+        assert allowed[hits.items].all()
+        assert len(set(hits.items.tolist())) == len(hits.items) == len(hits.scores) <= k
+        assert np.isfinite(hits.scores).all() and (np.diff(hits.scores) <= 0).all()
+        assert hits.items.dtype == np.int32 and hits.scores.dtype == np.float32
+        usable = {
+            "anything": True,
+            "history": len(query.history) > 0,
+            "words": query.text in ("red lamp", "no017"),
+        }[KINDS[name]]
+        assert usable or len(hits.items) == 0
+    assert sum(len(hits.items) > 0 for hits in found) > 20, "the walk must reach real answers"
+    assert any(hits.items.tolist() == [17] for hits in found), "a filter is no reason to find less"
+
+
+@pytest.mark.parametrize("name", sorted(KINDS))
+def test_a_query_gets_the_same_in_a_batch_as_alone(name):
+    asked = queries()
+    for query, together in zip(asked, RETRIEVERS[name].retrieve(asked, N), strict=True):
+        (alone,) = RETRIEVERS[name].retrieve([query], N)
+        assert as_dict(alone) == pytest.approx(as_dict(together), abs=1e-6)
+
+
+@pytest.mark.parametrize("name", sorted(KINDS))
+def test_a_retriever_made_from_its_arrays_answers_the_same(name):
+    arrays = retriever_arrays(RETRIEVERS)
+    assert set(arrays) == {"popularity", "ease", "transitions"}
+    copies = {n: {key: np.array(a) for key, a in of.items()} for n, of in arrays.items()}
+    again = load_retrievers(copies, TEXTS, RECIPE)
+    assert list(again) == list(RETRIEVERS)
+    for one, other in zip(
+        RETRIEVERS[name].retrieve(queries(), 9), again[name].retrieve(queries(), 9), strict=True
+    ):
+        np.testing.assert_array_equal(one.items, other.items)
+        np.testing.assert_array_equal(one.scores, other.scores)
+
+
+@pytest.mark.parametrize("name", sorted(KINDS))
+def test_a_grown_catalogue_keeps_the_scores_and_takes_new_items(name):
+    lines = [*catalogue(), "red lamp brandnew", "..."]
+    grown = grown_retrievers(RETRIEVERS, texts_of(lines, TEXTS.encoder), RECIPE)
+    assert set(grown) == set(RETRIEVERS)
+    past, newest = [codes([]), HISTORIES[4], codes([2, 30])], codes([N, N + 1, 2])
+    for history in past:
+        for words in ("", "red lamp", "no017"):
+            (before,) = RETRIEVERS[name].retrieve([Query(history, words)], N)
+            (after,) = grown[name].retrieve([Query(history, words)], N + 2)
+            assert np.isfinite(after.scores).all()
+            old = {item: score for item, score in as_dict(after).items() if item < N}
+            if name == "bm25":  # rarer words in a larger catalogue: other scores of the same items
+                assert set(old) == set(before.items.tolist())
+            else:
+                assert old == pytest.approx(as_dict(before), abs=1e-6)
+    (hits,) = grown[name].retrieve([Query(newest, "red brandnew")], N + 2)
+    assert np.isfinite(hits.scores).all() and len(hits.items)
+    reached = {"popularity", "profile", "text", "bm25"}
+    (hits,) = grown[name].retrieve([Query(codes([2]), "red lamp")], N + 2)
+    assert (N in hits.items) == (name in reached)
