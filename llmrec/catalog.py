@@ -223,6 +223,10 @@ class Catalog:
         changed._titles, changed._lines = self._titles, self._lines
         return changed
 
+    def only(self, codes: Codes) -> Catalog:
+        """Return a new catalogue of these items alone, numbered anew in the order given."""
+        return Catalog(self._frame[codes], self.active[codes], self.report)
+
     def save(self, path: str | Path) -> None:
         """Write everything to one parquet file; a reader sees the old file or the new one."""
         path = Path(path)

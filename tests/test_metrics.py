@@ -87,6 +87,14 @@ def test_the_interval_is_the_paired_percentile_bootstrap_and_p_the_sign_flip_tes
     )
 
 
+def test_the_interval_counts_how_many_users_differ_where_all_differences_are_equal():
+    ranks = {"a": np.ones(200, np.int64), "b": np.where(np.arange(200) % 4 == 0, 0, 3)}
+    ours = compare(ranks, "a", "b", "recall@10", draws=20_000)
+    low, high = scipy.stats.binom(200, 0.25).ppf([0.025, 0.975]) / 200
+    assert ours.difference == 0.25
+    assert [ours.low, ours.high] == pytest.approx([low, high], abs=0.006)
+
+
 def test_equal_systems_show_no_difference_and_a_clear_one_is_shown():
     ranks = {"a": np.array([1, 3, 0, 12]), "b": np.array([1, 3, 0, 12]), "miss": np.zeros(4, np.int64)}
     same = compare(ranks, "a", "b", draws=200)

@@ -169,21 +169,23 @@ def test_searched_weights_are_never_worse_than_the_best_component_alone(seed):
 
 
 def test_a_component_that_helps_only_at_a_small_weight_is_found_beside_the_best_one():
+    """The first leaves the target tied with two others; the second breaks such ties, but misleads beyond."""
     rng = np.random.default_rng(4)
-    scores = rng.random((80, 10, 2)).astype(np.float32)
-    truth = rng.integers(0, 10, 80)
-    # The first leaves the target tied with a few; the second breaks such ties, but is noise beyond them.
-    scores[:, :, 0] = np.floor(scores[:, :, 0] * 4) / 10
+    scores = np.empty((80, 10, 2), np.float32)
+    scores[:, :, 0] = rng.integers(0, 4, (80, 10)) / 10
+    scores[:, :, 1] = rng.uniform(0.6, 1.0, (80, 10))
+    truth = np.empty(80, np.int64)
     for user in range(80):
-        scores[user, rng.choice(10, 3, replace=False), 0] = 0.5
-        scores[user, truth[user]] = 0.5, scores[user, scores[user, :, 0] == 0.5, 1].max() + 0.01
-    features = Features(
-        ("first", "second"), scores.reshape(-1, 2), 10 * np.arange(80), truth + 10 * np.arange(80)
-    )
-    small = value(features, {"first": 1.0, "second": 0.05})
-    assert small > value(features, {"first": 1.0}) + 0.05
-    assert small > max(value(features, {"first": 1.0, "second": w}) for w in (1.0, 1.5, 3.0)) + 0.05
-    assert value(features, search_weights(features, {}, [], "toy")) >= small - 1e-6
+        tied = rng.choice(10, 3, replace=False)
+        truth[user] = tied[0]
+        scores[user, tied] = [[0.5, 0.3], [0.5, 0.1], [0.5, 0.2]]
+    starts = 10 * np.arange(80)
+    features = Features(("first", "second"), scores.reshape(-1, 2), starts, starts + truth)
+    alone = value(features, {"first": 1.0})
+    assert alone > value(features, {"second": 1.0}) + 0.1
+    assert value(features, {"first": 1.0, "second": 0.05}) == 1.0 > alone + 0.1
+    assert max(value(features, {"first": 1.0, "second": w}) for w in (1.0, 1.5, 3.0, 10.0)) < alone
+    assert value(features, search_weights(features, {}, [], "toy")) == 1.0
 
 
 @pytest.fixture(scope="module")

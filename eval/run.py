@@ -1,0 +1,139 @@
+"""Evaluate one data set by leave-last-out and full ranking, and write a results file.
+
+    python eval/run.py --data ../shared/data/ml-latest-small --config eval/configs/ml-latest-small.toml \
+        --core 5 --minutes 10                       # chooses and reports on validation
+    python eval/run.py ... --final                  # reads the test events, once; logged in eval/LOG.md
+
+The data folder holds items.parquet and events.parquet. Results: eval/results/NAME.json, with the
+ranks of each user (without ids) beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+
+from llmrec.config import Config
+from llmrec.errors import LLMRecError
+from llmrec.fetch import resolve
+from llmrec.offline import Evaluation, evaluate
+
+HERE = Path(__file__).resolve().parent
+console = Console(stderr=True)
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--data", required=True, help="folder, or a name that llmrec fetch knows")
+    parser.add_argument("--config", help="TOML file")
+    parser.add_argument("--core", type=int, help="keep the k-core of the log")
+    parser.add_argument("--users", type=int, help="sample of users for systems with the language model")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--minutes", type=float, help="training time of the language model")
+    parser.add_argument("--no-lm", action="store_true", help="retrievers and merge only")
+    parser.add_argument("--final", action="store_true", help="report on test instead of validation")
+    parser.add_argument("--name", help="of the results file; data set, part and minutes if not given")
+    parser.add_argument("--out", default=str(HERE / "results"), help="folder of the results file")
+    return parser.parse_args(argv)
+
+
+def git_sha() -> str:
+    """Commit of the source tree, with a mark if it has changes."""
+    try:
+        said = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=HERE,
+            capture_output=True,
+            text=True,
+        )
+    except OSError:
+        return "unknown"
+    return said.stdout.strip() or "unknown"
+
+
+def write(evaluation: Evaluation, path: Path, command: list[str]) -> None:
+    """Write results and ranks, each to a temporary name first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {"command": "python eval/run.py " + " ".join(command), "git": git_sha(), **evaluation.result}
+    ranks = path.with_suffix(".ranks.npz")
+    for target, save in (
+        (path, lambda opened: opened.write(json.dumps(content, indent=1).encode())),
+        (
+            ranks,
+            lambda opened: np.savez_compressed(
+                opened, **{n: r.astype(np.int16) for n, r in evaluation.ranks.items()}
+            ),
+        ),
+    ):
+        temporary = target.with_name("." + target.name)
+        with temporary.open("wb") as opened:
+            save(opened)
+        temporary.replace(target)
+
+
+def show(result: dict) -> None:
+    """Print the table of systems and the comparisons."""
+    measures = ("recall@5", "ndcg@5", "recall@10", "ndcg@10", "recall@20")
+    print(f"{'':14}" + "".join(f"{m:>11}" for m in measures))
+    for name, values in result["systems"].items():
+        print(f"{name:14}" + "".join(f"{values[m]:11.4f}" for m in measures))
+    for c in result["comparisons"]:
+        verdict = "" if c["ci95"][0] > 0 or c["ci95"][1] < 0 else ": no difference shown"
+        low, high = c["ci95"]
+        print(
+            f"{c['a']} - {c['b']}, {c['metric']}: {c['difference']:+.4f} [{low:+.4f}, {high:+.4f}]{verdict}"
+        )
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run."""
+    args = arguments(argv)
+    folder = Path(args.data) if Path(args.data).is_dir() else resolve(args.data)
+    part = "test" if args.final else "validation"
+    budget = "no-lm" if args.no_lm else f"{args.minutes:g}min" if args.minutes else "default"
+    name = args.name or f"{folder.name}-{part}-{budget}"
+
+    def on_step(progress: object, done: float) -> None:
+        p = progress
+        if p.step % 50 == 0:
+            console.print(
+                f"  {done:4.0%}  {p.events / max(p.seconds, 1e-9):.0f} events/s  {p.loss:.3f} nats"
+            )
+
+    evaluation = evaluate(
+        folder / "items.parquet",
+        folder / "events.parquet",
+        Config.of(args.config),
+        core=args.core,
+        users=args.users,
+        seed=args.seed,
+        lm=not args.no_lm,
+        minutes=args.minutes,
+        part=part,
+        folder=HERE.parent / "runs" / name,
+        on_stage=lambda stage: console.print(stage),
+        on_step=on_step,
+    )
+    path = Path(args.out) / f"{name}.json"
+    write(evaluation, path, argv if argv is not None else sys.argv[1:])
+    if args.final:
+        with (HERE / "LOG.md").open("a", encoding="utf-8") as log:
+            default = evaluation.result["systems"]["default"]["ndcg@10"]
+            today = datetime.datetime.now(datetime.UTC).date()
+            log.write(f"- {today} test events read: `{path.name}`, default NDCG@10 {default:.4f}\n")
+    show(evaluation.result)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except LLMRecError as error:
+        sys.exit(f"error: {error}")
