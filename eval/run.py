@@ -104,9 +104,7 @@ def main(argv: list[str] | None = None) -> None:
     def on_step(progress: object, done: float) -> None:
         p = progress
         if p.step % 50 == 0:
-            console.print(
-                f"  {done:4.0%}  {p.events / max(p.seconds, 1e-9):.0f} events/s  {p.loss:.3f} nats"
-            )
+            console.print(f"  {done:4.0%}  {p.events / max(p.seconds, 1e-9):.0f} events/s  {p.loss:.3f} nats")
 
     evaluation = evaluate(
         folder / "items.parquet",

@@ -244,6 +244,11 @@ class EventLog:
         to_end = self.offsets[1:][self.user] - np.arange(len(self))
         return self.select(to_end > n)
 
+    def only_last(self, n: int) -> EventLog:
+        """Return each user's last `n` events; users keep their index."""
+        to_end = self.offsets[1:][self.user] - np.arange(len(self))
+        return self.select(to_end <= n)
+
     def to_events(self, catalog: Catalog) -> list[Event]:
         """Return all events as values, users in order, oldest first."""
         ids, users = catalog.ids, self.users

@@ -26,12 +26,10 @@ from llmrec.metrics import Ranks
 from llmrec.pipeline import LM, Pipeline
 from llmrec.protocols import Query
 from llmrec.recipe import search_recipe, with_language_model
+from llmrec.state import REPEATS
 
 if TYPE_CHECKING:
     from llmrec.training import Progress
-
-REPEATS = 0.05
-"""Share of repeated items in the log from which on seen items may be recommended again."""
 
 PACKAGES = ("torch", "transformers", "peft", "sentence-transformers", "numpy", "scipy", "faiss-cpu")
 

@@ -316,8 +316,9 @@ def lm_weight(
 ) -> float:
     """Weight of the language model in the blend, fitted on held-out events; 0 leaves it out.
 
-    The best weight of a grid wins, but only if its gain in NDCG@10 over weight 0 exceeds the standard
-    error of that gain over users: a gain within the noise does not pay for the model.
+    The best weight of a grid wins, but only if its gain in NDCG@10 over weight 0 exceeds twice the
+    standard error of that gain over users: a gain within the noise does not pay for the model, and the
+    best of ten noisy ones often exceeds one standard error.
     """
     if LM not in features.names or not len(features.truth):
         return 0.0
@@ -330,7 +331,7 @@ def lm_weight(
     best = max(trials, key=lambda w: float(trials[w].mean()))
     gain = trials[best] - without
     error = float(gain.std(ddof=1) / np.sqrt(len(gain))) if len(gain) > 1 else np.inf
-    chosen = best if gain.mean() > error else 0.0
+    chosen = best if gain.mean() > 2 * error else 0.0
     log.append(
         {
             "search": f"{kind} weight of the language model",

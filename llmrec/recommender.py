@@ -16,38 +16,31 @@ import numpy as np
 import polars as pl
 
 from llmrec import persistence
-from llmrec.assembly import grown_texts, make_encoder, make_texts, read_catalog, read_log
+from llmrec.assembly import make_encoder, make_texts, read_catalog, read_log
 from llmrec.catalog import Catalog
 from llmrec.config import Config
-from llmrec.errors import ModelError, RequestError
-from llmrec.evaluation.split import tail
+from llmrec.errors import RequestError
+from llmrec.evaluation.run import Systems, run_systems
+from llmrec.evaluation.split import Part, tail
 from llmrec.events import EventLog
 from llmrec.fetch import resolve
 from llmrec.metrics import Comparison, compare
-from llmrec.pipeline import LM, Candidates, Pipeline, Weights
-from llmrec.protocols import Codes, Mask, Query, Retriever
+from llmrec.pipeline import Weights
+from llmrec.protocols import Codes, Query
 from llmrec.recipe import (
     Recipe,
-    Texts,
     fit_retrievers,
-    grown_retrievers,
-    load_retrievers,
     ranks_in,
-    retriever_arrays,
     search_recipe,
     with_language_model,
 )
-from llmrec.rules import compile_where
+from llmrec.state import REPEATS, State
 from llmrec.store.sqlite import SQLiteStore
 from llmrec.text import neutralise
-from llmrec.types import Event, Item, Recommendation, Request, Source
+from llmrec.types import Event, Item, Recommendation, Request
 
 if TYPE_CHECKING:
-    from llmrec.language_model import LanguageModel
     from llmrec.training import Progress, TrainingReport
-
-REPEATS = 0.05
-"""Share of repeated items in the log from which on `seen="auto"` lets seen items come back."""
 
 QUERY_LIMIT = 1000
 """Longest typed query in characters."""
@@ -76,32 +69,13 @@ class FinetuneReport:
         return f"{self.training}\n{used}\n{self.gain} (held-out users that chose the weight)"
 
 
-@dataclass(frozen=True)
-class _State:
-    """Everything that a request reads; replaced as a whole, so that a request sees one state."""
-
-    catalog: Catalog
-    texts: Texts
-    recipe: Recipe
-    retrievers: Mapping[str, Retriever]
-    repeats: bool
-    lm: LanguageModel | None = None
-
-    def pipeline(self) -> Pipeline:
-        retrievers = dict(self.retrievers)
-        if self.lm is not None:
-            retrievers[LM] = self.lm.scorer
-        r = self.recipe
-        return Pipeline(retrievers, r.history, r.query, r.similar, self.lm.scorer if self.lm else None)
-
-
 class Recommender:
     """Recommendations from a log and a catalogue. Made by `fit` or `load`, not by the constructor.
 
     Thread-safe: a request runs on the state it started with while items are added or models refitted.
     """
 
-    def __init__(self, config: Config, state: _State, store: SQLiteStore, folder: Path | None = None) -> None:
+    def __init__(self, config: Config, state: State, store: SQLiteStore, folder: Path | None = None) -> None:
         self.config = config
         self.folder = folder
         self._state = state
@@ -109,6 +83,11 @@ class Recommender:
         self._adapter: Path | None = None
         self._run: Path | None = None
         self._changing = threading.RLock()
+
+    @property
+    def catalog(self) -> Catalog:
+        """The items, those that were removed included."""
+        return self._state.catalog
 
     @property
     def recipe(self) -> Recipe:
@@ -155,11 +134,9 @@ class Recommender:
         held_out = part.sample(search.search_users, search.seed).held_out(catalog.active, not repeats)
         recipe, _ = search_recipe(train, held_out, texts, search, lambda s: on_stage(f"choosing {s}"))
         on_stage("fitting on all events")
-        histories = [log.history(user) for user in range(log.n_users)]
-        retrievers = fit_retrievers(histories, texts, recipe)
         store = SQLiteStore(":memory:")
         store.append(log.to_events(catalog))
-        return cls(config, _State(catalog, texts, recipe, retrievers, repeats), store)
+        return cls(config, State(catalog, texts, recipe, {}, repeats).refitted(log), store)
 
     def finetune(
         self,
@@ -233,10 +210,28 @@ class Recommender:
     def refit(self) -> None:
         """Fit the retrievers again on all stored events; settings, weights and language model stay."""
         with self._changing:
-            state, log = self._state, self._log()
-            histories = [log.history(user) for user in range(log.n_users)]
-            retrievers = fit_retrievers(histories, state.texts, state.recipe)
-            self._state = replace(state, retrievers=retrievers, repeats=log.repeat_share() >= REPEATS)
+            self._state = self._state.refitted(self._log())
+
+    def evaluate(self, events: Any, *, users: int | None = None, seed: int = 0) -> Systems:
+        """Rank the catalogue for users whose next event is known, and compare the stages.
+
+        Parameters
+        ----------
+        events
+            Events later than the stored ones, in any form that `fit` takes: the first one of each user is
+            the target, the stored history is the input. They must not be in the log that was fitted.
+        users
+            Size of a seeded sample; all if None.
+        """
+        state = self._ready(lm=True)
+        log = read_log(events, state.catalog, self.config.data)
+        with_events = np.flatnonzero(np.diff(log.offsets) > 0)
+        histories = [self._history(Request(user=log.users[u]), state) for u in with_events]
+        targets = np.array([log.item[log.offsets[u]] for u in with_events], dtype=np.int32)
+        part = Part(with_events, histories, targets).sample(users, seed)
+        return run_systems(
+            part, state.pipeline(), state.catalog.active, not state.repeats, with_lm=state.lm is not None
+        )
 
     def _log(self) -> EventLog:
         columns = self._store.columns()
@@ -265,7 +260,7 @@ class Recommender:
             state, store = self._state, self._store
             same = self.folder is not None and folder.exists() and folder.samefile(self.folder)
             folder.mkdir(parents=True, exist_ok=True)
-            name = persistence.write_state(folder, lambda target: self._write(target, state))
+            name = persistence.write_state(folder, lambda target: state.write(target, self._adapter))
             events = Path(store.path).name if same else f"events-{uuid.uuid4().hex[:12]}.sqlite"
             if not same:
                 store.copy_to(folder / events)
@@ -293,18 +288,6 @@ class Recommender:
                 shutil.rmtree(self._run, ignore_errors=True)
             self.folder, self._run = folder, None
 
-    def _write(self, target: Path, state: _State) -> None:
-        state.catalog.save(target / "items.parquet")
-        np.save(target / "vectors.npy", state.texts.vectors)
-        persistence.save_arrays(target / "retrievers.npz", retriever_arrays(state.retrievers))
-        light = getattr(state.texts.encoder, "arrays", None)
-        if light is not None:
-            persistence.save_arrays(target / "encoder.npz", {"light": light()})
-        if state.lm is not None:
-            state.lm.save(target / "adapter")
-        elif self._adapter is not None:
-            shutil.copytree(self._adapter, target / "adapter")
-
     @classmethod
     def load(cls, folder: str | Path) -> Self:
         """Load a saved recommender. The language model is loaded when a request first needs it.
@@ -318,27 +301,12 @@ class Recommender:
         manifest = persistence.read_manifest(folder)
         config = Config.of(manifest["config"])
         target = folder / manifest["state"]
-        catalog = Catalog.read(target / "items.parquet")
-        recipe = Recipe.from_dict(manifest["recipe"])
-        light = persistence.load_arrays(target / "encoder.npz") if (target / "encoder.npz").exists() else {}
-        encoder = make_encoder(config, [], light.get("light"))
-        if encoder.fingerprint != manifest["encoder"]:
-            raise ModelError(
-                f"{folder} was saved with another encoder: {manifest['encoder'][:12]}... then, "
-                f"{encoder.fingerprint[:12]}... now; use that one, or fit again"
-            )
-        try:
-            vectors = np.load(target / "vectors.npy", allow_pickle=False)
-        except (OSError, ValueError) as broken:
-            raise ModelError(f"{target / 'vectors.npy'} is missing or damaged: {broken}") from broken
-        texts = make_texts(catalog.lines(), encoder, vectors)
-        retrievers = load_retrievers(persistence.load_arrays(target / "retrievers.npz"), texts, recipe)
-        store = SQLiteStore(folder / manifest["events"])
-        made = cls(config, _State(catalog, texts, recipe, retrievers, manifest["repeats"]), store, folder)
+        state = State.read(target, config, manifest)
+        made = cls(config, state, SQLiteStore(folder / manifest["events"]), folder)
         made._adapter = target / "adapter" if manifest["language_model"] else None
         return made
 
-    def _ready(self, *, lm: bool) -> _State:
+    def _ready(self, *, lm: bool) -> State:
         """The present state, with the language model in it if it is wanted and there is one."""
         if not lm or self._state.lm is not None or self._adapter is None:
             return self._state
@@ -377,7 +345,7 @@ class Recommender:
             chunk = requests[start : start + CHUNK]
             queries = [self._query(r, state) for r in chunk]
             found = pipeline.recommend(queries, max(r.k for r in chunk))
-            answers += [_answer(c.top(r.k), state.catalog) for r, c in zip(chunk, found, strict=True)]
+            answers += [state.answer(c.top(r.k)) for r, c in zip(chunk, found, strict=True)]
         return answers
 
     def stages(self, request: Request | None = None, **fields: Any) -> dict[str, list[Recommendation]]:
@@ -399,7 +367,7 @@ class Recommender:
                 0
             ]
         lists["default"] = pipeline.recommend([query], asked.k)[0]
-        return {name: _answer(c, state.catalog) for name, c in lists.items()}
+        return {name: state.answer(c) for name, c in lists.items()}
 
     def search(
         self, query: str, user: str | None = None, k: int = 10, where: Mapping[str, Any] | None = None
@@ -425,9 +393,9 @@ class Recommender:
         state = self._state
         code = state.catalog.code(item_id)
         request = Request(history=[item_id], k=k, where=where, exclude=[item_id])
-        query = Query(np.array([code], dtype=np.int32), "", self._mask(request, state, np.empty(0, np.int32)))
+        query = Query(np.array([code], dtype=np.int32), "", state.mask(request, np.empty(0, np.int32)))
         pipeline = replace(state.pipeline(), history=state.recipe.similar)
-        return _answer(pipeline.recommend([query], k)[0], state.catalog)
+        return state.answer(pipeline.recommend([query], k)[0])
 
     def rank(
         self,
@@ -457,14 +425,14 @@ class Recommender:
         mask[codes] = True
         asked = replace(self._query(request, state), mask=mask)
         pipeline = replace(state.pipeline(), depth=len(ids))
-        return _answer(pipeline.order(asked, codes), state.catalog)
+        return state.answer(pipeline.order(asked, codes))
 
-    def _query(self, request: Request, state: _State) -> Query:
+    def _query(self, request: Request, state: State) -> Query:
         history = self._history(request, state)
         text = neutralise(request.query, QUERY_LIMIT) if request.query else ""
-        return Query(history, text, self._mask(request, state, history))
+        return Query(history, text, state.mask(request, history))
 
-    def _history(self, request: Request, state: _State) -> Codes:
+    def _history(self, request: Request, state: State) -> Codes:
         if request.history is not None:
             ids = [e.item_id if isinstance(e, Event) else e for e in request.history]
             return state.catalog.codes(ids)
@@ -472,17 +440,6 @@ class Recommender:
             return np.empty(0, dtype=np.int32)
         codes = state.catalog.find([e.item_id for e in self._store.history(request.user)])
         return codes[codes >= 0]
-
-    def _mask(self, request: Request, state: _State, history: Codes) -> Mask:
-        mask: Mask = state.catalog.active.copy()
-        allowed = compile_where(request.where, state.catalog)
-        if allowed is not None:
-            mask &= allowed
-        if len(request.exclude):
-            mask[state.catalog.codes(list(request.exclude))] = False
-        if request.seen == "exclude" or (request.seen == "auto" and not state.repeats):
-            mask[history] = False
-        return mask
 
     # ---- what changes while serving ---------------------------------------------------------------
 
@@ -518,7 +475,8 @@ class Recommender:
             If an item breaks the data contract.
         """
         with self._changing:
-            self._change_catalog(self._state.catalog.with_items(items))
+            state = self._ready(lm=True)
+            self._state = state.with_catalog(state.catalog.with_items(items))
 
     def remove_items(self, item_ids: Sequence[str]) -> None:
         """Remove items: never returned again, unless added again. Events that name them stay.
@@ -530,13 +488,6 @@ class Recommender:
         """
         with self._changing:
             self._state = replace(self._state, catalog=self._state.catalog.without_items(item_ids))
-
-    def _change_catalog(self, catalog: Catalog) -> None:
-        state = self._ready(lm=self._adapter is not None)
-        texts = grown_texts(state.texts, catalog.lines())
-        retrievers = grown_retrievers(state.retrievers, texts, state.recipe)
-        lm = state.lm.grown(texts.vectors) if state.lm is not None else None
-        self._state = replace(state, catalog=catalog, texts=texts, retrievers=retrievers, lm=lm)
 
     def close(self) -> None:
         """Release the event store."""
@@ -553,20 +504,6 @@ def _request(request: Request | None, fields: Mapping[str, Any]) -> Request:
     if fields:
         raise RequestError(f"give a Request or its fields, not both: {', '.join(fields)}")
     return request
-
-
-def _answer(found: Candidates, catalog: Catalog) -> list[Recommendation]:
-    answer = []
-    for row, code in enumerate(found.items):
-        sources = [
-            Source(name, int(found.ranks[row, column]), float(found.parts[row, column]))
-            for column, name in enumerate(found.names)
-            if found.ranks[row, column] > 0 or found.parts[row, column] > 0
-        ]
-        sources.sort(key=lambda s: -s.score)
-        item = catalog.item(int(code))
-        answer.append(Recommendation(item, row + 1, float(found.scores[row]), tuple(sources)))
-    return answer
 
 
 def _version() -> str:

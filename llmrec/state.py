@@ -1,0 +1,143 @@
+"""Everything that a request reads, as one immutable value: catalogue, texts, recipe, fitted models."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+
+from llmrec import persistence
+from llmrec.assembly import grown_texts, make_encoder, make_texts
+from llmrec.catalog import Catalog
+from llmrec.config import Config
+from llmrec.errors import ModelError
+from llmrec.events import EventLog
+from llmrec.pipeline import LM, Candidates, Pipeline
+from llmrec.protocols import Codes, Mask, Retriever
+from llmrec.recipe import Recipe, Texts, fit_retrievers, grown_retrievers, load_retrievers, retriever_arrays
+from llmrec.rules import compile_where
+from llmrec.types import Recommendation, Request, Source
+
+if TYPE_CHECKING:
+    from llmrec.language_model import LanguageModel
+
+REPEATS = 0.05
+"""Share of repeated items in the log from which on `seen="auto"` lets seen items come back."""
+
+
+@dataclass(frozen=True)
+class State:
+    """What a recommender knows; replaced as a whole, so that a request sees one state.
+
+    Parameters
+    ----------
+    retrievers
+        Fitted ones and those made from the catalogue, without the language model.
+    repeats
+        Whether people choose the same item again in this log.
+    lm
+        None until it is trained or loaded.
+    """
+
+    catalog: Catalog
+    texts: Texts
+    recipe: Recipe
+    retrievers: Mapping[str, Retriever]
+    repeats: bool
+    lm: LanguageModel | None = None
+
+    def pipeline(self) -> Pipeline:
+        """The pipeline of these parts."""
+        recipe, scorer = self.recipe, self.lm.scorer if self.lm is not None else None
+        retrievers = dict(self.retrievers) | ({LM: scorer} if scorer is not None else {})
+        return Pipeline(retrievers, recipe.history, recipe.query, recipe.similar, scorer)
+
+    def refitted(self, log: EventLog) -> State:
+        """The same with retrievers fitted on all events of a log; settings and weights stay."""
+        histories = [log.history(user) for user in range(log.n_users)]
+        retrievers = fit_retrievers(histories, self.texts, self.recipe)
+        return replace(self, retrievers=retrievers, repeats=log.repeat_share() >= REPEATS)
+
+    def with_catalog(self, catalog: Catalog) -> State:
+        """The same over a catalogue in which items were added or replaced."""
+        texts = grown_texts(self.texts, catalog.lines())
+        retrievers = grown_retrievers(self.retrievers, texts, self.recipe)
+        lm = self.lm.grown(texts.vectors) if self.lm is not None else None
+        return replace(self, catalog=catalog, texts=texts, retrievers=retrievers, lm=lm)
+
+    def mask(self, request: Request, history: Codes) -> Mask:
+        """Which items a request allows, shape (items,): active, `where`, not excluded, not seen.
+
+        Raises
+        ------
+        RequestError
+            If `where` or `exclude` name what is not there.
+        """
+        mask: Mask = self.catalog.active.copy()
+        allowed = compile_where(request.where, self.catalog)
+        if allowed is not None:
+            mask &= allowed
+        if len(request.exclude):
+            mask[self.catalog.codes(list(request.exclude))] = False
+        if request.seen == "exclude" or (request.seen == "auto" and not self.repeats):
+            mask[history] = False
+        return mask
+
+    def answer(self, found: Candidates) -> list[Recommendation]:
+        """Candidates as recommendations, each with the components that proposed it or moved its score."""
+        answer = []
+        for row, code in enumerate(found.items):
+            ranks, parts = found.ranks[row].tolist(), found.parts[row].tolist()
+            sources = [
+                Source(name, rank, part)
+                for name, rank, part in zip(found.names, ranks, parts, strict=True)
+                if rank > 0 or part > 0
+            ]
+            sources.sort(key=lambda source: -source.score)
+            item = self.catalog.item(int(code))
+            answer.append(Recommendation(item, row + 1, float(found.scores[row]), tuple(sources)))
+        return answer
+
+    def write(self, folder: Path, adapter: Path | None) -> None:
+        """Write into an empty folder; `adapter` is the folder of a language model that is not loaded."""
+        self.catalog.save(folder / "items.parquet")
+        np.save(folder / "vectors.npy", self.texts.vectors)
+        persistence.save_arrays(folder / "retrievers.npz", retriever_arrays(self.retrievers))
+        light = getattr(self.texts.encoder, "arrays", None)
+        if light is not None:
+            persistence.save_arrays(folder / "encoder.npz", {"light": light()})
+        if self.lm is not None:
+            self.lm.save(folder / "adapter")
+        elif adapter is not None:
+            shutil.copytree(adapter, folder / "adapter")
+
+    @classmethod
+    def read(cls, folder: Path, config: Config, manifest: Mapping[str, Any]) -> Self:
+        """Read what `write` wrote, without the language model.
+
+        Raises
+        ------
+        ModelError
+            If a file is missing or damaged, or the encoder is another than the one that was saved.
+        """
+        catalog = Catalog.read(folder / "items.parquet")
+        recipe = Recipe.from_dict(manifest["recipe"])
+        light = folder / "encoder.npz"
+        arrays = persistence.load_arrays(light)["light"] if light.exists() else None
+        encoder = make_encoder(config, [], arrays)
+        if encoder.fingerprint != manifest["encoder"]:
+            raise ModelError(
+                f"{folder.parent} was saved with another encoder: {manifest['encoder'][:12]}... then, "
+                f"{encoder.fingerprint[:12]}... now; use that one, or fit again"
+            )
+        try:
+            vectors = np.load(folder / "vectors.npy", allow_pickle=False)
+        except (OSError, ValueError) as broken:
+            raise ModelError(f"{folder / 'vectors.npy'} is missing or damaged: {broken}") from broken
+        texts = make_texts(catalog.lines(), encoder, vectors)
+        retrievers = load_retrievers(persistence.load_arrays(folder / "retrievers.npz"), texts, recipe)
+        return cls(catalog, texts, recipe, retrievers, bool(manifest["repeats"]))
