@@ -12,12 +12,10 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 from rich.console import Console
 
 from llmrec.config import Config
@@ -59,38 +57,14 @@ def git_sha() -> str:
     return said.stdout.strip() or "unknown"
 
 
-def write(evaluation: Evaluation, path: Path, command: list[str]) -> None:
-    """Write results and ranks, each to a temporary name first."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    content = {"command": "python eval/run.py " + " ".join(command), "git": git_sha(), **evaluation.result}
-    ranks = path.with_suffix(".ranks.npz")
-    for target, save in (
-        (path, lambda opened: opened.write(json.dumps(content, indent=1).encode())),
-        (
-            ranks,
-            lambda opened: np.savez_compressed(
-                opened, **{n: r.astype(np.int16) for n, r in evaluation.ranks.items()}
-            ),
-        ),
-    ):
-        temporary = target.with_name("." + target.name)
-        with temporary.open("wb") as opened:
-            save(opened)
-        temporary.replace(target)
-
-
-def show(result: dict) -> None:
+def show(evaluation: Evaluation) -> None:
     """Print the table of systems and the comparisons."""
     measures = ("recall@5", "ndcg@5", "recall@10", "ndcg@10", "recall@20")
     print(f"{'':14}" + "".join(f"{m:>11}" for m in measures))
-    for name, values in result["systems"].items():
+    for name, values in evaluation.result["systems"].items():
         print(f"{name:14}" + "".join(f"{values[m]:11.4f}" for m in measures))
-    for c in result["comparisons"]:
-        verdict = "" if c["ci95"][0] > 0 or c["ci95"][1] < 0 else ": no difference shown"
-        low, high = c["ci95"]
-        print(
-            f"{c['a']} - {c['b']}, {c['metric']}: {c['difference']:+.4f} [{low:+.4f}, {high:+.4f}]{verdict}"
-        )
+    for comparison in evaluation.comparisons:
+        print(comparison)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -121,13 +95,14 @@ def main(argv: list[str] | None = None) -> None:
         on_step=on_step,
     )
     path = Path(args.out) / f"{name}.json"
-    write(evaluation, path, argv if argv is not None else sys.argv[1:])
+    command = "python eval/run.py " + " ".join(argv if argv is not None else sys.argv[1:])
+    evaluation.write(path, {"command": command, "git": git_sha()})
     if args.final:
         with (HERE / "LOG.md").open("a", encoding="utf-8") as log:
             default = evaluation.result["systems"]["default"]["ndcg@10"]
             today = datetime.datetime.now(datetime.UTC).date()
             log.write(f"- {today} test events read: `{path.name}`, default NDCG@10 {default:.4f}\n")
-    show(evaluation.result)
+    show(evaluation)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from rich.logging import RichHandler
 from typer.core import TyperGroup
 
 from llmrec import __version__
+from llmrec.cli_evaluate import evaluate
 from llmrec.cli_show import say, say_weights, show, show_known, stages, stderr, training_bar
 from llmrec.errors import LLMRecError, RequestError
 
@@ -254,6 +255,9 @@ def forget(model: Model, user: Annotated[str, typer.Option(help="User id.")]) ->
 
     count = Recommender.load(model).forget(user)
     say(f"erased {count:,} event{'s' * (count != 1)} of user {user!r}")
+
+
+app.command()(evaluate)
 
 
 def _ids(flag: str, text: str | None) -> list[str] | None:

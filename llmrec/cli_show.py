@@ -36,7 +36,8 @@ def say(message: str) -> None:
     stderr.print(message, markup=False, highlight=False, soft_wrap=True)
 
 
-def _print(table: Table) -> None:
+def print_table(table: Table) -> None:
+    """Print a table on standard output, as wide as it needs where that is no terminal."""
     console = Console(width=None if sys.stdout.isatty() else PIPED, highlight=False)
     console.print(table)
 
@@ -63,11 +64,11 @@ def show(found: Sequence[Recommendation] | Mapping[str, Sequence[Recommendation]
             typer.echo(json.dumps({name: as_json(part) for name, part in found.items()}))
         else:
             for name, part in found.items():
-                _print(_table(part, name))
+                print_table(_table(part, name))
     elif in_json:
         typer.echo(json.dumps(as_json(found)))
     else:
-        _print(_table(found))
+        print_table(_table(found))
 
 
 def _table(found: Sequence[Recommendation], title: str | None = None) -> Table:
@@ -94,7 +95,7 @@ def show_known(artifacts: Sequence[Artifact]) -> None:
     for a in artifacts:
         size = f"{a.megabytes} MB" if a.megabytes else "?"
         table.add_row(Text(a.name), size, Text(a.licence), Text(a.summary))
-    _print(table)
+    print_table(table)
 
 
 def say_weights(recipe: Recipe) -> None:

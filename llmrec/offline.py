@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import sys
 import tempfile
@@ -22,7 +23,7 @@ from llmrec.evaluation.run import latency, peak_memory_mb, run_systems
 from llmrec.evaluation.split import Part, leave_last_out
 from llmrec.events import EventLog
 from llmrec.fetch import resolve
-from llmrec.metrics import Ranks
+from llmrec.metrics import Comparison, Ranks
 from llmrec.pipeline import LM, Pipeline
 from llmrec.protocols import Query
 from llmrec.recipe import search_recipe, with_language_model
@@ -40,6 +41,19 @@ class Evaluation:
 
     result: dict[str, Any]
     ranks: dict[str, Ranks]
+    comparisons: list[Comparison]
+
+    def write(self, path: Path, extra: Mapping[str, Any] | None = None) -> None:
+        """Write the results as JSON, and the ranks beside them, each to a temporary name first."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        ranks = path.with_suffix(".ranks.npz")
+        drafts = {target: target.with_name(f".{target.name}") for target in (path, ranks)}
+        with drafts[ranks].open("wb") as opened:
+            columns: dict[str, Any] = {n: r.astype(np.int16) for n, r in self.ranks.items()}
+            np.savez_compressed(opened, **columns)
+        drafts[path].write_text(json.dumps({**(extra or {}), **self.result}, indent=1), encoding="utf-8")
+        for target, draft in drafts.items():
+            draft.replace(target)
 
 
 def core_of(catalog: Catalog, log: EventLog, k: int) -> tuple[Catalog, EventLog]:
@@ -179,7 +193,7 @@ def evaluate(
     if everyone is not systems:
         result["systems_all_users"] = everyone.as_dict()
         result["protocol"]["users_all"] = len(reported)
-    return Evaluation(result, systems.ranks)
+    return Evaluation(result, systems.ranks, systems.comparisons)
 
 
 def _dataset(catalog: Catalog, log: EventLog, core: int | None) -> dict[str, Any]:

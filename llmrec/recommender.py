@@ -136,7 +136,8 @@ class Recommender:
         on_stage("fitting on all events")
         store = SQLiteStore(":memory:")
         store.append(log.to_events(catalog))
-        return cls(config, State(catalog, texts, recipe, {}, repeats).refitted(log), store)
+        state = State(catalog, texts, recipe, {}, repeats, search.depth)
+        return cls(config, state.refitted(log), store)
 
     def finetune(
         self,

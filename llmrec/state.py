@@ -39,6 +39,8 @@ class State:
         Fitted ones and those made from the catalogue, without the language model.
     repeats
         Whether people choose the same item again in this log.
+    depth
+        Hits taken from each retriever.
     lm
         None until it is trained or loaded.
     """
@@ -48,13 +50,14 @@ class State:
     recipe: Recipe
     retrievers: Mapping[str, Retriever]
     repeats: bool
+    depth: int
     lm: LanguageModel | None = None
 
     def pipeline(self) -> Pipeline:
         """The pipeline of these parts."""
         recipe, scorer = self.recipe, self.lm.scorer if self.lm is not None else None
         retrievers = dict(self.retrievers) | ({LM: scorer} if scorer is not None else {})
-        return Pipeline(retrievers, recipe.history, recipe.query, recipe.similar, scorer)
+        return Pipeline(retrievers, recipe.history, recipe.query, recipe.similar, scorer, self.depth)
 
     def refitted(self, log: EventLog) -> State:
         """The same with retrievers fitted on all events of a log; settings and weights stay."""
@@ -140,4 +143,5 @@ class State:
             raise ModelError(f"{folder / 'vectors.npy'} is missing or damaged: {broken}") from broken
         texts = make_texts(catalog.lines(), encoder, vectors)
         retrievers = load_retrievers(persistence.load_arrays(folder / "retrievers.npz"), texts, recipe)
-        return cls(catalog, texts, recipe, retrievers, bool(manifest["repeats"]))
+        repeats, depth = bool(manifest["repeats"]), config.retrieval.depth
+        return cls(catalog, texts, recipe, retrievers, repeats, depth)

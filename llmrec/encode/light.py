@@ -40,7 +40,13 @@ class LightEncoder:
 
     @staticmethod
     def _settings() -> dict[str, Any]:
-        return {"ngram_range": (1, 2), "sublinear_tf": True, "strip_accents": "unicode", "dtype": np.float32}
+        return {
+            "token_pattern": r"(?u)\b\w+\b",
+            "ngram_range": (1, 2),
+            "sublinear_tf": True,
+            "strip_accents": "unicode",
+            "dtype": np.float32,
+        }
 
     @classmethod
     def fit(cls, texts: Sequence[str], dim: int = 128, max_terms: int = 50_000) -> LightEncoder:

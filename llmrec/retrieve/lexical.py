@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,6 +26,8 @@ class BM25Retriever:
     def __init__(self, lines: Sequence[str]) -> None:
         import bm25s
 
+        # The library sets its logger to DEBUG, over the application's own level.
+        logging.getLogger("bm25s").setLevel(logging.WARNING)
         self._bm25s: Any = bm25s
         self.n_items = len(lines)
         tokens = self._tokens(list(lines))

@@ -36,7 +36,7 @@ class TrainingConfig(BaseModel):
     minutes: float | None = Field(20.0, gt=0, description="time to train; the learning rate falls with it")
     steps: int | None = Field(None, ge=1, description="optimiser steps, instead of or besides minutes")
     learning_rate: float = Field(1e-3, gt=0, description="of the LoRA matrices")
-    head_learning_rate: float = Field(1e-3, gt=0, description="of item projections and id vectors")
+    head_learning_rate: float = Field(5e-3, gt=0, description="of item projections and id vectors")
     weight_decay: float = Field(0.01, ge=0)
     warmup_steps: int = Field(30, ge=0)
     tokens_per_step: int = Field(900, ge=1, description="padded positions in one step")

@@ -1,0 +1,145 @@
+"""The item-token model: what it may see, what it falls back to, and that a batch changes nothing."""
+
+import numpy as np
+import pytest
+import torch
+
+from llmrec.errors import ModelError
+from llmrec.language_model import LanguageModel
+from llmrec.protocols import Query
+from llmrec.score.config import ItemTokensConfig
+from llmrec.score.item_tokens import ItemTokenScorer, load_body, pad
+from llmrec.testing import tiny_lm
+from llmrec.training import windows
+
+ITEMS, DIM = 30, 12
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return tiny_lm(tmp_path_factory.mktemp("lm"))
+
+
+@pytest.fixture(scope="module")
+def vectors():
+    drawn = np.random.default_rng(0).normal(size=(ITEMS, DIM)).astype(np.float32)
+    return drawn / np.linalg.norm(drawn, axis=1, keepdims=True)
+
+
+def config(base, **settings):
+    values = {"base": str(base), "layers": 2, "rank": 4, "head_dim": 16, "precision": "float32"}
+    return ItemTokensConfig(**{**values, **settings})
+
+
+@pytest.fixture(scope="module")
+def lm(base, vectors):
+    counts = np.arange(ITEMS)
+    model = LanguageModel.new(config(base, window=20), base, vectors, counts, seed=1)
+    with torch.no_grad():
+        # Fresh LoRA matrices change nothing; these do.
+        for name, parameter in model.model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.05)
+    return model
+
+
+def histories(*lengths, seed=0):
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, ITEMS, n).astype(np.int32) for n in lengths]
+
+
+def test_a_padded_batch_scores_as_single_requests_do(lm):
+    asked = histories(0, 1, 5, 20, 3, 19, 7)
+    together = ItemTokenScorer(lm.model, 20).log_probs(asked)
+    alone = np.concatenate([ItemTokenScorer(lm.model, 20).log_probs([h]) for h in asked])
+    in_pieces = ItemTokenScorer(lm.model, 20, tokens=40).log_probs(asked)
+    np.testing.assert_allclose(together, alone, atol=1e-4)
+    np.testing.assert_allclose(in_pieces, alone, atol=1e-4)
+
+
+def test_log_probabilities_sum_to_one_over_the_catalogue(lm):
+    np.testing.assert_allclose(np.exp(lm.scorer.log_probs(histories(0, 4, 9))).sum(axis=1), 1.0, atol=1e-5)
+
+
+def test_no_position_sees_a_later_event(lm):
+    first = histories(12)[0]
+    second = first.copy()
+    second[7] = (second[7] + 1) % ITEMS
+    codes, _ = pad([first, second])
+    with torch.inference_mode():
+        states = lm.model.states(lm.model.hidden(codes))
+    same = (states[0] - states[1]).abs().amax(dim=-1)
+    assert float(same[:8].max()) < 1e-6
+    assert float(same[8:].min()) > 1e-4
+
+
+def test_only_the_window_is_read(lm):
+    long = histories(30)[0]
+    np.testing.assert_array_equal(lm.scorer.log_probs([long]), lm.scorer.log_probs([long[-20:]]))
+
+
+def test_an_unseen_item_is_scored_by_its_text_alone(base, vectors):
+    counts = np.full(ITEMS, 5)
+    counts[[3, 4]] = 0
+    same = vectors.copy()
+    same[4] = same[3]
+    model = LanguageModel.new(config(base), base, same, counts)
+    scores = model.scorer.log_probs(histories(4))[0]
+    assert np.isfinite(scores).all()
+    assert scores[3] == pytest.approx(scores[4], abs=1e-6)
+    read = model.scorer.log_probs([np.array([3], np.int32), np.array([4], np.int32)])
+    np.testing.assert_allclose(read[0], read[1], atol=1e-6)
+
+
+def test_with_a_zeroed_head_the_order_is_popularity(base, vectors):
+    counts = np.random.default_rng(2).permutation(ITEMS)
+    model = LanguageModel.new(config(base), base, vectors, counts)
+    with torch.no_grad():
+        model.model.state.weight.zero_()
+        model.model.state.bias.zero_()
+    hits = model.scorer.retrieve([Query(h) for h in histories(0, 6)], ITEMS)
+    for found in hits:
+        assert found.items.tolist() == np.argsort(-counts, kind="stable").tolist()
+
+
+def test_score_and_retrieve_agree_and_respect_the_mask(lm):
+    mask = np.zeros(ITEMS, dtype=bool)
+    mask[[2, 5, 11]] = True
+    query = Query(histories(6)[0], "", mask)
+    hits = lm.scorer.retrieve([query], 10)[0]
+    assert set(hits.items.tolist()) == {2, 5, 11}
+    np.testing.assert_array_equal(lm.scorer.score([query], [hits.items])[0], hits.scores)
+
+
+def test_the_cache_of_states_is_bounded_and_can_be_dropped(lm):
+    scorer = ItemTokenScorer(lm.model, 20, cached=3)
+    first = scorer.log_probs(histories(1, 2, 3, 4, 5))
+    assert len(scorer._states) == 3
+    np.testing.assert_allclose(scorer.log_probs(histories(1, 2, 3, 4, 5)), first, atol=1e-5)
+    scorer.forget()
+    assert not scorer._states
+
+
+def test_growing_keeps_the_scores_of_old_items_up_to_the_normaliser(lm, vectors):
+    grown = lm.grown(np.concatenate([vectors, vectors[:2]]))
+    asked = histories(5)
+    old, new = lm.scorer.log_probs(asked)[0], grown.scorer.log_probs(asked)[0]
+    assert len(new) == ITEMS + 2
+    assert np.isfinite(new).all()
+    shift = new[:ITEMS] - old
+    assert np.ptp(shift) < 1e-4
+
+
+def test_asking_for_more_layers_than_there_are_is_an_error(base):
+    with pytest.raises(ModelError, match="99 layers"):
+        load_body(base, 99, torch.float32)
+
+
+def test_windows_hold_every_event_once_and_in_order():
+    rng = np.random.default_rng(3)
+    long = np.arange(257, dtype=np.int32)
+    for _ in range(20):
+        pieces = windows([long, long[:3], long[:0]], 50, rng)
+        assert max(map(len, pieces)) <= 50
+        assert np.concatenate(pieces[:-1]).tolist() == long.tolist()
+        assert pieces[-1].tolist() == [0, 1, 2]

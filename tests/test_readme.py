@@ -1,0 +1,24 @@
+"""What the README promises runs as written."""
+
+import re
+from pathlib import Path
+
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_quickstart_runs_and_is_short(tmp_path, monkeypatch, capsys):
+    code = re.search(r"```python\n(.*?)```", README, re.S).group(1)
+    assert len(code.splitlines()) <= 24
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "README.md", "exec"), {})
+    printed = [eval(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(printed) == 5
+    assert printed[2][:2] == ["Toy Story", "Toy Story 2"]
+    assert (tmp_path / "model" / "manifest.json").is_file()
+
+
+def test_every_file_in_the_layout_exists():
+    root = Path(__file__).parent.parent
+    layout = README.split("## Layout")[1].split("```")[1]
+    for name in re.findall(r"[a-z_]+\.py", layout):
+        assert list(root.glob(f"llmrec/{name}")) or list(root.glob(f"eval/{name}")), name

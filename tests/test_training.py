@@ -1,0 +1,166 @@
+"""Fine-tuning: it learns a planted rule, restarts where it was, and an adapter knows what it belongs to."""
+
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from llmrec import training
+from llmrec.errors import DataError, ModelError
+from llmrec.language_model import LanguageModel, train_language_model
+from llmrec.protocols import Query
+from llmrec.recipe import HeldOut
+from llmrec.score.config import ItemTokensConfig, TrainingConfig
+from llmrec.testing import tiny_lm
+from llmrec.training import LoRATrainer, batches, next_item_loss
+
+ITEMS = 12
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return tiny_lm(tmp_path_factory.mktemp("lm"))
+
+
+VECTORS = np.eye(ITEMS, dtype=np.float32)
+# After item i always comes item i + 1.
+RULE = [np.array([(s + t) % ITEMS for t in range(6)], dtype=np.int32) for s in range(ITEMS) for _ in range(4)]
+HELD_OUT = HeldOut(
+    [Query(np.array([s], dtype=np.int32)) for s in range(ITEMS)],
+    np.array([(s + 1) % ITEMS for s in range(ITEMS)], dtype=np.int32),
+)
+
+
+def config(base):
+    return ItemTokensConfig(base=str(base), layers=2, rank=4, head_dim=32, precision="float32", dropout=0.1)
+
+
+def settings(**values):
+    chosen = {
+        "minutes": None,
+        "steps": 60,
+        "head_learning_rate": 1e-2,
+        "tokens_per_step": 300,
+        "warmup_steps": 3,
+    }
+    return TrainingConfig(**{**chosen, **values})
+
+
+def train(base, folder, on_step=None, **values):
+    return train_language_model(
+        RULE,
+        HELD_OUT,
+        VECTORS,
+        base,
+        config(base),
+        settings(**values),
+        encoder="e",
+        data="d",
+        folder=folder,
+        on_step=on_step,
+    )
+
+
+def test_a_planted_rule_is_learned(base, tmp_path):
+    lm, report = train(base, tmp_path / "run")
+    hits = lm.scorer.retrieve(HELD_OUT.queries, 1)
+    assert [int(h.items[0]) for h in hits] == HELD_OUT.targets.tolist()
+    assert report.best == 1.0
+    assert report.curve[-1]["nats"] < 0.5 * math.log(ITEMS)
+    assert report.steps == 60
+
+
+class Killed(Exception):
+    pass
+
+
+def test_a_run_killed_after_a_checkpoint_ends_as_if_it_had_not_been(base, tmp_path):
+    whole, _ = train(base, tmp_path / "whole", steps=12)
+
+    def die(progress, done):
+        if progress.step == 7:
+            raise Killed
+
+    with pytest.raises(Killed):
+        train(base, tmp_path / "run", die, steps=12, checkpoint_seconds=1e-9)
+    assert (tmp_path / "run" / "checkpoint.safetensors").is_file()
+    steps = []
+    resumed, report = train(
+        base, tmp_path / "run", lambda p, done: steps.append(p.step), steps=12, checkpoint_seconds=1e-9
+    )
+    assert steps[0] == 7
+    assert report.steps == 12
+    for name, parameter in training.trainable(whole.model).items():
+        torch.testing.assert_close(parameter, dict(resumed.model.named_parameters())[name], msg=name)
+
+
+def test_a_checkpoint_of_another_run_is_not_continued(base, tmp_path):
+    train(base, tmp_path / "run", steps=4, checkpoint_seconds=1e-9)
+    steps = []
+    train(base, tmp_path / "run", lambda p, done: steps.append(p.step), steps=5, checkpoint_seconds=1e-9)
+    assert steps == [1, 2, 3, 4, 5]
+
+
+def test_batches_hold_every_window_once_and_stay_within_the_budget():
+    rng = np.random.default_rng(0)
+    pieces = [np.full(int(n), i, dtype=np.int32) for i, n in enumerate(rng.integers(1, 40, 200))]
+    grouped = batches(pieces, overhead=5, tokens=200, rng=rng)
+    seen = sorted(int(piece[0]) for batch in grouped for piece in batch)
+    assert seen == list(range(200))
+    for batch in grouped:
+        assert len(batch) * (5 + max(map(len, batch))) <= 200 or len(batch) == 1
+
+
+def test_the_loss_is_the_mean_negative_log_probability_of_what_followed(base):
+    lm = LanguageModel.new(config(base), base, VECTORS, np.full(ITEMS, 3))
+    lm.model.eval()
+    batch = [RULE[0], RULE[1][:3]]
+    with torch.inference_mode():
+        loss, events = next_item_loss(lm.model, batch, negatives=0)
+    nats = [-lm.scorer.log_probs([h[:t]])[0][h[t]] for h in batch for t in range(len(h))]
+    assert events == 9
+    assert float(loss) == pytest.approx(np.mean(nats), abs=1e-4)
+
+
+def test_sampled_softmax_approaches_the_full_one(base, monkeypatch):
+    counts = np.arange(1, ITEMS + 1)
+    lm = LanguageModel.new(config(base), base, VECTORS, counts)
+    lm.model.eval()
+    with torch.inference_mode():
+        full, _ = next_item_loss(lm.model, RULE[:8], negatives=0)
+        monkeypatch.setattr(training, "FULL_SOFTMAX_UP_TO", 1)
+        torch.manual_seed(0)
+        sampled, _ = next_item_loss(lm.model, RULE[:8], negatives=200_000)
+    assert float(sampled) == pytest.approx(float(full), abs=0.01)
+
+
+def test_an_adapter_scores_the_same_after_saving_and_refuses_what_it_was_not_trained_with(base, tmp_path):
+    lm, _ = train(base, tmp_path / "run", steps=5)
+    lm.save(tmp_path / "adapter")
+    again = LanguageModel.load(tmp_path / "adapter", base, VECTORS, "e")
+    asked = [RULE[0], RULE[5][:2]]
+    np.testing.assert_array_equal(again.scorer.log_probs(asked), lm.scorer.log_probs(asked))
+    assert not [p for p in (tmp_path / "adapter").iterdir() if p.suffix not in (".json", ".safetensors")]
+
+    other = tiny_lm(tmp_path / "other", seed=7)
+    with pytest.raises(ModelError, match=r"another base: [0-9a-f]{12}\.\.\. then, [0-9a-f]{12}"):
+        LanguageModel.load(tmp_path / "adapter", other, VECTORS, "e")
+    with pytest.raises(ModelError, match="another encoder"):
+        LanguageModel.load(tmp_path / "adapter", base, VECTORS, "f")
+    card = json.loads((tmp_path / "adapter" / "card.json").read_text())
+    card["card"]["prompt_sha256"] = "0" * 64
+    (tmp_path / "adapter" / "card.json").write_text(json.dumps(card))
+    with pytest.raises(ModelError, match="another prompt"):
+        LanguageModel.load(tmp_path / "adapter", base, VECTORS, "e")
+    shutil.rmtree(tmp_path / "adapter")
+    with pytest.raises(ModelError, match="no complete adapter"):
+        LanguageModel.load(tmp_path / "adapter", base, VECTORS, "e")
+
+
+def test_nothing_to_train_on_is_a_clear_error(base, tmp_path):
+    lm = LanguageModel.new(config(base), base, VECTORS, np.zeros(ITEMS))
+    with pytest.raises(DataError, match="no events to train on"):
+        LoRATrainer(lm.model, [RULE[0][:0]], 10, settings(), tmp_path, "x")
