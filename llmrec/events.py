@@ -194,6 +194,12 @@ class EventLog:
         """Return the item codes of a user index, oldest first, shape (events of the user,)."""
         return self.item[self.offsets[user] : self.offsets[user + 1]]
 
+    def history_weights(self) -> list[Floats] | None:
+        """Return the weights of each user's events, by user index; None if all are 1."""
+        if bool((self.weight == 1).all()):
+            return None
+        return [self.weight[a:b] for a, b in zip(self.offsets[:-1], self.offsets[1:], strict=True)]
+
     def history_of(self, user_id: str) -> Codes:
         """Return the item codes of a user id, oldest first; empty for an unknown user."""
         user = self._user_index.get(user_id)

@@ -130,8 +130,10 @@ class LanguageModel:
         torch.manual_seed(seed)
         body = load_body(base, config.layers, body_dtype(config.precision))
         settings = LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=config.targets)
-        settings.base_model_name_or_path = config.base
-        return cls(_assemble(get_peft_model(body, settings), config, base, vectors, counts), config)
+        adapted: Any = get_peft_model(body, settings)
+        # peft notes the folder, which says nothing on another machine.
+        adapted.peft_config["default"].base_model_name_or_path = config.base
+        return cls(_assemble(adapted, config, base, vectors, counts), config)
 
     def save(self, folder: Path) -> None:
         """Write adapter (peft's own files), head and card into a folder; safetensors and JSON only."""

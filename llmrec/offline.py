@@ -128,7 +128,7 @@ def evaluate(
         catalog.active, exclude_seen
     )
     recipe, retrievers = search_recipe(
-        split.train, held_out, texts, search, lambda stage: on_stage(f"choosing {stage}")
+        split.train, held_out, texts, search, lambda stage: on_stage(f"choosing {stage}"), split.weights
     )
     clock.lap("fit_retrievers")
     training: dict[str, Any] = {}

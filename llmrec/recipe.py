@@ -126,13 +126,15 @@ class Recipe:
         )
 
 
-def fit_retrievers(histories: Sequence[Codes], texts: Texts, recipe: Recipe) -> dict[str, Retriever]:
-    """Fit every retriever on the histories."""
+def fit_retrievers(
+    histories: Sequence[Codes], texts: Texts, recipe: Recipe, weights: Sequence[Floats] | None = None
+) -> dict[str, Retriever]:
+    """Fit every retriever on the histories; `weights` are those of the events, one array a history."""
     n_items = len(texts.lines)
     return {
-        "popularity": PopularityRetriever.fit(histories, n_items),
-        "ease": EASERetriever.fit(histories, n_items, recipe.ease),
-        "transitions": TransitionsRetriever.fit(histories, n_items, recipe.transitions),
+        "popularity": PopularityRetriever.fit(histories, n_items, weights),
+        "ease": EASERetriever.fit(histories, n_items, recipe.ease, weights),
+        "transitions": TransitionsRetriever.fit(histories, n_items, recipe.transitions, weights),
         **text_retrievers(texts, recipe),
     }
 
@@ -399,15 +401,16 @@ def search_recipe(
     texts: Texts,
     config: RetrievalConfig,
     on_stage: Callable[[str], None] = lambda stage: None,
+    weights: Sequence[Floats] | None = None,
 ) -> tuple[Recipe, dict[str, Retriever]]:
     """Choose settings and weights, and return them with the retrievers fitted on `histories`.
 
-    No fitted parameter sees `held_out`.
+    No fitted parameter sees `held_out`. `weights` are those of the events, one array a history.
     """
     recipe = Recipe.default(config)
     held_out = held_out.sample(config.search_users, config.seed)
     if not config.search or len(held_out.queries) == 0:
-        return recipe, fit_retrievers(histories, texts, recipe)
+        return recipe, fit_retrievers(histories, texts, recipe, weights)
     log = recipe.log
     n_items = len(texts.lines)
 
@@ -416,10 +419,10 @@ def search_recipe(
         "transitions",
         recipe.transitions,
         {"step_decay": (0.5, 0.9), "window": (5, 20), "backward": (0.0, 1.0), "smoothing": (1.0, 20.0)},
-        lambda c: quality(TransitionsRetriever.fit(histories, n_items, c), held_out),
+        lambda c: quality(TransitionsRetriever.fit(histories, n_items, c, weights), held_out),
         log,
     )
-    fitted = TransitionsRetriever.fit(histories, n_items, transitions)
+    fitted = TransitionsRetriever.fit(histories, n_items, transitions, weights)
     transitions = _walk(
         "transitions",
         transitions,
@@ -428,7 +431,7 @@ def search_recipe(
         log,
     )
     on_stage("ease")
-    ease, ease_fitted = _search_ease(histories, n_items, recipe.ease, held_out, log)
+    ease, ease_fitted = _search_ease(histories, n_items, recipe.ease, held_out, log, weights)
     on_stage("profile")
     profile = _walk(
         "profile",
@@ -439,7 +442,7 @@ def search_recipe(
     )
     recipe = replace(recipe, transitions=transitions, ease=ease, profile=profile)
     retrievers: dict[str, Retriever] = {
-        "popularity": PopularityRetriever.fit(histories, n_items),
+        "popularity": PopularityRetriever.fit(histories, n_items, weights),
         "ease": ease_fitted,
         "transitions": fitted.with_decay(transitions.decay),
         **text_retrievers(texts, recipe),
@@ -449,14 +452,19 @@ def search_recipe(
 
 
 def _search_ease(
-    histories: Sequence[Codes], n_items: int, start: EASEConfig, held_out: HeldOut, log: list[dict[str, Any]]
+    histories: Sequence[Codes],
+    n_items: int,
+    start: EASEConfig,
+    held_out: HeldOut,
+    log: list[dict[str, Any]],
+    weights: Sequence[Floats] | None,
 ) -> tuple[EASEConfig, EASERetriever]:
     """Try penalties and decays; solving is the costly part, decays of the history come for nothing after."""
     best, best_score = None, -1.0
     for l2 in (start.l2 / 4, start.l2, start.l2 * 4):
         for fit_decay in {1.0, start.fit_decay}:
             config = start.model_copy(update={"l2": l2, "fit_decay": fit_decay})
-            model = EASERetriever.fit(histories, n_items, config)
+            model = EASERetriever.fit(histories, n_items, config, weights)
             for decay in (0.7, 0.8, 0.9, 0.95, 1.0):
                 value = quality(model.with_decay(decay), held_out)
                 log.append(

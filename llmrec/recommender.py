@@ -128,11 +128,13 @@ class Recommender:
         log = read_log(events, catalog, config.data)
         on_stage("encoding item texts")
         texts = make_texts(catalog.lines(), make_encoder(config, catalog.lines()))
-        train, part = tail(log)
+        train, weights, part = tail(log)
         repeats = log.repeat_share() >= REPEATS
         search = config.retrieval
         held_out = part.sample(search.search_users, search.seed).held_out(catalog.active, not repeats)
-        recipe, _ = search_recipe(train, held_out, texts, search, lambda s: on_stage(f"choosing {s}"))
+        recipe, _ = search_recipe(
+            train, held_out, texts, search, lambda s: on_stage(f"choosing {s}"), weights
+        )
         on_stage("fitting on all events")
         store = SQLiteStore(":memory:")
         store.append(log.to_events(catalog))
@@ -175,7 +177,7 @@ class Recommender:
         if minutes is not None:
             training = type(training)(**{**training.model_dump(), "minutes": minutes, "steps": None})
         log = self._log()
-        train, part = tail(log)
+        train, weights, part = tail(log)
         search = config.retrieval
         held_out = part.sample(search.search_users, search.seed).held_out(
             state.catalog.active, not state.repeats
@@ -194,7 +196,7 @@ class Recommender:
                 folder=run,
                 on_step=on_step,
             )
-        retrievers = fit_retrievers(train, state.texts, state.recipe)
+        retrievers = fit_retrievers(train, state.texts, state.recipe, weights)
         recipe = with_language_model(state.recipe, retrievers, lm.scorer, held_out, state.texts.lines, search)
         tuned = replace(state, retrievers=retrievers, recipe=recipe, lm=lm).pipeline()
         plain = replace(tuned, history=replace(tuned.history, lm=0.0))

@@ -62,7 +62,7 @@ class State:
     def refitted(self, log: EventLog) -> State:
         """The same with retrievers fitted on all events of a log; settings and weights stay."""
         histories = [log.history(user) for user in range(log.n_users)]
-        retrievers = fit_retrievers(histories, self.texts, self.recipe)
+        retrievers = fit_retrievers(histories, self.texts, self.recipe, log.history_weights())
         return replace(self, retrievers=retrievers, repeats=log.repeat_share() >= REPEATS)
 
     def with_catalog(self, catalog: Catalog) -> State:

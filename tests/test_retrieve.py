@@ -24,7 +24,7 @@ from llmrec.recipe import (
 )
 from llmrec.retrieve.dense import ProfileConfig, ProfileRetriever, TextQueryRetriever
 from llmrec.retrieve.lexical import BM25Retriever
-from llmrec.retrieve.linear import EASEConfig, EASERetriever
+from llmrec.retrieve.linear import EASEConfig, EASERetriever, user_item_matrix
 from llmrec.retrieve.popularity import PopularityRetriever
 from llmrec.retrieve.transitions import TransitionsConfig, TransitionsRetriever
 
@@ -393,3 +393,24 @@ def test_a_grown_catalogue_keeps_the_scores_and_takes_new_items(name):
     reached = {"popularity", "profile", "text", "bm25"}
     (hits,) = grown[name].retrieve([Query(codes([2]), "red lamp")], N + 2)
     assert (N in hits.items) == (name in reached)
+
+
+def test_an_event_of_weight_two_counts_as_two_pairs_and_twice_the_popularity():
+    histories = [np.array([0, 1, 2], np.int32), np.array([1, 0], np.int32)]
+    weights = [np.array([1.0, 2.0, 1.0], np.float32), np.array([0.5, 1.0], np.float32)]
+    popular = PopularityRetriever.fit(histories, 3, weights)
+    np.testing.assert_allclose(np.expm1(popular.scores), [2.0, 2.5, 1.0], rtol=1e-6)
+
+    config = TransitionsConfig(window=2, step_decay=0.5, backward=0.0, smoothing=0.0)
+    matrix = TransitionsRetriever.fit(histories, 3, config, weights).matrix.toarray()
+    # From 0: to 1 with 1 * 2, to 2 with 0.5 * 1 * 1. From 1: to 2 with 2 * 1, to 0 with 0.5 * 1.
+    np.testing.assert_allclose(
+        matrix, [[0, 2 / 2.5, 0.5 / 2.5], [0.5 / 2.5, 0, 2 / 2.5], [0, 0, 0]], rtol=1e-6
+    )
+
+    x = user_item_matrix(histories, 3, 0.5, weights).toarray()
+    np.testing.assert_allclose(x, [[0.25, 1.0, 1.0], [1.0, 0.25, 0.0]])
+    same = [np.ones(3, np.float32), np.ones(2, np.float32)]
+    plain = EASERetriever.fit(histories, 3, EASEConfig(l2=1.0))
+    ones = EASERetriever.fit(histories, 3, EASEConfig(l2=1.0), same)
+    np.testing.assert_allclose(plain.score(histories[0]), ones.score(histories[0]))

@@ -40,7 +40,8 @@ def test_leave_last_out_takes_the_last_two_events_of_users_with_three():
 
 def test_the_tail_is_the_last_event_of_users_with_two():
     log = log_of(ROWS)
-    train, part = tail(log)
+    train, weights, part = tail(log)
+    assert weights is None
     assert words(train) == ["aac", "f", "bd", "a"]
     assert [log.users[u] for u in part.users] == ["long", "three", "two"]
     assert words(part.histories) == ["aac", "bd", "a"] and words([part.targets]) == ["dec"]
@@ -49,7 +50,7 @@ def test_the_tail_is_the_last_event_of_users_with_two():
 def test_a_log_without_a_user_of_three_events_cannot_be_split():
     with pytest.raises(DataError, match="at least 3 events; none of 2 has them"):
         leave_last_out(log_of([("one", "a", 1), ("two", "a", 1), ("two", "b", 2)]))
-    train, part = tail(log_of([("one", "a", 1)]))
+    train, _, part = tail(log_of([("one", "a", 1)]))
     assert words(train) == ["a"] and len(part) == 0 and part.held_out(CATALOG.active, True).queries == []
 
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from llmrec.errors import DataError
 from llmrec.events import EventLog
-from llmrec.protocols import Codes, Mask, Query
+from llmrec.protocols import Codes, Floats, Mask, Query
 from llmrec.recipe import HeldOut
 
 
@@ -63,9 +63,10 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """Training histories by user index, and the events to choose by and to report on."""
+    """Training histories and weights of their events by user index; events to choose by and to report on."""
 
     train: Sequence[Codes]
+    weights: Sequence[Floats] | None
     validation: Part
     test: Part
 
@@ -91,14 +92,20 @@ def leave_last_out(log: EventLog) -> Split:
         before = [histories[u][:-back] for u in users]
         return Part(users, before, np.array([histories[u][-back] for u in users], dtype=np.int32))
 
-    return Split(train, part(2), part(1))
+    return Split(train, _shortened(log, train), part(2), part(1))
 
 
-def tail(log: EventLog) -> tuple[list[Codes], Part]:
-    """Hold out the last event of every user with at least two: training histories and the held-out part."""
+def tail(log: EventLog) -> tuple[list[Codes], list[Floats] | None, Part]:
+    """Hold out the last event of every user with at least two: histories, their weights, held-out part."""
     lengths = np.diff(log.offsets)
     users = np.flatnonzero(lengths >= 2)
     histories = [log.history(u) for u in range(log.n_users)]
     train = [h[:-1] if len(h) >= 2 else h for h in histories]
     targets = np.array([histories[u][-1] for u in users], dtype=np.int32)
-    return train, Part(users, [train[u] for u in users], targets)
+    return train, _shortened(log, train), Part(users, [train[u] for u in users], targets)
+
+
+def _shortened(log: EventLog, train: Sequence[Codes]) -> list[Floats] | None:
+    """Weights of the events that are left in training."""
+    weights = log.history_weights()
+    return None if weights is None else [w[: len(h)] for w, h in zip(weights, train, strict=True)]

@@ -30,13 +30,20 @@ class EASEConfig(BaseModel):
     keep: int = Field(1000, ge=1, description="largest weights kept for each item")
 
 
-def user_item_matrix(histories: Sequence[Codes], n_items: int, decay: float) -> scipy.sparse.csr_matrix:
-    """Rows are users; an event of age a counts decay ** a, a repeated item counts its latest event."""
+def user_item_matrix(
+    histories: Sequence[Codes], n_items: int, decay: float, weights: Sequence[Floats] | None = None
+) -> scipy.sparse.csr_matrix:
+    """Rows are users; an event of age a counts decay ** a times its weight, 1 where none are given.
+
+    Of several events of a user with an item the largest counts.
+    """
     rows = np.repeat(np.arange(len(histories)), [len(h) for h in histories])
     columns = np.concatenate([np.empty(0, np.int32), *histories])
     values = np.concatenate([np.empty(0, np.float32), *(age_weights(len(h), decay) for h in histories)])
+    if weights is not None:
+        values = values * np.concatenate([np.empty(0, np.float32), *weights])
     matrix = scipy.sparse.coo_matrix((values, (rows, columns)), shape=(len(histories), n_items))
-    # Converting sums duplicates; the latest event of a pair is its largest weight.
+    # Converting would sum duplicates.
     keys = rows.astype(np.int64) * n_items + columns
     order = np.lexsort((-matrix.data, keys))
     first = np.ones(len(order), dtype=bool)
@@ -71,9 +78,18 @@ class EASERetriever:
         self._row[items] = np.arange(len(items))
 
     @classmethod
-    def fit(cls, histories: Sequence[Codes], n_items: int, config: EASEConfig) -> EASERetriever:
-        """Solve for B. Items beyond the `max_items` most frequent stay out of the model."""
-        matrix = user_item_matrix(histories, n_items, config.fit_decay)
+    def fit(
+        cls,
+        histories: Sequence[Codes],
+        n_items: int,
+        config: EASEConfig,
+        weights: Sequence[Floats] | None = None,
+    ) -> EASERetriever:
+        """Solve for B. Items beyond the `max_items` most frequent stay out of the model.
+
+        `weights` are those of the events, one array a history.
+        """
+        matrix = user_item_matrix(histories, n_items, config.fit_decay, weights)
         counts = np.asarray((matrix > 0).sum(axis=0)).ravel()
         items: Codes = np.flatnonzero(counts).astype(np.int32)
         if len(items) > config.max_items:

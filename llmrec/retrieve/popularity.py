@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llmrec.protocols import Floats, Hits, Query
+from llmrec.protocols import Codes, Floats, Hits, Query
 from llmrec.ranking import top
 
 
 class PopularityRetriever:
-    """The items with the most training events, the same for everybody; score = log(1 + count)."""
+    """The items with the most training events, the same for everybody; score = log(1 + weight of events)."""
 
     name = "popularity"
 
@@ -21,10 +21,13 @@ class PopularityRetriever:
         self.scores = scores
 
     @classmethod
-    def fit(cls, histories: Sequence[NDArray[np.int32]], n_items: int) -> PopularityRetriever:
-        """Count events; `histories` are item codes."""
+    def fit(
+        cls, histories: Sequence[Codes], n_items: int, weights: Sequence[Floats] | None = None
+    ) -> PopularityRetriever:
+        """Count events, each by its weight where `weights` are given, one array a history."""
         events = np.concatenate([np.empty(0, np.int32), *histories])
-        return cls(np.log1p(np.bincount(events, minlength=n_items)).astype(np.float32))
+        counted = None if weights is None else np.concatenate([np.empty(0, np.float32), *weights])
+        return cls(np.log1p(np.bincount(events, counted, minlength=n_items)).astype(np.float32))
 
     def retrieve(self, queries: Sequence[Query], k: int) -> list[Hits]:
         """Return the k most popular allowed items for each query."""

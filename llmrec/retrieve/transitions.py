@@ -40,17 +40,26 @@ class TransitionsRetriever:
         self.matrix, self.config = matrix, config
 
     @classmethod
-    def fit(cls, histories: Sequence[Codes], n_items: int, config: TransitionsConfig) -> TransitionsRetriever:
-        """Count the pairs of all histories."""
+    def fit(
+        cls,
+        histories: Sequence[Codes],
+        n_items: int,
+        config: TransitionsConfig,
+        weights: Sequence[Floats] | None = None,
+    ) -> TransitionsRetriever:
+        """Count the pairs of all histories; with `weights` a pair counts the product of its events'."""
         lengths = np.array([len(h) for h in histories], dtype=np.int64)
         events = np.concatenate([np.empty(0, np.int32), *histories])
         user = np.repeat(np.arange(len(histories)), lengths)
+        value = np.concatenate([np.empty(0, np.float32), *weights]) if weights is not None else None
         counts = scipy.sparse.csr_matrix((n_items, n_items), dtype=np.float32)
         for step in range(1, config.window + 1):
             pair = user[step:] == user[:-step]
             first, second = events[:-step][pair], events[step:][pair]
             other = first != second
             weight = np.full(np.count_nonzero(other), config.step_decay ** (step - 1), dtype=np.float32)
+            if value is not None:
+                weight *= (value[step:] * value[:-step])[pair][other]
             counts = counts + scipy.sparse.csr_matrix(
                 (weight, (first[other], second[other])), shape=counts.shape
             )
