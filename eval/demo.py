@@ -53,7 +53,7 @@ def fitted(folder: Path, items: Path, events: Path, minutes: float) -> tuple[Rec
                 catalog, log.drop_last(1), config, on_stage=lambda stage: status.update(f"Fitting: {stage}")
             )
         rec.save(folder)
-        note.write_text(json.dumps({"log": log.fingerprint, "minutes": 0}))
+        remember(note, {"log": log.fingerprint, "minutes": 0})
     bar = Progress(
         TextColumn("Fine-tuning"),
         BarColumn(),
@@ -72,8 +72,15 @@ def fitted(folder: Path, items: Path, events: Path, minutes: float) -> tuple[Rec
             ),
         )
     rec.save(folder)
-    note.write_text(json.dumps({"log": log.fingerprint, "minutes": minutes, "report": str(report)}))
+    remember(note, {"log": log.fingerprint, "minutes": minutes, "report": str(report)})
     return rec, log, str(report)
+
+
+def remember(note: Path, values: dict[str, object]) -> None:
+    """Write what was done, to a temporary name first."""
+    draft = note.with_name(f".{note.name}")
+    draft.write_text(json.dumps(values))
+    draft.replace(note)
 
 
 def lists(title: str, stages: dict[str, list[Recommendation]], used: bool) -> None:
@@ -91,7 +98,7 @@ def lists(title: str, stages: dict[str, list[Recommendation]], used: bool) -> No
         cells = []
         for name in shown:
             found = stages[name][row : row + 1]
-            cells.append(describe(found[0], before if name != "retrieval" else None) if found else "")
+            cells.append(describe(found[0], None if name == "retrieval" else before) if found else "")
         table.add_row(str(row + 1), *cells)
     console.print(table)
     sources: dict[str, float] = {}
@@ -106,7 +113,10 @@ def lists(title: str, stages: dict[str, list[Recommendation]], used: bool) -> No
 def describe(r: Recommendation, before: dict[str, int] | None) -> str:
     """A title, its year, and how it moved against retrieval."""
     year = r.item.attributes.get("year")
-    text = escape(r.title[:38]) + (f" ({year})" if year else "")
+    text = escape(r.title[:34]) + (f" ({year})" if year else "")
+    if r.sources:
+        # What added most to the score of this item.
+        text += f" [dim]{r.sources[0].name}[/dim]"
     if before is None:
         return text
     if r.item_id not in before:
@@ -154,12 +164,14 @@ def main(argv: list[str] | None = None) -> None:
     for c in systems.comparisons:
         if (c.a, c.b) == ("default", "merge"):
             console.print(f"  {c}".replace("default - merge", "blend - retrieval"))
-    if weight == 0:
-        console.print(
-            "On the held-out events that choose it, the language model's weight came out as 0: after "
-            f"{args.minutes:g} minutes it adds nothing beyond noise here, and `recommend` leaves it out.\n"
-            f"For a longer run: llmrec finetune {args.model} --minutes 60"
-        )
+    for kind, chosen in (("requests by history", weight), ("typed words", typed)):
+        if chosen == 0:
+            console.print(
+                f"For {kind} the language model's weight came out as 0: after {args.minutes:g} minutes it "
+                "adds nothing beyond noise on the held-out events that choose it, and is left out."
+            )
+    if min(weight, typed) == 0:
+        console.print(f"For a longer run: llmrec finetune {args.model} --minutes 60")
     console.print(f"Done in {(time.monotonic() - begun) / 60:.1f} minutes. Ask it yourself:")
     console.print(f"  llmrec recommend {args.model} --user {name} --stages")
     console.print(f'  llmrec search {args.model} "{WISH}"')

@@ -16,7 +16,6 @@ from pathlib import Path
 from rich.console import Console
 
 from llmrec import LLMRecError, Recommender
-from llmrec.config import Config
 
 console = Console(stderr=True)
 
@@ -36,7 +35,8 @@ def main(argv: list[str] | None = None) -> None:
     if (out / "manifest.json").is_file():
         console.print(f"{out} is there; its retrievers are kept")
         rec = Recommender.load(out)
-        rec.config = Config.of(args.config) if args.config else rec.config
+        if args.config:
+            rec.configure(args.config)
     else:
         rec = Recommender.fit(args.items, args.events, args.config, on_stage=console.print)
         rec.save(out)

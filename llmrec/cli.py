@@ -1,4 +1,4 @@
-"""The command line: one command for each verb of `Recommender`.
+"""The command line: what `Recommender` does, for files and a shell.
 
 Results are on standard output, everything else on standard error. Exit codes: 0, 2 for what the user can
 mend (one line ``error: ...``), 130 after Ctrl-C.
@@ -129,14 +129,11 @@ def finetune(
 
     An interrupted run goes on from its last checkpoint when the same command is given again.
     """
-    from llmrec.config import Config
     from llmrec.recommender import Recommender
 
     rec = Recommender.load(model)
     if config is not None:
-        given = Config.of(config)
-        sections: dict[str, Any] = {n: getattr(given, n) for n in given.model_fields_set & {"lm", "training"}}
-        rec.config = rec.config.model_copy(update=sections)
+        rec.configure(config)
     if minutes is not None and not minutes > 0:
         raise RequestError(f"--minutes must be above 0, got {minutes:g}")
     try:

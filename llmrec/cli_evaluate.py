@@ -41,6 +41,8 @@ def evaluate(
 
     if split != "leave-last":
         raise RequestError(f"--split knows leave-last, got {split!r}")
+    if users is not None and users < 1:
+        raise RequestError(f"--users must be at least 1, got {users}")
     if minutes is not None and not minutes > 0:
         raise RequestError(f"--minutes must be above 0, got {minutes:g}")
     values = Config.of(config).model_dump()

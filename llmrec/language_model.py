@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 
 from llmrec.catalog import RENDERER_HASH
 from llmrec.errors import ModelError
@@ -52,7 +53,7 @@ class Card:
     training: dict[str, Any]
 
     def check(self, other: Card) -> None:
-        """Refuse another base, tokenizer, prompt, renderer or encoder; warn of other versions or data.
+        """Refuse another base, tokenizer, prompt, renderer or encoder; warn of other versions.
 
         Raises
         ------
@@ -173,29 +174,31 @@ class LanguageModel:
             stored = json.loads((folder / "card.json").read_text(encoding="utf-8"))
             config, card = ItemTokensConfig(**stored["config"]), Card(**stored["card"])
             head, _ = read_tensors(folder / "head.safetensors")
-        except (OSError, ValueError, KeyError, TypeError) as broken:
+            counts = head.pop("counts").numpy().astype(np.int64)
+            if not (folder / "adapter_model.safetensors").is_file():
+                raise FileNotFoundError("adapter_model.safetensors is missing")
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as broken:
             raise ModelError(f"{folder} holds no complete adapter: {broken}") from broken
         card.check(make_card(config, base, encoder, card.data_sha256, {}))
         body = load_body(base, config.layers, body_dtype(config.precision))
         adapted: Any = PeftModel.from_pretrained(body, str(folder), is_trainable=False)
-        counts = head.pop("counts").numpy().astype(np.int64)
-        trained = len(counts)
-        model = _assemble(adapted, config, base, vectors[:trained], counts)
+        model = _assemble(adapted, config, base, vectors[: len(counts)], counts)
         model.load_state_dict(head, strict=False)
+        model.to("cuda" if torch.cuda.is_available() else "cpu")
         return cls(model.eval(), config, card).grown(vectors)
 
     def grown(self, vectors: Floats) -> LanguageModel:
         """The same for a catalogue whose text vectors changed or grew: new items are known by their text."""
         old = self.model
         counts = np.zeros(len(vectors), dtype=np.int64)
-        counts[: len(old.counts)] = old.counts.numpy().astype(np.int64)
+        counts[: len(old.counts)] = old.counts.cpu().numpy().astype(np.int64)
         head_dim = old.id_out.embedding_dim
         model = ItemTokenModel(old.body, old.instruction.tolist(), vectors, counts, head_dim, old.dropout.p)
         state = {n: p.detach() for n, p in old.named_parameters() if not n.startswith("body.")}
         for name in ("id_in.weight", "id_out.weight"):
             state[name] = torch.nn.functional.pad(state[name], (0, 0, 0, len(vectors) - len(old.counts)))
         model.load_state_dict(state, strict=False)
-        return LanguageModel(model.eval(), self.config, self.card)
+        return LanguageModel(model.to(old.counts.device).eval(), self.config, self.card)
 
 
 def _assemble(
@@ -210,13 +213,10 @@ def _assemble(
 
 def measure(scorer: ItemTokenScorer, held_out: HeldOut) -> dict[str, float]:
     """NDCG@10 and Recall@10 of the language model alone over the catalogue, and nats per held-out item."""
-    nats, found = [], []
-    for start in range(0, len(held_out.queries), 256):
-        queries = held_out.queries[start : start + 256]
-        found += [h.items for h in scorer.retrieve(queries, 10)]
-        targets = [held_out.targets[i : i + 1] for i in range(start, start + len(queries))]
-        nats += [-float(values[0]) for values in scorer.score(queries, targets)]
-    ranks = ranks_in(found, held_out.targets)
+    found = scorer.retrieve(held_out.queries, 10)
+    ranks = ranks_in((hits.items for hits in found), held_out.targets)
+    scores = scorer.score(held_out.queries, [held_out.targets[i : i + 1] for i in range(len(found))])
+    nats = [-float(values[0]) for values in scores]
     return {**summary(ranks, ["ndcg@10", "recall@10"]), "nats": float(np.mean(nats))}
 
 
@@ -240,7 +240,9 @@ def train_language_model(
     counts = np.bincount(np.concatenate([np.empty(0, np.int32), *histories]), minlength=len(vectors))
     model = LanguageModel.new(config, base, vectors, counts, training.seed)
     card = make_card(config, base, encoder, data, {})
-    key = json.dumps([config.model_dump(), training.model_dump(), asdict(card)], sort_keys=True)
+    # The same log over a changed catalogue is another run.
+    items = hashlib.sha256(vectors.tobytes()).hexdigest()
+    key = json.dumps([config.model_dump(), training.model_dump(), asdict(card), items], sort_keys=True)
     trainer = LoRATrainer(
         model.model,
         histories,

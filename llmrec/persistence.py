@@ -8,11 +8,13 @@ model/
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Mapping
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,8 @@ FORMAT = 1
 """Version of the directory; raised when an older llmrec could not read it."""
 
 MANIFEST = "manifest.json"
+
+KEYS = {"state", "events", "config", "recipe", "repeats", "encoder", "catalog", "language_model"}
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -52,6 +56,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{folder} has format {found}, this llmrec reads format {FORMAT}; it was written by llmrec "
             f"{manifest.get('llmrec', 'of an unknown version')}: use that one, or fit again"
         )
+    missing = KEYS - set(manifest)
+    if missing:
+        raise ModelError(f"{path} is damaged: it lacks {', '.join(sorted(missing))}")
     return manifest
 
 
@@ -82,13 +89,31 @@ def write_state(folder: Path, write: Callable[[Path], None]) -> str:
     return name
 
 
-def remove_stale(folder: Path, keep: Mapping[str, str]) -> None:
-    """Remove states and stores that the manifest does not name: what was replaced, and what a kill left."""
-    names = set(keep.values())
+def state_of(folder: Path) -> list[str]:
+    """Name of the state that a directory has now, in a list; empty if it is no saved recommender."""
+    try:
+        return [str(read_manifest(folder)["state"])]
+    except ModelError:
+        return []
+
+
+def clear_run(folder: Path) -> None:
+    """Remove what a training run wrote, and its folder if nothing else is in it."""
+    for name in ("checkpoint.safetensors", "best.safetensors"):
+        for path in (folder / name, folder / f"{name}.tmp"):
+            path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
+def remove_stale(folder: Path, keep: Sequence[str]) -> None:
+    """Remove states and stores that are not named: what was replaced earlier, and what a kill left."""
+    names = set(keep)
     for path in folder.glob("state-*"):
         if path.name not in names:
             shutil.rmtree(path, ignore_errors=True)
-    for path in [*folder.glob("events-*.sqlite*"), *folder.glob(f".{MANIFEST}.*")]:
+    drafts = [*folder.glob(f".{MANIFEST}.*"), *folder.glob(".tmp-events-*")]
+    for path in [*folder.glob("events-*.sqlite*"), *drafts]:
         if not any(path.name.startswith(name) for name in names):
             path.unlink(missing_ok=True)
 
@@ -108,6 +133,6 @@ def load_arrays(path: Path) -> dict[str, dict[str, NDArray[Any]]]:
             for key in stored.files:
                 group, _, name = key.partition("/")
                 groups.setdefault(group, {})[name] = stored[key]
-    except (OSError, ValueError, EOFError) as broken:
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as broken:
         raise ModelError(f"{path} is missing or damaged: {broken}") from broken
     return groups

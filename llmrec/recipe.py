@@ -103,6 +103,11 @@ class Recipe:
             similar=Weights({"profile": 1.0, "transitions": 0.3, "ease": 0.3}),
         )
 
+    @property
+    def uses_lm(self) -> bool:
+        """Whether the language model takes part in answering any kind of request."""
+        return max(self.history.lm, self.query.lm) > 0
+
     def as_dict(self) -> dict[str, Any]:
         """The form written to the manifest."""
         weights = {

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
+import contextlib
+import math
 import tempfile
 import threading
 import time
@@ -213,7 +214,7 @@ class Recommender:
     def refit(self) -> None:
         """Fit the retrievers again on all stored events; settings, weights and language model stay."""
         with self._changing:
-            self._state = self._state.refitted(self._log())
+            self._state = self._state.refitted(self._log() if self._store.count() else None)
 
     def evaluate(self, events: Any, *, users: int | None = None, seed: int = 0) -> Systems:
         """Rank the catalogue for users whose next event is known, and compare the stages.
@@ -226,11 +227,19 @@ class Recommender:
         users
             Size of a seeded sample; all if None.
         """
+        if users is not None and users < 1:
+            raise RequestError(f"users must be at least 1, got {users}")
         state = self._ready(lm=True)
         log = read_log(events, state.catalog, self.config.data)
         with_events = np.flatnonzero(np.diff(log.offsets) > 0)
         histories = [self._history(Request(user=log.users[u]), state) for u in with_events]
         targets = np.array([log.item[log.offsets[u]] for u in with_events], dtype=np.int32)
+        seen = sum(int(t) in h for t, h in zip(targets, histories, strict=True))
+        if not state.repeats and 2 * seen > len(targets):
+            raise RequestError(
+                f"{seen} of {len(targets)} users have the target in their stored history already: "
+                "give only events later than those that were fitted"
+            )
         part = Part(with_events, histories, targets).sample(users, seed)
         return run_systems(
             part, state.pipeline(), state.catalog.active, not state.repeats, with_lm=state.lm is not None
@@ -258,38 +267,38 @@ class Recommender:
 
         From then on observed events go to the event store in that directory.
         """
-        folder = Path(folder)
+        folder = Path(folder).resolve()
         with self._changing:
             state, store = self._state, self._store
-            same = self.folder is not None and folder.exists() and folder.samefile(self.folder)
+            same = folder == self.folder
             folder.mkdir(parents=True, exist_ok=True)
+            before = persistence.state_of(folder)
             name = persistence.write_state(folder, lambda target: state.write(target, self._adapter))
             events = Path(store.path).name if same else f"events-{uuid.uuid4().hex[:12]}.sqlite"
-            if not same:
-                store.copy_to(folder / events)
-            persistence.replace_manifest(
-                folder,
-                {
-                    "llmrec": _version(),
-                    "state": name,
-                    "events": events,
-                    "config": self.config.model_dump(),
-                    "recipe": state.recipe.as_dict(),
-                    "repeats": state.repeats,
-                    "encoder": state.texts.encoder.fingerprint,
-                    "catalog": state.catalog.fingerprint,
-                    "language_model": (folder / name / "adapter").is_dir(),
-                },
-            )
-            if not same:
-                store.close()
-                self._store = SQLiteStore(folder / events)
+            moving = contextlib.nullcontext() if same else store.moving(folder / events)
+            with moving:
+                persistence.replace_manifest(
+                    folder,
+                    {
+                        "llmrec": _version(),
+                        "state": name,
+                        "events": events,
+                        "config": self.config.model_dump(),
+                        "recipe": state.recipe.as_dict(),
+                        "repeats": state.repeats,
+                        "encoder": state.texts.encoder.fingerprint,
+                        "catalog": state.catalog.fingerprint,
+                        "language_model": (folder / name / "adapter").is_dir(),
+                    },
+                )
             if (folder / name / "adapter").is_dir():
                 self._adapter = folder / name / "adapter"
-            persistence.remove_stale(folder, {"state": name, "events": events})
+            # A reader may have read the old manifest just now: what it names stays for one more save.
+            persistence.remove_stale(folder, [name, events, *before])
+            self.folder = folder
             if self._run is not None:
-                shutil.rmtree(self._run, ignore_errors=True)
-            self.folder, self._run = folder, None
+                persistence.clear_run(self._run)
+                self._run = None
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:
@@ -300,7 +309,7 @@ class Recommender:
         ModelError
             If the directory is none, is damaged, of another format, or was saved with another encoder.
         """
-        folder = Path(folder)
+        folder = Path(folder).resolve()
         manifest = persistence.read_manifest(folder)
         config = Config.of(manifest["config"])
         target = folder / manifest["state"]
@@ -308,6 +317,15 @@ class Recommender:
         made = cls(config, state, SQLiteStore(folder / manifest["events"]), folder)
         made._adapter = target / "adapter" if manifest["language_model"] else None
         return made
+
+    def configure(self, config: Config | Mapping[str, Any] | str | Path) -> None:
+        """Take over the sections `lm` and `training` of a configuration for the next fine-tuning.
+
+        The other sections describe what is fitted already and stay.
+        """
+        given = Config.of(config)
+        sections: dict[str, Any] = {n: getattr(given, n) for n in given.model_fields_set & {"lm", "training"}}
+        self.config = self.config.model_copy(update=sections)
 
     def _ready(self, *, lm: bool) -> State:
         """The present state, with the language model in it if it is wanted and there is one."""
@@ -340,8 +358,7 @@ class Recommender:
 
     def recommend_many(self, requests: Sequence[Request]) -> list[list[Recommendation]]:
         """Answer many requests; those of a chunk go through each component as one batch."""
-        recipe = self._state.recipe
-        state = self._ready(lm=any((recipe.query if r.query else recipe.history).lm > 0 for r in requests))
+        state = self._ready(lm=self._state.recipe.uses_lm)
         pipeline = state.pipeline()
         answers: list[list[Recommendation]] = []
         for start in range(0, len(requests), CHUNK):
@@ -417,7 +434,7 @@ class Recommender:
             If an id is unknown or given twice.
         """
         ids = list(items)
-        state = self._ready(lm=(self._state.recipe.query if query else self._state.recipe.history).lm > 0)
+        state = self._ready(lm=self._state.recipe.uses_lm)
         codes = state.catalog.codes(ids)
         if len(set(ids)) < len(ids):
             raise RequestError("an item is given twice; ids to rank must differ")
@@ -452,11 +469,20 @@ class Recommender:
         Raises
         ------
         RequestError
-            If the item is unknown.
+            If the item is unknown, the user blank, the time no whole seconds, or the weight not above 0.
         """
         self._state.catalog.code(item)
-        if timestamp is None and self.config.data.clock == "time":
+        if not isinstance(user, str) or not user.strip():
+            raise RequestError(f"an event needs the id of its user, got {user!r}")
+        if not (isinstance(weight, int | float) and math.isfinite(weight) and weight > 0):
+            raise RequestError(f"weight must be a number above 0, got {weight!r}")
+        if self.config.data.clock == "none":
+            # The order of arrival is the order of events.
+            timestamp = None
+        elif timestamp is None:
             timestamp = int(time.time())
+        elif isinstance(timestamp, bool) or not isinstance(timestamp, int) or abs(timestamp) > 10**11:
+            raise RequestError(f"timestamp must be whole seconds since 1970, got {timestamp!r}")
         self._store.append([Event(user, item, timestamp, weight)])
 
     def forget(self, user: str) -> int:
@@ -478,8 +504,8 @@ class Recommender:
             If an item breaks the data contract.
         """
         with self._changing:
-            state = self._ready(lm=True)
-            self._state = state.with_catalog(state.catalog.with_items(items))
+            # An adapter that is not loaded yet is grown when it is.
+            self._state = self._state.with_catalog(self._state.catalog.with_items(items))
 
     def remove_items(self, item_ids: Sequence[str]) -> None:
         """Remove items: never returned again, unless added again. Events that name them stay.

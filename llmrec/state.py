@@ -14,7 +14,7 @@ from llmrec import persistence
 from llmrec.assembly import grown_texts, make_encoder, make_texts
 from llmrec.catalog import Catalog
 from llmrec.config import Config
-from llmrec.errors import ModelError
+from llmrec.errors import DataError, ModelError
 from llmrec.events import EventLog
 from llmrec.pipeline import LM, Candidates, Pipeline
 from llmrec.protocols import Codes, Mask, Retriever
@@ -59,8 +59,10 @@ class State:
         retrievers = dict(self.retrievers) | ({LM: scorer} if scorer is not None else {})
         return Pipeline(retrievers, recipe.history, recipe.query, recipe.similar, scorer, self.depth)
 
-    def refitted(self, log: EventLog) -> State:
-        """The same with retrievers fitted on all events of a log; settings and weights stay."""
+    def refitted(self, log: EventLog | None) -> State:
+        """The same with retrievers fitted on all events of a log, None if it is empty; weights stay."""
+        if log is None:
+            return replace(self, retrievers=fit_retrievers([], self.texts, self.recipe))
         histories = [log.history(user) for user in range(log.n_users)]
         retrievers = fit_retrievers(histories, self.texts, self.recipe, log.history_weights())
         return replace(self, retrievers=retrievers, repeats=log.repeat_share() >= REPEATS)
@@ -127,7 +129,15 @@ class State:
         ModelError
             If a file is missing or damaged, or the encoder is another than the one that was saved.
         """
-        catalog = Catalog.read(folder / "items.parquet")
+        try:
+            catalog = Catalog.read(folder / "items.parquet")
+        except DataError as broken:
+            raise ModelError(f"{folder / 'items.parquet'} is missing or damaged: {broken}") from broken
+        if catalog.fingerprint != manifest["catalog"]:
+            raise ModelError(
+                f"the items in {folder} are not those that were saved: {manifest['catalog'][:12]}... then, "
+                f"{catalog.fingerprint[:12]}... now; the directory is damaged, or read by a changed renderer"
+            )
         recipe = Recipe.from_dict(manifest["recipe"])
         light = folder / "encoder.npz"
         arrays = persistence.load_arrays(light)["light"] if light.exists() else None

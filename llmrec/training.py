@@ -319,6 +319,8 @@ class LoRATrainer:
     def _resume(self) -> None:
         path = self.folder / "checkpoint.safetensors"
         if not path.is_file():
+            # What a run left that was killed before its first checkpoint.
+            (self.folder / "best.safetensors").unlink(missing_ok=True)
             return
         tensors, metadata = read_tensors(path)
         if metadata.get("fingerprint") != self.fingerprint:
@@ -329,7 +331,9 @@ class LoRATrainer:
         self._load(tensors)
         for name, parameter in self.parameters.items():
             keys = {k.split(".")[1] for k in tensors if k.startswith("optimiser.") and k.endswith("." + name)}
-            self.optimiser.state[parameter] = {key: tensors[f"optimiser.{key}.{name}"] for key in keys}
+            self.optimiser.state[parameter] = {
+                key: tensors[f"optimiser.{key}.{name}"].to(parameter.device) for key in keys
+            }
         torch.set_rng_state(tensors["rng"])
         self.progress = Progress(**json.loads(metadata["progress"]))
         logger.info("continuing at step %d", self.progress.step)

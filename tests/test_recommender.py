@@ -306,3 +306,106 @@ def test_all_configuration_problems_are_named_at_once(data):
         Recommender.fit(*data, {"encodr": {}, "lm": {"rank": 0}, "training": {"minutes": -1}})
     for name in ("encodr", "lm.rank", "training.minutes"):
         assert name in str(caught.value)
+
+
+def test_when_everyone_is_forgotten_refit_clears_the_aggregates(data):
+    rec = Recommender.fit(*data, LIGHT)
+    for user in {e.user_id for e in data[1]}:
+        rec.forget(user)
+    rec.refit()
+    assert {s.name for r in rec.recommend(history=[rec.catalog.ids[0]], k=5) for s in r.sources} <= {
+        "profile",
+        "popularity",
+    }
+    assert {r.score for r in rec.recommend(user="nobody", k=5)} == {1.0}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"timestamp": 1.5},
+        {"timestamp": 1_700_000_000_000},
+        {"weight": 0},
+        {"weight": float("nan")},
+        {"user": " "},
+    ],
+)
+def test_an_event_that_would_spoil_the_log_is_refused(rec, fields):
+    with pytest.raises(RequestError):
+        rec.observe(**{"user": "u1", "item": rec.catalog.ids[0], **fields})
+    rec.refit()
+
+
+def test_items_added_while_the_adapter_is_not_loaded_are_scored_by_it_later(tuned, tmp_path):
+    tuned.save(tmp_path / "model")
+    rec = Recommender.load(tmp_path / "model")
+    rec.add_items([Item("late", "Late arrival")])
+    assert "late" in ids(rec.stages(user="u1", k=len(rec.catalog))["language model"])
+    rec.save(tmp_path / "model")
+    again = Recommender.load(tmp_path / "model")
+    assert "late" in ids(again.stages(user="u1", k=len(again.catalog))["language model"])
+
+
+def test_a_killed_training_is_not_continued_over_a_changed_catalogue(data, config, tmp_path):
+    rec = Recommender.fit(*data, config)
+
+    def die(progress, done):
+        if progress.step == 5:
+            raise KeyboardInterrupt
+
+    rec.config = rec.config.model_copy(
+        update={"training": rec.config.training.model_copy(update={"checkpoint_seconds": 1e-9})}
+    )
+    with pytest.raises(KeyboardInterrupt):
+        rec.finetune(on_step=die, folder=tmp_path / "run")
+    assert (tmp_path / "run" / "checkpoint.safetensors").is_file()
+    rec.add_items([Item("late", "Late arrival")])
+    steps = []
+    rec.finetune(on_step=lambda p, done: steps.append(p.step), folder=tmp_path / "run")
+    assert steps[0] == 1
+    (tmp_path / "run" / "mine.txt").write_text("kept")
+    rec.save(tmp_path / "model")
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["mine.txt"]
+
+
+def test_no_event_is_lost_while_the_recommender_is_saved(data, tmp_path):
+    rec = Recommender.fit(*data, LIGHT)
+    item, failed = rec.catalog.ids[0], []
+
+    def write(name):
+        try:
+            for n in range(40):
+                rec.observe(f"{name} {n}", item)
+        except LLMRecError as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=write, args=(f"writer {w}",)) for w in range(3)]
+    for thread in threads:
+        thread.start()
+    for n in range(3):
+        rec.save(tmp_path / f"model {n}")
+    for thread in threads:
+        thread.join()
+    assert failed == []
+    rec.close()
+    last = Recommender.load(tmp_path / "model 2")
+    for w in range(3):
+        for n in range(40):
+            assert last.forget(f"writer {w} {n}") == 1
+
+
+def test_evaluating_on_events_that_were_fitted_is_refused(rec, data):
+    with pytest.raises(RequestError, match="already"):
+        rec.evaluate(data[1])
+
+
+@pytest.mark.parametrize(
+    "name", ["retrievers.npz", "items.parquet", "encoder.npz", "adapter/head.safetensors"]
+)
+def test_a_truncated_file_is_named_in_the_error(tuned, tmp_path, name):
+    tuned.save(tmp_path / "model")
+    state = json.loads((tmp_path / "model" / "manifest.json").read_text())["state"]
+    path = tmp_path / "model" / state / name
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(ModelError):
+        Recommender.load(tmp_path / "model").stages(user="u1")

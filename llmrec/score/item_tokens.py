@@ -27,6 +27,9 @@ from llmrec.quiet import quiet_transformers
 from llmrec.ranking import tops
 from llmrec.score.config import Precision
 
+CHUNK = 128
+"""Queries whose scores of the whole catalogue are held at once."""
+
 
 def body_dtype(precision: Precision) -> torch.dtype:
     """Return bfloat16 where the processor multiplies it fast (or on a GPU) and `precision` allows it."""
@@ -153,13 +156,15 @@ class ItemTokenModel(nn.Module):
     def item_inputs(self, codes: Tensor) -> Tensor:
         """Input vectors of items: codes of any shape -> (..., hidden)."""
         known = (self.counts[codes] > 0).unsqueeze(-1)
-        vectors: Tensor = self.text_in(self.text_vectors[codes]) + self.id_in(codes) * known
+        with torch.autocast(codes.device.type, enabled=False):
+            vectors: Tensor = self.text_in(self.text_vectors[codes]) + self.id_in(codes) * known
         return vectors
 
     def item_outputs(self) -> Tensor:
         """Output vectors of all items, shape (items, head_dim)."""
         known = (self.counts > 0).unsqueeze(-1)
-        vectors: Tensor = self.text_out(self.text_vectors) + self.id_out.weight * known
+        with torch.autocast(known.device.type, enabled=False):
+            vectors: Tensor = self.text_out(self.text_vectors) + self.id_out.weight * known
         return vectors
 
     def popularity(self) -> Tensor:
@@ -285,13 +290,16 @@ class ItemTokenScorer:
 
     def score(self, queries: Sequence[Query], candidates: Sequence[Codes]) -> list[Floats]:
         """Log-probability over the whole catalogue of each candidate of each query."""
-        if not queries:
-            return []
-        rows = self.log_probs([q.history for q in queries])
-        return [row[items] for row, items in zip(rows, candidates, strict=True)]
+        scores: list[Floats] = []
+        for start in range(0, len(queries), CHUNK):
+            rows = self.log_probs([q.history for q in queries[start : start + CHUNK]])
+            scores += [row[items] for row, items in zip(rows, candidates[start : start + CHUNK], strict=True)]
+        return scores
 
     def retrieve(self, queries: Sequence[Query], k: int) -> list[Hits]:
         """Return the k most probable allowed items for each query."""
-        if not queries:
-            return []
-        return tops(self.log_probs([q.history for q in queries]), queries, k)
+        hits: list[Hits] = []
+        for start in range(0, len(queries), CHUNK):
+            chunk = queries[start : start + CHUNK]
+            hits += tops(self.log_probs([q.history for q in chunk]), chunk, k)
+        return hits

@@ -166,15 +166,28 @@ class SQLiteStore:
 
     def copy_to(self, path: Path) -> None:
         """Write a consistent copy while others go on writing; an existing file is replaced in one step."""
-        path = Path(path)
+        with self._connection() as connection:
+            self._copy(connection, Path(path))
+
+    @contextmanager
+    def moving(self, path: Path) -> Iterator[None]:
+        """Copy everything to `path`, and go on there once the block has ended well; others wait meanwhile."""
+        with self._connection() as connection:
+            self._copy(connection, Path(path))
+            yield
+            there = SQLiteStore(path)
+            connection.close()
+            self._open, self.path = there._open, there.path
+
+    @staticmethod
+    def _copy(connection: sqlite3.Connection, path: Path) -> None:
         temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}-{threading.get_ident()}")
         try:
-            with self._connection() as connection:
-                copy = sqlite3.connect(temporary)
-                try:
-                    connection.backup(copy)
-                finally:
-                    copy.close()
+            copy = sqlite3.connect(temporary)
+            try:
+                connection.backup(copy)
+            finally:
+                copy.close()
             with temporary.open("rb+") as stream:
                 os.fsync(stream.fileno())
             # SQLite would replay the log of the replaced file onto the new one.
