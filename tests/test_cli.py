@@ -348,4 +348,5 @@ def test_a_kill_during_save_leaves_a_whole_recommender(tuned, tmp_path):
     rec = Recommender.load(folder)
     rec.save(folder)
     rec.close()
-    assert len(list(folder.glob("state-*"))) == 1
+    # The present one and the one before, which a reader may just be loading; what kills left is gone.
+    assert len(list(folder.glob("state-*"))) == 2
