@@ -47,7 +47,8 @@ def run_systems(
     """Rank the catalogue for every user of a part with each system.
 
     Systems are each retriever that can answer from a history, ``merge`` (the pipeline without the
-    language model) and ``default`` (what is served); with the language model also ``lm`` (alone, over
+    language model) and ``default`` (what is served; not there if that needs the language model and
+    `with_lm` is False); with the language model also ``lm`` (alone, over
     the whole catalogue) and ``lm_top100`` (its order of the merge's first hundred).
     """
     found: dict[str, list[Codes]] = {}
@@ -84,8 +85,10 @@ def _lists(queries: Sequence[Query], pipeline: Pipeline, with_lm: bool) -> dict[
         lists["lm_top100"] = [
             c.items[np.argsort(-s, kind="stable")] for c, s in zip(merged, scores, strict=True)
         ]
-    served = pipeline.recommend(queries, LISTED) if pipeline.history.lm > 0 and with_lm else merged
-    lists["default"] = [c.items for c in served]
+    if pipeline.history.lm == 0:
+        lists["default"] = lists["merge"]
+    elif with_lm:
+        lists["default"] = [c.items for c in pipeline.recommend(queries, LISTED)]
     return lists
 
 
