@@ -26,7 +26,7 @@ from llmrec.fetch import resolve
 from llmrec.metrics import Comparison, Ranks
 from llmrec.pipeline import LM, Pipeline
 from llmrec.protocols import Query
-from llmrec.recipe import search_recipe, with_language_model
+from llmrec.search import search_recipe, with_language_model
 from llmrec.state import REPEATS
 
 if TYPE_CHECKING:

@@ -28,13 +28,8 @@ from llmrec.fetch import resolve
 from llmrec.metrics import Comparison, compare
 from llmrec.pipeline import Weights
 from llmrec.protocols import Codes, Query
-from llmrec.recipe import (
-    Recipe,
-    fit_retrievers,
-    ranks_in,
-    search_recipe,
-    with_language_model,
-)
+from llmrec.recipe import Recipe, fit_retrievers, ranks_in
+from llmrec.search import search_recipe, with_language_model
 from llmrec.state import REPEATS, State
 from llmrec.store.sqlite import SQLiteStore
 from llmrec.text import neutralise

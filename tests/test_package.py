@@ -28,6 +28,7 @@ LAYERS = [
     {"encode", "index", "retrieve", "score", "store"},
     {"pipeline"},
     {"recipe"},
+    {"search"},
     {"training", "evaluation", "fetch", "persistence"},
     {"language_model", "config"},
     {"assembly"},

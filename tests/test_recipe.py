@@ -15,19 +15,13 @@ from llmrec.metrics import per_user, summary
 from llmrec.pipeline import LM, Pipeline, Weights
 from llmrec.protocols import Query
 from llmrec.ranking import top
-from llmrec.recipe import (
+from llmrec.recipe import HeldOut, Recipe, RetrievalConfig, Texts, fit_retrievers, ranks_in, retriever_arrays
+from llmrec.search import (
     BY_HISTORY,
     Features,
-    HeldOut,
-    Recipe,
-    RetrievalConfig,
-    Texts,
-    fit_retrievers,
     known_item_queries,
     like_last_item,
     lm_weight,
-    ranks_in,
-    retriever_arrays,
     search_recipe,
     search_weights,
     with_language_model,

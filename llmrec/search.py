@@ -1,0 +1,362 @@
+"""Choosing settings and weights on held-out events.
+
+Everything is chosen by NDCG@10 on events that no fitted parameter has seen; every trial is logged.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel
+
+from llmrec.metrics import Ranks, Values, per_user, summary
+from llmrec.pipeline import LM, Weights, gather, normalise
+from llmrec.protocols import Codes, Floats, Hits, Retriever, Scorer
+from llmrec.recipe import HeldOut, Recipe, RetrievalConfig, Texts, fit_retrievers, ranks_in, text_retrievers
+from llmrec.retrieve.dense import ProfileRetriever
+from llmrec.retrieve.linear import EASEConfig, EASERetriever
+from llmrec.retrieve.popularity import PopularityRetriever
+from llmrec.retrieve.transitions import TransitionsRetriever
+
+GRID = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5)
+"""Weights that are tried."""
+
+OBJECTIVE = "ndcg@10"
+
+BY_HISTORY = ("ease", "transitions", "profile", "popularity")
+BY_QUERY = ("bm25", "text", "ease", "transitions", "profile")
+
+
+class ScoringRetriever(Retriever, Scorer, Protocol):
+    """A language model that proposes items and scores those of others."""
+
+
+def quality(retriever: Retriever, held_out: HeldOut, k: int = 10) -> float:
+    """NDCG@10 of one retriever alone."""
+    hits = retriever.retrieve(held_out.queries, k)
+    return summary(ranks_in((h.items for h in hits), held_out.targets), [OBJECTIVE])[OBJECTIVE]
+
+
+def known_item_queries(held_out: HeldOut, lines: Sequence[str], seed: int) -> HeldOut:
+    """Add a typed query to each held-out event: two or three words, drawn from the line of its target."""
+    rng = np.random.default_rng(seed)
+    queries, targets = [], []
+    for query, target in zip(held_out.queries, held_out.targets, strict=True):
+        words = sorted({w for w in re.findall(r"\w+", lines[target]) if len(w) > 2})
+        if not words:
+            continue
+        drawn = rng.choice(words, size=min(len(words), int(rng.integers(2, 4))), replace=False)
+        queries.append(replace(query, text=" ".join(drawn)))
+        targets.append(target)
+    return HeldOut(queries, np.array(targets, dtype=np.int32))
+
+
+def like_last_item(held_out: HeldOut) -> HeldOut:
+    """Shorten each history to its last item: what follows it is what is asked of similar items."""
+    rows = [i for i, q in enumerate(held_out.queries) if len(q.history)]
+    queries = [replace(held_out.queries[i], history=held_out.queries[i].history[-1:]) for i in rows]
+    return HeldOut(queries, held_out.targets[rows])
+
+
+@dataclass(frozen=True, slots=True)
+class Features:
+    """Normalised scores of all candidates of all queries, one row a candidate, queries one after another.
+
+    Parameters
+    ----------
+    names
+        Components, m of them.
+    scores
+        Shape (rows, m).
+    starts
+        First row of each query, shape (queries,).
+    truth
+        Row of the target of each query, -1 where no component found it. Shape (queries,).
+    """
+
+    names: tuple[str, ...]
+    scores: Floats
+    starts: NDArray[np.int64]
+    truth: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, hits: Mapping[str, Sequence[Hits]], targets: Codes) -> Features:
+        """Gather the hits of each query."""
+        blocks, starts, truth, row = [], [], [], 0
+        for i, target in enumerate(targets):
+            items, scores, _ = gather({name: found[i] for name, found in hits.items()})
+            at = int(np.searchsorted(items, target))
+            blocks.append(scores)
+            starts.append(row)
+            truth.append(row + at if at < len(items) and items[at] == target else -1)
+            row += len(items)
+        scores = np.concatenate([np.zeros((0, len(hits)), np.float32), *blocks])
+        return cls(tuple(hits), scores, np.array(starts, np.int64), np.array(truth, np.int64))
+
+    @classmethod
+    def with_lm(
+        cls,
+        hits: Mapping[str, Sequence[Hits]],
+        proposed: Sequence[Hits],
+        scorer: Scorer,
+        held_out: HeldOut,
+    ) -> Features:
+        """Gather hits and the language model's own; its column holds its score of every candidate."""
+        named = {**hits, LM: proposed}
+        plain = cls.of(named, held_out.targets)
+        unions = [gather({n: found[i] for n, found in named.items()})[0] for i in range(len(proposed))]
+        columns = [normalise(s) for s in scorer.score(held_out.queries, unions)]
+        scores = plain.scores.copy()
+        scores[:, -1] = np.concatenate([np.zeros(0, np.float32), *columns])
+        return replace(plain, scores=scores)
+
+    def ranks(self, weights: Mapping[str, float]) -> Ranks:
+        """Rank of each target under these weights, ties in the order of item codes; 0 if not found."""
+        total = self.scores @ np.array([weights.get(n, 0.0) for n in self.names], dtype=np.float32)
+        counts = np.diff(np.append(self.starts, len(total)))
+        found = self.truth >= 0
+        own = np.full(len(found), np.inf)
+        own[found] = total[self.truth[found]]
+        theirs = np.repeat(own, counts)
+        earlier = np.arange(len(total)) < np.repeat(self.truth, counts)
+        ahead = (total > theirs) | ((total == theirs) & earlier)
+        cumulative = np.append(0, np.cumsum(ahead))
+        ranks = cumulative[self.starts + counts] - cumulative[self.starts] + 1
+        return np.where(found, ranks, 0)
+
+
+def search_weights(
+    features: Features, fixed: Mapping[str, float], log: list[dict[str, Any]], kind: str
+) -> dict[str, float]:
+    """Coordinate ascent on NDCG@10 over the weights of `GRID`; a tie keeps the smaller weight.
+
+    Starts from `fixed`, or, where that is empty, from the best single component.
+    """
+
+    def value(weights: Mapping[str, float]) -> float:
+        return float(per_user(features.ranks(weights), OBJECTIVE).mean())
+
+    best: dict[str, float] = dict(fixed)
+    if not best:
+        alone = {name: value({name: 1.0}) for name in features.names}
+        best = {max(features.names, key=lambda n: alone[n]): 1.0}
+    score = value(best)
+    for _ in range(3):
+        before = score
+        for name in features.names:
+            # Alone, a component ranks the same at every weight: the tie would shrink it for nothing.
+            if name in fixed or not any(w for n, w in best.items() if n != name):
+                continue
+            trials = {w: value({**best, name: w}) for w in GRID}
+            chosen = max(GRID, key=lambda w: (round(trials[w], 7), -w))
+            if trials[chosen] > score + 1e-7 or (
+                trials[chosen] >= score - 1e-7 and chosen < best.get(name, 0)
+            ):
+                best[name], score = chosen, trials[chosen]
+        log.append({"search": f"{kind} weights", "weights": dict(best), OBJECTIVE: round(score, 5)})
+        if score <= before + 1e-6:
+            break
+    return {name: w for name, w in best.items() if w > 0}
+
+
+def lm_weight(
+    features: Features, weights: Mapping[str, float], log: list[dict[str, Any]], kind: str
+) -> float:
+    """Weight of the language model in the blend, fitted on held-out events; 0 leaves it out.
+
+    The best weight of a grid wins, but only if its gain in NDCG@10 over weight 0 exceeds twice the
+    standard error of that gain over users: a gain within the noise does not pay for the model, and the
+    best of ten noisy ones often exceeds one standard error.
+    """
+    if LM not in features.names or not len(features.truth):
+        return 0.0
+
+    def values(weight: float) -> Values:
+        return per_user(features.ranks({**weights, LM: weight}), OBJECTIVE)
+
+    without = values(0.0)
+    trials = {w: values(w) for w in (0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0)}
+    best = max(trials, key=lambda w: float(trials[w].mean()))
+    gain = trials[best] - without
+    error = float(gain.std(ddof=1) / np.sqrt(len(gain))) if len(gain) > 1 else np.inf
+    chosen = best if gain.mean() > 2 * error else 0.0
+    log.append(
+        {
+            "search": f"{kind} weight of the language model",
+            OBJECTIVE: {str(w): round(float(v.mean()), 5) for w, v in {0.0: without, **trials}.items()},
+            "gain": round(float(gain.mean()), 5),
+            "standard_error": round(error, 5),
+            "chosen": chosen,
+        }
+    )
+    return chosen
+
+
+def with_language_model(
+    recipe: Recipe,
+    retrievers: Mapping[str, Retriever],
+    model: ScoringRetriever,
+    held_out: HeldOut,
+    lines: Sequence[str],
+    config: RetrievalConfig,
+) -> Recipe:
+    """Fit the weight of the language model for requests by history and with typed words.
+
+    Neither `retrievers` nor `model` may have been fitted on `held_out`.
+    """
+    held_out = held_out.sample(config.search_users, config.seed)
+    log = [entry for entry in recipe.log if "language model" not in entry["search"]]
+
+    def weighted(kind: str, weights: Weights, part: HeldOut) -> Weights:
+        if len(part.targets) == 0:
+            return replace(weights, lm=0.0)
+        hits = {n: retrievers[n].retrieve(part.queries, config.depth) for n in weights.retrievers}
+        proposed = model.retrieve(part.queries, config.depth)
+        features = Features.with_lm(hits, proposed, model, part)
+        return replace(weights, lm=lm_weight(features, weights.retrievers, log, kind))
+
+    typed = known_item_queries(held_out, lines, config.seed)
+    history = weighted("history", recipe.history, held_out)
+    return replace(recipe, history=history, query=weighted("query", recipe.query, typed), log=log)
+
+
+def _walk(
+    name: str,
+    start: BaseModel,
+    space: Mapping[str, Sequence[float]],
+    trial: Callable[[Any], float],
+    log: list[dict[str, Any]],
+) -> Any:
+    """One pass over the settings of `space`, one at a time; keeps what is better."""
+    best, score = start, trial(start)
+    for setting, options in space.items():
+        for option in options:
+            other = type(start)(**{**best.model_dump(), setting: option})
+            if other == best:
+                continue
+            value = trial(other)
+            log.append({"search": name, setting: option, OBJECTIVE: round(value, 5), "best": round(score, 5)})
+            if value > score:
+                best, score = other, value
+    return best
+
+
+def search_recipe(
+    histories: Sequence[Codes],
+    held_out: HeldOut,
+    texts: Texts,
+    config: RetrievalConfig,
+    on_stage: Callable[[str], None] = lambda stage: None,
+    weights: Sequence[Floats] | None = None,
+) -> tuple[Recipe, dict[str, Retriever]]:
+    """Choose settings and weights, and return them with the retrievers fitted on `histories`.
+
+    No fitted parameter sees `held_out`. `weights` are those of the events, one array a history.
+    """
+    recipe = Recipe.default(config)
+    held_out = held_out.sample(config.search_users, config.seed)
+    if not config.search or len(held_out.queries) == 0:
+        return recipe, fit_retrievers(histories, texts, recipe, weights)
+    log = recipe.log
+    n_items = len(texts.lines)
+
+    on_stage("transitions")
+    transitions = _walk(
+        "transitions",
+        recipe.transitions,
+        {"step_decay": (0.5, 0.9), "window": (5, 20), "backward": (0.0, 1.0), "smoothing": (1.0, 20.0)},
+        lambda c: quality(TransitionsRetriever.fit(histories, n_items, c, weights), held_out),
+        log,
+    )
+    fitted = TransitionsRetriever.fit(histories, n_items, transitions, weights)
+    transitions = _walk(
+        "transitions",
+        transitions,
+        {"decay": (0.5, 0.8, 0.9)},
+        lambda c: quality(fitted.with_decay(c.decay), held_out),
+        log,
+    )
+    on_stage("ease")
+    ease, ease_fitted = _search_ease(histories, n_items, recipe.ease, held_out, log, weights)
+    on_stage("profile")
+    profile = _walk(
+        "profile",
+        recipe.profile,
+        {"decay": (0.5, 0.8, 0.9, 0.95)},
+        lambda c: quality(ProfileRetriever(texts.vectors, texts.index, c), held_out),
+        log,
+    )
+    recipe = replace(recipe, transitions=transitions, ease=ease, profile=profile)
+    retrievers: dict[str, Retriever] = {
+        "popularity": PopularityRetriever.fit(histories, n_items, weights),
+        "ease": ease_fitted,
+        "transitions": fitted.with_decay(transitions.decay),
+        **text_retrievers(texts, recipe),
+    }
+    on_stage("weights")
+    return _with_weights(recipe, retrievers, held_out, texts, config), retrievers
+
+
+def _search_ease(
+    histories: Sequence[Codes],
+    n_items: int,
+    start: EASEConfig,
+    held_out: HeldOut,
+    log: list[dict[str, Any]],
+    weights: Sequence[Floats] | None,
+) -> tuple[EASEConfig, EASERetriever]:
+    """Try penalties and decays; solving is the costly part, decays of the history come for nothing after."""
+    best, best_score = None, -1.0
+    for l2 in (start.l2 / 4, start.l2, start.l2 * 4):
+        for fit_decay in {1.0, start.fit_decay}:
+            config = start.model_copy(update={"l2": l2, "fit_decay": fit_decay})
+            model = EASERetriever.fit(histories, n_items, config, weights)
+            for decay in (0.7, 0.8, 0.9, 0.95, 1.0):
+                value = quality(model.with_decay(decay), held_out)
+                log.append(
+                    {
+                        "search": "ease",
+                        "l2": l2,
+                        "fit_decay": fit_decay,
+                        "decay": decay,
+                        OBJECTIVE: round(value, 5),
+                    }
+                )
+                if value > best_score:
+                    best, best_score = model.with_decay(decay), value
+    assert best is not None
+    return best.config, best
+
+
+def _with_weights(
+    recipe: Recipe,
+    retrievers: Mapping[str, Retriever],
+    held_out: HeldOut,
+    texts: Texts,
+    config: RetrievalConfig,
+) -> Recipe:
+    """Search the weights for requests by history, with typed words, and for similar items."""
+    log = recipe.log
+
+    def features(names: Sequence[str], part: HeldOut) -> Features:
+        hits = {n: retrievers[n].retrieve(part.queries, config.depth) for n in names}
+        return Features.of(hits, part.targets)
+
+    history = search_weights(features(BY_HISTORY, held_out), {}, log, "history")
+    typed = known_item_queries(held_out, texts.lines, config.seed)
+    query = (
+        search_weights(features(BY_QUERY, typed), {}, log, "query")
+        if len(typed.targets)
+        else recipe.query.retrievers
+    )
+    single = like_last_item(held_out)
+    # Similar means alike in meaning first: text keeps weight 1, and the log may add to it.
+    similar = search_weights(
+        features(("profile", "transitions", "ease"), single), {"profile": 1.0}, log, "similar"
+    )
+    return replace(recipe, history=Weights(history), query=Weights(query), similar=Weights(similar))
