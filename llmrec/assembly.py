@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -46,9 +46,21 @@ def read_log(events: Any, catalog: Catalog, config: DataConfig) -> EventLog:
 
 
 def make_encoder(
-    config: Config, lines: Sequence[str], arrays: Mapping[str, NDArray[Any]] | None = None
+    config: Config,
+    lines: Sequence[str],
+    arrays: Mapping[str, NDArray[Any]] | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> Encoder:
-    """Make the encoder that the configuration names; `arrays` is the state of a fitted light encoder.
+    """Make the encoder that the configuration names.
+
+    Parameters
+    ----------
+    lines
+        What a light encoder is fitted on.
+    arrays
+        State of a light encoder that was fitted before.
+    on_progress
+        Called with (texts done, texts in all) while a sentence encoder reads many.
 
     Raises
     ------
@@ -59,7 +71,22 @@ def make_encoder(
         return LightEncoder.from_arrays(arrays) if arrays else LightEncoder.fit(lines, config.encoder.dim)
     from llmrec.encode.sentence import SentenceEncoder
 
-    return SentenceEncoder(resolve(config.encoder.name, allow_hub=config.allow_hub))
+    folder = resolve(config.encoder.name, allow_hub=config.allow_hub)
+    return SentenceEncoder(folder, on_progress=on_progress)
+
+
+def encode(lines: Sequence[str], config: Config, on_stage: Callable[[str], None]) -> Texts:
+    """Encode and index the catalogue's lines; `on_stage` is told of each tenth that is done."""
+    on_stage("encoding item texts")
+    told = 0
+
+    def show(done: int, total: int) -> None:
+        nonlocal told
+        if 10 * done // total > told:
+            told = 10 * done // total
+            on_stage(f"encoding item texts, {done:,} of {total:,}")
+
+    return make_texts(lines, make_encoder(config, lines, on_progress=show))
 
 
 def make_texts(lines: Sequence[str], encoder: Encoder, vectors: Floats | None = None) -> Texts:

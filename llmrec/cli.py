@@ -96,12 +96,7 @@ def fit(
     from llmrec.config import Config
     from llmrec.recommender import Recommender
 
-    values = Config.of(config).model_dump()
-    flags = {"clock": clock, "policy": policy, "ties": ties}
-    values["data"] |= {name: value for name, value in flags.items() if value is not None}
-    if encoder is not None:
-        values["encoder"]["name"] = encoder
-    settings = Config.of(values)
+    settings = Config.of(config).with_flags(encoder=encoder, clock=clock, policy=policy, ties=ties)
     with stages() as on_stage:
         on_stage("reading items and events")
         catalog = read_catalog(items, settings.data)

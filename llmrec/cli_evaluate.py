@@ -45,11 +45,7 @@ def evaluate(
         raise RequestError(f"--users must be at least 1, got {users}")
     if minutes is not None and not minutes > 0:
         raise RequestError(f"--minutes must be above 0, got {minutes:g}")
-    values = Config.of(config).model_dump()
-    flags = {"clock": clock, "policy": policy, "ties": ties}
-    values["data"] |= {name: value for name, value in flags.items() if value is not None}
-    if encoder is not None:
-        values["encoder"]["name"] = encoder
+    values = Config.of(config).with_flags(encoder=encoder, clock=clock, policy=policy, ties=ties)
     settings: dict[str, Any] = {"core": core, "users": users, "seed": seed, "lm": not no_lm}
     with training_bar() as on_step:
         found = evaluate_offline(

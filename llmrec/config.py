@@ -77,6 +77,14 @@ class Config(BaseModel):
             ]
             raise ConfigError(f"{len(problems)} problem(s) in {where}:\n  " + "\n  ".join(problems)) from None
 
+    def with_flags(self, *, encoder: str | None = None, **data: str | None) -> Config:
+        """The same with settings of the section `data`, and the encoder, replaced where they are not None."""
+        values = self.model_dump()
+        values["data"] |= {name: value for name, value in data.items() if value is not None}
+        if encoder is not None:
+            values["encoder"]["name"] = encoder
+        return Config.of(values)
+
 
 def _read(path: Path) -> tuple[Mapping[str, Any], str]:
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -21,8 +22,8 @@ from llmrec.errors import ModelError
 from llmrec.fetch import tokenizer_hash, weights_hash
 from llmrec.metrics import summary
 from llmrec.prompt import Prompt
-from llmrec.protocols import Codes, Floats
-from llmrec.recipe import HeldOut, ranks_in
+from llmrec.protocols import Codes, Floats, Retriever
+from llmrec.recipe import HeldOut, Recipe, RetrievalConfig, Texts, ranks_in
 from llmrec.score.config import ItemTokensConfig, TrainingConfig
 from llmrec.score.item_tokens import (
     ItemTokenModel,
@@ -31,6 +32,7 @@ from llmrec.score.item_tokens import (
     instruction_tokens,
     load_body,
 )
+from llmrec.search import with_language_model
 from llmrec.training import LoRATrainer, Progress, TrainingReport, read_tensors, write_tensors
 
 logger = logging.getLogger(__name__)
@@ -218,6 +220,42 @@ def measure(scorer: ItemTokenScorer, held_out: HeldOut) -> dict[str, float]:
     scores = scorer.score(held_out.queries, [held_out.targets[i : i + 1] for i in range(len(found))])
     nats = [-float(values[0]) for values in scores]
     return {**summary(ranks, ["ndcg@10", "recall@10"]), "nats": float(np.mean(nats))}
+
+
+def fine_tune(
+    histories: Sequence[Codes],
+    held_out: HeldOut,
+    texts: Texts,
+    recipe: Recipe,
+    retrievers: Mapping[str, Retriever],
+    base: Path,
+    config: ItemTokensConfig,
+    training: TrainingConfig,
+    retrieval: RetrievalConfig,
+    *,
+    data: str,
+    folder: Path | None = None,
+    on_step: Callable[[Progress, float], None] | None = None,
+) -> tuple[LanguageModel, TrainingReport, Recipe]:
+    """Train on histories, then fit the model's weights in the recipe on what was held out.
+
+    Neither `histories` nor the fitted `retrievers` may hold the held-out events.
+    """
+    with tempfile.TemporaryDirectory(prefix="llmrec-") as temporary:
+        lm, report = train_language_model(
+            histories,
+            held_out,
+            texts.vectors,
+            base,
+            config,
+            training,
+            encoder=texts.encoder.fingerprint,
+            data=data,
+            folder=folder or Path(temporary),
+            on_step=on_step,
+        )
+    recipe = with_language_model(recipe, retrievers, lm.scorer, held_out, texts.lines, retrieval)
+    return lm, report, recipe
 
 
 def train_language_model(

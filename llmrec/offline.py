@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import platform
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from llmrec.assembly import make_encoder, make_texts, read_catalog, read_log
+from llmrec.assembly import encode, read_catalog, read_log
 from llmrec.catalog import Catalog
 from llmrec.config import Config
 from llmrec.errors import DataError
@@ -24,10 +23,10 @@ from llmrec.evaluation.split import Part, leave_last_out
 from llmrec.events import EventLog
 from llmrec.fetch import resolve
 from llmrec.metrics import Comparison, Ranks
-from llmrec.pipeline import LM, Pipeline
+from llmrec.pipeline import Pipeline
 from llmrec.protocols import Query
-from llmrec.search import search_recipe, with_language_model
-from llmrec.state import REPEATS
+from llmrec.search import search_recipe
+from llmrec.state import REPEATS, State
 
 if TYPE_CHECKING:
     from llmrec.training import Progress
@@ -120,8 +119,7 @@ def evaluate(
     split = leave_last_out(log)
     exclude_seen = log.repeat_share() < REPEATS
     clock.lap("read")
-    on_stage("encoding item texts")
-    texts = make_texts(catalog.lines(), make_encoder(config, catalog.lines()))
+    texts = encode(catalog.lines(), config, on_stage)
     clock.lap("encode")
     search = config.retrieval
     held_out = split.validation.sample(search.search_users, search.seed).held_out(
@@ -132,42 +130,33 @@ def evaluate(
     )
     clock.lap("fit_retrievers")
     training: dict[str, Any] = {}
-    pipeline = Pipeline(retrievers, recipe.history, recipe.query, recipe.similar, depth=search.depth)
+    state = State(catalog, texts, recipe, retrievers, not exclude_seen, search.depth)
     fresh: Callable[[], None] = lambda: None  # noqa: E731
     if lm:
         on_stage("fine-tuning the language model")
-        from llmrec.language_model import train_language_model
+        from llmrec.language_model import fine_tune
 
-        settings = config.training
-        if minutes is not None:
-            settings = type(settings)(**{**settings.model_dump(), "minutes": minutes, "steps": None})
-        with tempfile.TemporaryDirectory(prefix="llmrec-") as temporary:
-            model, report = train_language_model(
-                split.train,
-                held_out,
-                texts.vectors,
-                resolve(config.lm.base, allow_hub=config.allow_hub),
-                config.lm,
-                settings,
-                encoder=texts.encoder.fingerprint,
-                data=log.fingerprint,
-                folder=folder or Path(temporary),
-                on_step=on_step,
-            )
-        clock.lap("finetune")
-        on_stage("choosing the language model's weight")
-        recipe = with_language_model(recipe, retrievers, model.scorer, held_out, texts.lines, search)
-        pipeline = Pipeline(
-            {**retrievers, LM: model.scorer},
-            recipe.history,
-            recipe.query,
-            recipe.similar,
-            model.scorer,
-            search.depth,
+        settings = config.training.lasting(minutes)
+        model, report, recipe = fine_tune(
+            split.train,
+            held_out,
+            texts,
+            recipe,
+            retrievers,
+            resolve(config.lm.base, allow_hub=config.allow_hub),
+            config.lm,
+            settings,
+            search,
+            data=log.fingerprint,
+            folder=folder,
+            on_step=on_step,
         )
+        clock.lap("finetune")
+        state = replace(state, recipe=recipe, lm=model)
         card = model.card.training if model.card else {}
         training = {**card, "minutes": settings.minutes, "events_per_second": report.events_per_second}
         fresh = model.scorer.forget
+    pipeline = state.pipeline()
     on_stage("ranking the catalogue for every user")
     reported = split.test if part == "test" else split.validation
     sampled = reported.sample(users if lm else None, seed)

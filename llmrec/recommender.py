@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import tempfile
 import threading
 import time
 import uuid
@@ -17,7 +16,7 @@ import numpy as np
 import polars as pl
 
 from llmrec import persistence
-from llmrec.assembly import make_encoder, make_texts, read_catalog, read_log
+from llmrec.assembly import encode, read_catalog, read_log
 from llmrec.catalog import Catalog
 from llmrec.config import Config
 from llmrec.errors import RequestError
@@ -29,7 +28,7 @@ from llmrec.metrics import Comparison, compare
 from llmrec.pipeline import Weights
 from llmrec.protocols import Codes, Query
 from llmrec.recipe import Recipe, fit_retrievers, ranks_in
-from llmrec.search import search_recipe, with_language_model
+from llmrec.search import search_recipe
 from llmrec.state import REPEATS, State
 from llmrec.store.sqlite import SQLiteStore
 from llmrec.text import neutralise
@@ -122,8 +121,7 @@ class Recommender:
         on_stage("reading items and events")
         catalog = read_catalog(items, config.data)
         log = read_log(events, catalog, config.data)
-        on_stage("encoding item texts")
-        texts = make_texts(catalog.lines(), make_encoder(config, catalog.lines()))
+        texts = encode(catalog.lines(), config, on_stage)
         train, weights, part = tail(log)
         repeats = log.repeat_share() >= REPEATS
         search = config.retrieval
@@ -164,36 +162,33 @@ class Recommender:
             If there is nothing to train on, or the language model or its packages cannot be had.
         """
         try:
-            from llmrec.language_model import train_language_model
+            from llmrec.language_model import fine_tune
         except ImportError as missing:
             raise ImportError('fine-tuning needs: pip install "llmrec[lm]"') from missing
 
         state, config = self._state, self.config
-        training = config.training
-        if minutes is not None:
-            training = type(training)(**{**training.model_dump(), "minutes": minutes, "steps": None})
         log = self._log()
         train, weights, part = tail(log)
         search = config.retrieval
         held_out = part.sample(search.search_users, search.seed).held_out(
             state.catalog.active, not state.repeats
         )
-        with tempfile.TemporaryDirectory(prefix="llmrec-") as temporary:
-            run = Path(folder) if folder else (self.folder / "training" if self.folder else Path(temporary))
-            lm, report = train_language_model(
-                train,
-                held_out,
-                state.texts.vectors,
-                resolve(config.lm.base, allow_hub=config.allow_hub),
-                config.lm,
-                training,
-                encoder=state.texts.encoder.fingerprint,
-                data=log.fingerprint,
-                folder=run,
-                on_step=on_step,
-            )
         retrievers = fit_retrievers(train, state.texts, state.recipe, weights)
-        recipe = with_language_model(state.recipe, retrievers, lm.scorer, held_out, state.texts.lines, search)
+        run = Path(folder) if folder else (self.folder / "training" if self.folder else None)
+        lm, report, recipe = fine_tune(
+            train,
+            held_out,
+            state.texts,
+            state.recipe,
+            retrievers,
+            resolve(config.lm.base, allow_hub=config.allow_hub),
+            config.lm,
+            config.training.lasting(minutes),
+            search,
+            data=log.fingerprint,
+            folder=run,
+            on_step=on_step,
+        )
         tuned = replace(state, retrievers=retrievers, recipe=recipe, lm=lm).pipeline()
         plain = replace(tuned, history=replace(tuned.history, lm=0.0))
         ranks = {

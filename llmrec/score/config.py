@@ -46,6 +46,12 @@ class TrainingConfig(BaseModel):
     checkpoint_seconds: float = Field(60.0, gt=0, description="between checkpoints")
     seed: int = 0
 
+    def lasting(self, minutes: float | None) -> TrainingConfig:
+        """The same for a run of so many minutes; as it is for None."""
+        if minutes is None:
+            return self
+        return TrainingConfig(**{**self.model_dump(), "minutes": minutes, "steps": None})
+
     def model_post_init(self, _context: Any) -> None:
         """Refuse a run without an end."""
         if self.minutes is None and self.steps is None:
