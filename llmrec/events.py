@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -16,7 +16,7 @@ from llmrec.catalog import Catalog
 from llmrec.clock import to_seconds
 from llmrec.errors import DataError
 from llmrec.protocols import Codes, Floats, Mask
-from llmrec.rows import LoadReport, Policy, Problems, describe_rows, first_rows, id_strings
+from llmrec.rows import LoadReport, Policy, Problems, id_strings
 from llmrec.tables import read_table
 from llmrec.types import Event
 from llmrec.weights import event_weight
@@ -126,40 +126,8 @@ class EventLog:
         keep = problems.keep
         users, user = _number(user_ids.filter(pl.Series(keep)))
         seconds = None if seconds is None else seconds[keep]
-        return _ordered(users, user, item[keep], seconds, weight[keep], _tie_ranks(catalog, ties), report)
-
-    @classmethod
-    def from_events(cls, events: Sequence[Event], catalog: Catalog, clock: Clock = "time") -> EventLog:
-        """Build a log from events in input order; those of unknown items are left out and counted.
-
-        Raises
-        ------
-        DataError
-            If no event is left, or one has no time stamp while `clock` is ``"time"``.
-        """
-        item = catalog.find([event.item_id for event in events])
-        problems = Problems("events", len(events))
-        problems.add("item is not in the catalogue", item < 0, wanted=True)
-        seconds = None
-        if clock == "time":
-            missing = [row for row, event in enumerate(events) if event.timestamp is None]
-            if missing:
-                raise DataError(
-                    f"events: {describe_rows('no timestamp', len(missing), first_rows(np.array(missing)))}; "
-                    "declare clock='none' if the log has none"
-                )
-            seconds = np.fromiter((event.timestamp or 0 for event in events), np.int64, len(events))
-        weight = np.fromiter((event.weight for event in events), np.float32, len(events))
-        problems.add("weight is not finite and above 0", ~(np.isfinite(weight) & (weight > 0)))
-        report = problems.finish("raise")
-        keep = problems.keep
-        try:
-            user_ids = pl.Series([event.user_id for event in events], dtype=pl.String)
-        except TypeError as error:
-            raise DataError(f"events: user ids must be text: {error}") from error
-        users, user = _number(user_ids.filter(keep))
-        seconds = None if seconds is None else seconds[keep]
-        return _ordered(users, user, item[keep], seconds, weight[keep], None, report)
+        ranks = catalog.id_ranks() if ties == "item" else None
+        return _ordered(users, user, item[keep], seconds, weight[keep], ranks, report)
 
     def __len__(self) -> int:
         return len(self.item)
@@ -173,15 +141,16 @@ class EventLog:
         return len(self.users)
 
     @cached_property
-    def _user_index(self) -> dict[str, int]:
-        return {user_id: index for index, user_id in enumerate(self.users)}
-
-    @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over users, events and their order."""
-        digest = hashlib.sha256("\0".join(self.users).encode())
-        for array in (self.user, self.item, self.timestamp, self.weight):
-            digest.update(b"none" if array is None else np.ascontiguousarray(array).tobytes())
+        """SHA-256 over users, events and their order; the order of the users does not matter."""
+        by_id = sorted(range(self.n_users), key=self.users.__getitem__)
+        rank = np.empty(self.n_users, dtype=np.int32)
+        rank[by_id] = np.arange(self.n_users, dtype=np.int32)
+        user = rank[self.user]
+        order = np.argsort(user, kind="stable")
+        digest = hashlib.sha256("\0".join(self.users[index] for index in by_id).encode())
+        for array in (user, self.item, self.timestamp, self.weight):
+            digest.update(b"none" if array is None else array[order].tobytes())
         return digest.hexdigest()
 
     def require_clock(self, what: str) -> Int64s:
@@ -199,11 +168,6 @@ class EventLog:
         if bool((self.weight == 1).all()):
             return None
         return [self.weight[a:b] for a, b in zip(self.offsets[:-1], self.offsets[1:], strict=True)]
-
-    def history_of(self, user_id: str) -> Codes:
-        """Return the item codes of a user id, oldest first; empty for an unknown user."""
-        user = self._user_index.get(user_id)
-        return self.item[:0] if user is None else self.history(user)
 
     def counts(self, n_items: int) -> Int64s:
         """Return the number of events of each item code, shape (n_items,)."""
@@ -279,22 +243,6 @@ def _number(ids: pl.Series) -> tuple[list[str], Codes]:
     distinct = ids.unique(maintain_order=True)
     numbers = np.arange(len(distinct), dtype=np.int32)
     return distinct.to_list(), ids.replace_strict(distinct, numbers, return_dtype=pl.Int32).to_numpy()
-
-
-def _tie_ranks(catalog: Catalog, ties: Ties) -> Int64s | None:
-    """Return the rank of each item code by id, digits as integers; None for the order of input."""
-    if ties == "input":
-        return None
-    ids = catalog.ids
-    if all(item_id.isascii() and item_id.isdigit() for item_id in ids):
-        # Length without zeros, then text: the order of integers for digits of any length.
-        bare = [item_id.lstrip("0") for item_id in ids]
-        order = sorted(range(len(ids)), key=lambda code: (len(bare[code]), bare[code], ids[code]))
-    else:
-        order = sorted(range(len(ids)), key=ids.__getitem__)
-    ranks = np.empty(len(ids), dtype=np.int64)
-    ranks[order] = np.arange(len(ids))
-    return ranks
 
 
 def _ordered(

@@ -43,7 +43,7 @@ VALIDATION_USERS = 256
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """What an adapter belongs to. The first five must match when it is loaded; the rest is for the record."""
+    """What an adapter belongs to. The first five must match when it is loaded, data and versions should."""
 
     base_sha256: str
     tokenizer_sha256: str
@@ -55,7 +55,7 @@ class Card:
     training: dict[str, Any]
 
     def check(self, other: Card) -> None:
-        """Refuse another base, tokenizer, prompt, renderer or encoder; warn of other versions.
+        """Refuse another base, tokenizer, prompt, renderer or encoder; warn of other data and versions.
 
         Raises
         ------
@@ -70,6 +70,11 @@ class Card:
                     f"the adapter belongs to another {name}: {mine[:12]}... then, {theirs[:12]}... now; "
                     f"use the {name} it was trained with, or fine-tune again"
                 )
+        if self.data_sha256 != other.data_sha256:
+            logger.warning(
+                "the adapter was trained on other events than the retrievers were fitted on; "
+                "fine-tune again to bring it up to date"
+            )
         changed = [
             f"{n} {v} -> {other.versions.get(n)}"
             for n, v in self.versions.items()
@@ -115,7 +120,7 @@ class LanguageModel:
 
     @classmethod
     def new(
-        cls, config: ItemTokensConfig, base: Path, vectors: Floats, counts: NDArray[np.int64], seed: int = 0
+        cls, config: ItemTokensConfig, base: Path, vectors: Floats, counts: NDArray[Any], seed: int = 0
     ) -> LanguageModel:
         """Make a model to train: fresh LoRA matrices (Hu et al. 2021, arXiv 2106.09685) and head.
 
@@ -126,7 +131,7 @@ class LanguageModel:
         vectors
             Text vectors of the catalogue, shape (items, dim).
         counts
-            Training events of each item, shape (items,).
+            Weight of the training events of each item, shape (items,).
         """
         from peft import LoraConfig, get_peft_model
 
@@ -153,7 +158,7 @@ class LanguageModel:
         (folder / "card.json").write_text(json.dumps(card, indent=1), encoding="utf-8")
 
     @classmethod
-    def load(cls, folder: Path, base: Path, vectors: Floats, encoder: str) -> LanguageModel:
+    def load(cls, folder: Path, base: Path, vectors: Floats, encoder: str, data: str) -> LanguageModel:
         """Load what `save` wrote.
 
         Parameters
@@ -164,6 +169,8 @@ class LanguageModel:
             Text vectors of the catalogue, which may have grown since, shape (items, dim).
         encoder
             Fingerprint of the encoder that made them.
+        data
+            Fingerprint of the log; another one than it was trained on is a warning.
 
         Raises
         ------
@@ -176,12 +183,12 @@ class LanguageModel:
             stored = json.loads((folder / "card.json").read_text(encoding="utf-8"))
             config, card = ItemTokensConfig(**stored["config"]), Card(**stored["card"])
             head, _ = read_tensors(folder / "head.safetensors")
-            counts = head.pop("counts").numpy().astype(np.int64)
+            counts = head.pop("counts").numpy()
             if not (folder / "adapter_model.safetensors").is_file():
                 raise FileNotFoundError("adapter_model.safetensors is missing")
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as broken:
             raise ModelError(f"{folder} holds no complete adapter: {broken}") from broken
-        card.check(make_card(config, base, encoder, card.data_sha256, {}))
+        card.check(make_card(config, base, encoder, data, {}))
         body = load_body(base, config.layers, body_dtype(config.precision))
         adapted: Any = PeftModel.from_pretrained(body, str(folder), is_trainable=False)
         model = _assemble(adapted, config, base, vectors[: len(counts)], counts)
@@ -192,8 +199,8 @@ class LanguageModel:
     def grown(self, vectors: Floats) -> LanguageModel:
         """The same for a catalogue whose text vectors changed or grew: new items are known by their text."""
         old = self.model
-        counts = np.zeros(len(vectors), dtype=np.int64)
-        counts[: len(old.counts)] = old.counts.cpu().numpy().astype(np.int64)
+        counts = np.zeros(len(vectors), dtype=np.float32)
+        counts[: len(old.counts)] = old.counts.cpu().numpy()
         head_dim = old.id_out.embedding_dim
         model = ItemTokenModel(old.body, old.instruction.tolist(), vectors, counts, head_dim, old.dropout.p)
         state = {n: p.detach() for n, p in old.named_parameters() if not n.startswith("body.")}
@@ -204,7 +211,7 @@ class LanguageModel:
 
 
 def _assemble(
-    body: torch.nn.Module, config: ItemTokensConfig, base: Path, vectors: Floats, counts: NDArray[np.int64]
+    body: torch.nn.Module, config: ItemTokensConfig, base: Path, vectors: Floats, counts: NDArray[Any]
 ) -> ItemTokenModel:
     before, after = Prompt.load(config.prompt).around("history")
     if after:
@@ -224,6 +231,7 @@ def measure(scorer: ItemTokenScorer, held_out: HeldOut) -> dict[str, float]:
 
 def fine_tune(
     histories: Sequence[Codes],
+    weights: Sequence[Floats] | None,
     held_out: HeldOut,
     texts: Texts,
     recipe: Recipe,
@@ -239,11 +247,13 @@ def fine_tune(
 ) -> tuple[LanguageModel, TrainingReport, Recipe]:
     """Train on histories, then fit the model's weights in the recipe on what was held out.
 
+    `weights` are those of the events, one array a history, None if all are 1.
     Neither `histories` nor the fitted `retrievers` may hold the held-out events.
     """
     with tempfile.TemporaryDirectory(prefix="llmrec-") as temporary:
         lm, report = train_language_model(
             histories,
+            weights,
             held_out,
             texts.vectors,
             base,
@@ -260,6 +270,7 @@ def fine_tune(
 
 def train_language_model(
     histories: Sequence[Codes],
+    weights: Sequence[Floats] | None,
     held_out: HeldOut,
     vectors: Floats,
     base: Path,
@@ -275,7 +286,11 @@ def train_language_model(
 
     `held_out` decides which state is kept; it is not trained on.
     """
-    counts = np.bincount(np.concatenate([np.empty(0, np.int32), *histories]), minlength=len(vectors))
+    counts = np.bincount(
+        np.concatenate([np.empty(0, np.int32), *histories]),
+        None if weights is None else np.concatenate([np.empty(0, np.float32), *weights]),
+        minlength=len(vectors),
+    )
     model = LanguageModel.new(config, base, vectors, counts, training.seed)
     card = make_card(config, base, encoder, data, {})
     # The same log over a changed catalogue is another run.
@@ -288,6 +303,7 @@ def train_language_model(
         training,
         folder,
         hashlib.sha256(key.encode()).hexdigest(),
+        weights=weights,
         dtype=model.dtype,
     )
     sample = held_out.sample(VALIDATION_USERS, training.seed)

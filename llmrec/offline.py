@@ -139,6 +139,7 @@ def evaluate(
         settings = config.training.lasting(minutes)
         model, report, recipe = fine_tune(
             split.train,
+            split.weights,
             held_out,
             texts,
             recipe,

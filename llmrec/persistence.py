@@ -23,12 +23,12 @@ from numpy.typing import NDArray
 
 from llmrec.errors import ModelError
 
-FORMAT = 1
+FORMAT = 2
 """Version of the directory; raised when an older llmrec could not read it."""
 
 MANIFEST = "manifest.json"
 
-KEYS = {"state", "events", "config", "recipe", "repeats", "encoder", "catalog", "language_model"}
+KEYS = {"state", "events", "config", "recipe", "repeats", "encoder", "catalog", "log", "language_model"}
 
 Arrays = Mapping[str, NDArray[Any]]
 

@@ -8,7 +8,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -24,10 +24,9 @@ from llmrec.evaluation.run import Systems, run_systems
 from llmrec.evaluation.split import Part, tail
 from llmrec.events import EventLog
 from llmrec.fetch import resolve
-from llmrec.metrics import Comparison, compare
 from llmrec.pipeline import Weights
 from llmrec.protocols import Codes, Query
-from llmrec.recipe import Recipe, fit_retrievers, ranks_in
+from llmrec.recipe import Recipe
 from llmrec.search import search_recipe
 from llmrec.state import REPEATS, State
 from llmrec.store.sqlite import SQLiteStore
@@ -35,33 +34,14 @@ from llmrec.text import neutralise
 from llmrec.types import Event, Item, Recommendation, Request
 
 if TYPE_CHECKING:
-    from llmrec.training import Progress, TrainingReport
+    from llmrec.training import Progress
+    from llmrec.tuning import FinetuneReport
 
 QUERY_LIMIT = 1000
 """Longest typed query in characters."""
 
 CHUNK = 64
 """Requests that go through the pipeline at once."""
-
-
-@dataclass(frozen=True)
-class FinetuneReport:
-    """What fine-tuning did, and the language model's weight in the blend (0: it is left out).
-
-    `gain` compares the blend with the merge on the held-out users that chose the weight.
-    """
-
-    training: TrainingReport
-    weight: float
-    query_weight: float
-    gain: Comparison
-
-    def __str__(self) -> str:
-        if self.weight or self.query_weight:
-            used = f"weight in the blend {self.weight:g}, with typed words {self.query_weight:g}"
-        else:
-            used = "weight 0: on held-out events the language model adds nothing beyond noise, it is left out"
-        return f"{self.training}\n{used}\n{self.gain} (held-out users that chose the weight)"
 
 
 class Recommender:
@@ -162,44 +142,17 @@ class Recommender:
             If there is nothing to train on, or the language model or its packages cannot be had.
         """
         try:
-            from llmrec.language_model import fine_tune
+            from llmrec.tuning import tune
         except ImportError as missing:
             raise ImportError('fine-tuning needs: pip install "llmrec[lm]"') from missing
 
-        state, config = self._state, self.config
-        log = self._log()
-        train, weights, part = tail(log)
-        search = config.retrieval
-        held_out = part.sample(search.search_users, search.seed).held_out(
-            state.catalog.active, not state.repeats
-        )
-        retrievers = fit_retrievers(train, state.texts, state.recipe, weights)
         run = Path(folder) if folder else (self.folder / "training" if self.folder else None)
-        lm, report, recipe = fine_tune(
-            train,
-            held_out,
-            state.texts,
-            state.recipe,
-            retrievers,
-            resolve(config.lm.base, allow_hub=config.allow_hub),
-            config.lm,
-            config.training.lasting(minutes),
-            search,
-            data=log.fingerprint,
-            folder=run,
-            on_step=on_step,
-        )
-        tuned = replace(state, retrievers=retrievers, recipe=recipe, lm=lm).pipeline()
-        plain = replace(tuned, history=replace(tuned.history, lm=0.0))
-        ranks = {
-            name: ranks_in((c.items for c in system.recommend(held_out.queries, 100)), held_out.targets)
-            for name, system in (("blend", tuned), ("merge", plain))
-        }
+        lm, recipe, report = tune(self._state, self._log(), self.config, minutes, run, on_step)
         with self._changing:
             # Items may have been added meanwhile.
             self._state = replace(self._state, lm=lm.grown(self._state.texts.vectors), recipe=recipe)
             self._adapter, self._run = None, run
-        return FinetuneReport(report, recipe.history.lm, recipe.query.lm, compare(ranks, "blend", "merge"))
+        return report
 
     def refit(self) -> None:
         """Fit the retrievers again on all stored events; settings, weights and language model stay."""
@@ -278,6 +231,7 @@ class Recommender:
                         "repeats": state.repeats,
                         "encoder": state.texts.encoder.fingerprint,
                         "catalog": state.catalog.fingerprint,
+                        "log": state.log,
                         "language_model": (folder / name / "adapter").is_dir(),
                     },
                 )
@@ -330,7 +284,9 @@ class Recommender:
             if self._state.lm is None and self._adapter is not None:
                 base = resolve(self.config.lm.base, allow_hub=self.config.allow_hub)
                 texts = self._state.texts
-                loaded = LanguageModel.load(self._adapter, base, texts.vectors, texts.encoder.fingerprint)
+                loaded = LanguageModel.load(
+                    self._adapter, base, texts.vectors, texts.encoder.fingerprint, self._state.log
+                )
                 self._state = replace(self._state, lm=loaded)
         return self._state
 

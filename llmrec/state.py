@@ -41,6 +41,8 @@ class State:
         Whether people choose the same item again in this log.
     depth
         Hits taken from each retriever.
+    log
+        Fingerprint of the log that the retrievers were fitted on; empty if there was none.
     lm
         None until it is trained or loaded.
     """
@@ -51,6 +53,7 @@ class State:
     retrievers: Mapping[str, Retriever]
     repeats: bool
     depth: int
+    log: str = ""
     lm: LanguageModel | None = None
 
     def pipeline(self) -> Pipeline:
@@ -62,10 +65,11 @@ class State:
     def refitted(self, log: EventLog | None) -> State:
         """The same with retrievers fitted on all events of a log, None if it is empty; weights stay."""
         if log is None:
-            return replace(self, retrievers=fit_retrievers([], self.texts, self.recipe))
+            return replace(self, retrievers=fit_retrievers([], self.texts, self.recipe), log="")
         histories = [log.history(user) for user in range(log.n_users)]
         retrievers = fit_retrievers(histories, self.texts, self.recipe, log.history_weights())
-        return replace(self, retrievers=retrievers, repeats=log.repeat_share() >= REPEATS)
+        repeats = log.repeat_share() >= REPEATS
+        return replace(self, retrievers=retrievers, repeats=repeats, log=log.fingerprint)
 
     def with_catalog(self, catalog: Catalog) -> State:
         """The same over a catalogue in which items were added or replaced."""
@@ -154,4 +158,4 @@ class State:
         texts = make_texts(catalog.lines(), encoder, vectors)
         retrievers = load_retrievers(persistence.load_arrays(folder / "retrievers.npz"), texts, recipe)
         repeats, depth = bool(manifest["repeats"]), config.retrieval.depth
-        return cls(catalog, texts, recipe, retrievers, repeats, depth)
+        return cls(catalog, texts, recipe, retrievers, repeats, depth, manifest["log"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
@@ -20,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from llmrec.errors import DataError
-from llmrec.protocols import Codes
+from llmrec.protocols import Codes, Floats
 from llmrec.score.config import TrainingConfig
 from llmrec.score.item_tokens import ItemTokenModel, pad
 
@@ -70,33 +71,47 @@ Validate = Callable[[ItemTokenModel], Mapping[str, float]]
 """Returns the measures of a model; ``ndcg@10`` among them decides which state is kept."""
 
 
-def windows(histories: Sequence[Codes], length: int, rng: np.random.Generator) -> list[Codes]:
+@dataclass(frozen=True, slots=True)
+class Window:
+    """A stretch of a history, oldest first, and what each of its events counts in the loss."""
+
+    items: Codes
+    weights: Floats
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+
+def windows(
+    histories: Sequence[Codes],
+    length: int,
+    rng: np.random.Generator,
+    weights: Sequence[Floats] | None = None,
+) -> list[Window]:
     """Cut histories into windows of at most `length` items so that every event is seen once.
 
     The first cut of a long history falls at random, so that over epochs every event gets every context.
+    `weights` are those of the events, one array a history; 1 where none are given.
     """
-    pieces: list[Codes] = []
-    for history in histories:
-        if len(history) <= length:
-            if len(history):
-                pieces.append(history)
-            continue
-        first = int(rng.integers(1, length + 1))
-        starts = [0, *range(first, len(history), length)]
-        pieces.extend(history[a:b] for a, b in zip(starts, [*starts[1:], len(history)], strict=True))
+    pieces: list[Window] = []
+    for row, history in enumerate(histories):
+        weight = np.ones(len(history), np.float32) if weights is None else weights[row]
+        first = len(history) if len(history) <= length else int(rng.integers(1, length + 1))
+        cuts = [0, *range(first, len(history), length), len(history)]
+        pieces += [Window(history[a:b], weight[a:b]) for a, b in itertools.pairwise(cuts) if a < b]
     return pieces
 
 
 def batches(
-    pieces: Sequence[Codes], overhead: int, tokens: int, rng: np.random.Generator
-) -> list[list[Codes]]:
+    pieces: Sequence[Window], overhead: int, tokens: int, rng: np.random.Generator
+) -> list[list[Window]]:
     """Group windows of like length so that a batch has about `tokens` positions, padding included.
 
     `overhead` is the number of instruction tokens that each window carries. The order of batches is random.
     """
     order = rng.permutation(len(pieces))
     by_length = sorted(order.tolist(), key=lambda i: -len(pieces[i]))
-    grouped: list[list[Codes]] = []
+    grouped: list[list[Window]] = []
     start = 0
     while start < len(by_length):
         rows = max(1, tokens // (overhead + len(pieces[by_length[start]])))
@@ -105,21 +120,36 @@ def batches(
     return [grouped[i] for i in rng.permutation(len(grouped))]
 
 
-def next_item_loss(model: ItemTokenModel, batch: Sequence[Codes], negatives: int) -> tuple[Tensor, int]:
-    """Mean nats an item over all positions of a batch, and the number of positions.
+def next_item_loss(model: ItemTokenModel, batch: Sequence[Window], negatives: int) -> Tensor:
+    """Mean nats an item over all positions of a batch, each counted with the weight of its event.
 
     Full softmax over the catalogue, or, in a large one, over the batch's targets and drawn items with
     the logQ correction (Bengio and Senecal 2008; Yi et al. 2019).
     """
-    codes, lengths = pad(batch)
     device = model.counts.device
+    codes, lengths = pad([window.items for window in batch])
     codes, lengths = codes.to(device), lengths.to(device)
     hidden = model.hidden(codes)[:, :-1]
     real = torch.arange(codes.shape[1], device=device)[None, :] < lengths[:, None]
     states, targets = model.states(hidden[real]), codes[real]
     outputs, popularity = model.item_outputs(), model.popularity()
     if len(outputs) <= FULL_SOFTMAX_UP_TO:
-        return functional.cross_entropy(model.logits(states, outputs, popularity), targets), len(targets)
+        nats = functional.cross_entropy(model.logits(states, outputs, popularity), targets, reduction="none")
+    else:
+        nats = _sampled_nats(model, states, targets, outputs, popularity, negatives)
+    weights = torch.from_numpy(np.concatenate([window.weights for window in batch])).to(device)
+    return (weights * nats).sum() / weights.sum()
+
+
+def _sampled_nats(
+    model: ItemTokenModel,
+    states: Tensor,
+    targets: Tensor,
+    outputs: Tensor,
+    popularity: Tensor,
+    negatives: int,
+) -> Tensor:
+    """Estimate the nats of each target, shape (targets,), from items drawn by popularity."""
     drawn = torch.multinomial(popularity.exp(), negatives, replacement=True)
     shared = model.logits(states, outputs[drawn], popularity[drawn])
     # Draws repeat, so dividing by their expected number, negatives * q, makes the sum of exponentials an
@@ -128,10 +158,8 @@ def next_item_loss(model: ItemTokenModel, batch: Sequence[Codes], negatives: int
     shared = shared.masked_fill(drawn[None, :] == targets[:, None], -torch.inf)
     scale = 2.0 / math.sqrt(states.shape[-1])
     own = (states * outputs[targets]).sum(-1, keepdim=True) * scale + popularity[targets][:, None]
-    logits = torch.cat([own, shared], dim=1)
-    return functional.cross_entropy(logits, torch.zeros(len(targets), dtype=torch.long, device=device)), len(
-        targets
-    )
+    first = torch.zeros(len(targets), dtype=torch.long, device=targets.device)
+    return functional.cross_entropy(torch.cat([own, shared], dim=1), first, reduction="none")
 
 
 def trainable(model: ItemTokenModel) -> dict[str, Tensor]:
@@ -171,6 +199,8 @@ class LoRATrainer:
         Where checkpoint and best state are written. A checkpoint of the same `fingerprint` is continued.
     fingerprint
         Hash of data and settings; a checkpoint of another run is not continued.
+    weights
+        Of the events, one array a history: what each counts in the loss.
     """
 
     def __init__(
@@ -182,6 +212,7 @@ class LoRATrainer:
         folder: Path,
         fingerprint: str,
         *,
+        weights: Sequence[Floats] | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         from accelerate import Accelerator
@@ -189,7 +220,7 @@ class LoRATrainer:
         if not any(len(h) for h in histories):
             raise DataError("no events to train on: all training histories are empty")
         self.config, self.window, self.folder = config, window, folder
-        self.histories = list(histories)
+        self.histories, self.weights = list(histories), weights
         self.fingerprint = fingerprint
         self.progress = Progress()
         self.accelerator = Accelerator(
@@ -246,31 +277,31 @@ class LoRATrainer:
         by_step = self.progress.step / self.config.steps if self.config.steps else 0.0
         return max(by_time, by_step)
 
-    def _stream(self) -> Iterator[list[Codes]]:
+    def _stream(self) -> Iterator[list[Window]]:
         """Batches without end; their order depends on seed and epoch alone, so a resumed run is exact."""
         p = self.progress
         while True:
             rng = np.random.default_rng([self.config.seed, p.epoch])
-            pieces = windows(self.histories, self.window, rng)
+            pieces = windows(self.histories, self.window, rng, self.weights)
             overhead = len(self.model.instruction)
             for batch in batches(pieces, overhead, self.config.tokens_per_step, rng)[p.batch :]:
                 p.batch += 1
                 yield batch
             p.epoch, p.batch = p.epoch + 1, 0
 
-    def _step(self, batch: Sequence[Codes], done: float) -> float:
+    def _step(self, batch: Sequence[Window], done: float) -> float:
         warm = min(1.0, (self.progress.step + 1) / max(1, self.config.warmup_steps))
         for group in self.optimiser.param_groups:
             group["lr"] = group["base"] * warm * max(0.0, 1.0 - done)
         self.model.train()
         with self.accelerator.autocast():
-            loss, events = next_item_loss(self.model, batch, self.config.negatives)
+            loss = next_item_loss(self.model, batch, self.config.negatives)
         self.accelerator.backward(loss)
         self.accelerator.clip_grad_norm_(self.parameters.values(), self.config.clip)
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
         self.progress.step += 1
-        self.progress.events += events
+        self.progress.events += sum(map(len, batch))
         return float(loss.detach())
 
     def _validate(self, validate: Validate) -> float:

@@ -33,11 +33,22 @@ def test_load_numbers_items_in_order_and_gives_them_back():
     assert catalog.active.all() and catalog.report.rows_kept == 3
 
 
+def test_items_are_numbered_by_id_whatever_their_order_in_the_source():
+    for source, expected in (
+        (["10", "9", "007", "7"], ["007", "7", "9", "10"]),
+        (["b", "10", "9", "a"], ["10", "9", "a", "b"]),
+    ):
+        catalog = Catalog.load([Item(i, f"title {i}") for i in source])
+        assert catalog.ids == expected and catalog.titles[1] == f"title {expected[1]}"
+    later = catalog.with_items([Item("11", "t")])
+    assert later.ids == [*expected, "11"] and later.id_ranks().tolist() == [0, 2, 3, 4, 1]
+
+
 def test_codes_of_unknown_ids_are_request_errors_with_hints():
     catalog = Catalog.load([Item(f"film-{n}", "t") for n in range(2000)])
-    assert catalog.code("film-7") == 7
-    assert catalog.codes(["film-3", "film-1"]).tolist() == [3, 1] and catalog.codes([]).dtype == np.int32
-    assert catalog.find(["film-3", "x"]).tolist() == [3, -1]
+    assert catalog.ids[catalog.code("film-7")] == "film-7"
+    assert catalog.codes(["film-1", "film-0"]).tolist() == [1, 0] and catalog.codes([]).dtype == np.int32
+    assert catalog.find(["film-1", "x"]).tolist() == [1, -1]
     with pytest.raises(RequestError, match=r"unknown item 'film-199x'.*'film-199'"):
         catalog.code("film-199x")
     with pytest.raises(RequestError, match=r"7 of 8 item ids are unknown: 'a', 'b', 'c', 'd', 'e', \.\.\."):
@@ -121,11 +132,11 @@ def test_ids_and_attributes_are_converted():
         }
     )
     catalog = Catalog.load(frame)
-    assert catalog.ids == ["42", "7"] and catalog.titles == ["1984", "2001"]
-    assert catalog.item(0).attributes == {
+    assert catalog.ids == ["7", "42"] and catalog.titles == ["2001", "1984"]
+    assert catalog.item(1).attributes == {
         "day": "2020-01-02", "when": "2020-01-02T03:04:05", "count": 1, "tags": ("a", "(INST)"), "kind": "‹s›"
     }  # fmt: skip
-    assert catalog.item(1) == Item("7", "2001", "x", {})
+    assert catalog.item(0) == Item("7", "2001", "x", {})
     assert catalog.attributes["empty"] == "string" and catalog.attributes["none"] == "list of strings"
 
 

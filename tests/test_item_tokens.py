@@ -141,5 +141,5 @@ def test_windows_hold_every_event_once_and_in_order():
     for _ in range(20):
         pieces = windows([long, long[:3], long[:0]], 50, rng)
         assert max(map(len, pieces)) <= 50
-        assert np.concatenate(pieces[:-1]).tolist() == long.tolist()
-        assert pieces[-1].tolist() == [0, 1, 2]
+        assert np.concatenate([p.items for p in pieces[:-1]]).tolist() == long.tolist()
+        assert pieces[-1].items.tolist() == [0, 1, 2]

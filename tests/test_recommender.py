@@ -204,7 +204,7 @@ def test_a_directory_of_another_version_or_damaged_says_so(rec, tmp_path):
     path = tmp_path / "model" / "manifest.json"
     manifest = json.loads(path.read_text())
     path.write_text(json.dumps({**manifest, "format": 99, "llmrec": "7.0"}))
-    with pytest.raises(ModelError, match=r"format 99.*format 1.*7\.0"):
+    with pytest.raises(ModelError, match=r"format 99.*format 2.*7\.0"):
         Recommender.load(tmp_path / "model")
     path.write_text(json.dumps(manifest)[:50])
     with pytest.raises(ModelError, match="damaged"):
@@ -344,6 +344,18 @@ def test_items_added_while_the_adapter_is_not_loaded_are_scored_by_it_later(tune
     rec.save(tmp_path / "model")
     again = Recommender.load(tmp_path / "model")
     assert "late" in ids(again.stages(user="u1", k=len(again.catalog))["language model"])
+
+
+def test_a_refit_on_more_events_than_the_adapter_saw_is_a_warning(tuned, tmp_path, caplog):
+    tuned.save(tmp_path / "model")
+    rec = Recommender.load(tmp_path / "model")
+    rec.stages(user="u1")
+    assert not caplog.records
+    rec.observe("u1", rec.catalog.ids[0])
+    rec.refit()
+    rec.save(tmp_path / "model")
+    Recommender.load(tmp_path / "model").stages(user="u1")
+    assert "other events than the retrievers" in caplog.text
 
 
 def test_a_killed_training_is_not_continued_over_a_changed_catalogue(data, config, tmp_path):

@@ -18,7 +18,7 @@ ROWS = [
 
 
 def log_of(rows):
-    return EventLog.from_events([Event(*row) for row in rows], CATALOG)
+    return EventLog.load([Event(*row) for row in rows], CATALOG)
 
 
 def words(histories):

@@ -15,7 +15,7 @@ from llmrec.protocols import Query
 from llmrec.recipe import HeldOut
 from llmrec.score.config import ItemTokensConfig, TrainingConfig
 from llmrec.testing import tiny_lm
-from llmrec.training import LoRATrainer, batches, next_item_loss
+from llmrec.training import LoRATrainer, Window, batches, next_item_loss, windows
 
 ITEMS = 12
 
@@ -52,6 +52,7 @@ def settings(**values):
 def train(base, folder, on_step=None, **values):
     return train_language_model(
         RULE,
+        None,
         HELD_OUT,
         VECTORS,
         base,
@@ -106,58 +107,93 @@ def test_a_checkpoint_of_another_run_is_not_continued(base, tmp_path):
 
 def test_batches_hold_every_window_once_and_stay_within_the_budget():
     rng = np.random.default_rng(0)
-    pieces = [np.full(int(n), i, dtype=np.int32) for i, n in enumerate(rng.integers(1, 40, 200))]
+    lengths = rng.integers(1, 40, 200)
+    pieces = windows([np.full(n, i, dtype=np.int32) for i, n in enumerate(lengths)], 40, rng)
     grouped = batches(pieces, overhead=5, tokens=200, rng=rng)
-    seen = sorted(int(piece[0]) for batch in grouped for piece in batch)
+    seen = sorted(int(piece.items[0]) for batch in grouped for piece in batch)
     assert seen == list(range(200))
     for batch in grouped:
         assert len(batch) * (5 + max(map(len, batch))) <= 200 or len(batch) == 1
 
 
-def test_the_loss_is_the_mean_negative_log_probability_of_what_followed(base):
+def test_the_loss_is_the_weighted_mean_negative_log_probability_of_what_followed(base):
     lm = LanguageModel.new(config(base), base, VECTORS, np.full(ITEMS, 3))
     lm.model.eval()
-    batch = [RULE[0], RULE[1][:3]]
+    histories = [RULE[0], RULE[1][:3]]
+    weights = np.random.default_rng(4).uniform(0.1, 3, 9).astype(np.float32)
+    batch = [Window(histories[0], weights[:6]), Window(histories[1], weights[6:])]
     with torch.inference_mode():
-        loss, events = next_item_loss(lm.model, batch, negatives=0)
-    nats = [-lm.scorer.log_probs([h[:t]])[0][h[t]] for h in batch for t in range(len(h))]
-    assert events == 9
-    assert float(loss) == pytest.approx(np.mean(nats), abs=1e-4)
+        loss = next_item_loss(lm.model, batch, negatives=0)
+    nats = [-lm.scorer.log_probs([h[:t]])[0][h[t]] for h in histories for t in range(len(h))]
+    assert float(loss) == pytest.approx(np.average(nats, weights=weights), abs=1e-4)
+
+
+def test_events_of_little_weight_change_little(base, tmp_path):
+    """Of two followers of an item, the one whose events weigh more is expected."""
+    follows = [np.array([s, 10 + t], dtype=np.int32) for s in range(8) for t in (0, 1, 1)]
+    heavy = [np.array([1, 9 if h[1] == 10 else 0.1], dtype=np.float32) for h in follows]
+    best = []
+    for weights in (None, heavy):
+        lm, _ = train_language_model(
+            follows,
+            weights,
+            HeldOut([], np.empty(0, np.int32)),
+            VECTORS,
+            base,
+            config(base),
+            settings(steps=40),
+            encoder="e",
+            data="d",
+            folder=tmp_path / str(weights is None),
+        )
+        best.append([int(h.items[0]) for h in lm.scorer.retrieve([Query(h[:1]) for h in follows], 1)])
+    assert set(best[0]) == {11}
+    assert set(best[1]) == {10}
 
 
 def test_sampled_softmax_approaches_the_full_one(base, monkeypatch):
     counts = np.arange(1, ITEMS + 1)
     lm = LanguageModel.new(config(base), base, VECTORS, counts)
     lm.model.eval()
+    batch = windows(RULE[:8], 10, np.random.default_rng(0))
     with torch.inference_mode():
-        full, _ = next_item_loss(lm.model, RULE[:8], negatives=0)
+        full = next_item_loss(lm.model, batch, negatives=0)
         monkeypatch.setattr(training, "FULL_SOFTMAX_UP_TO", 1)
         torch.manual_seed(0)
-        sampled, _ = next_item_loss(lm.model, RULE[:8], negatives=200_000)
+        sampled = next_item_loss(lm.model, batch, negatives=200_000)
     assert float(sampled) == pytest.approx(float(full), abs=0.01)
 
 
 def test_an_adapter_scores_the_same_after_saving_and_refuses_what_it_was_not_trained_with(base, tmp_path):
     lm, _ = train(base, tmp_path / "run", steps=5)
     lm.save(tmp_path / "adapter")
-    again = LanguageModel.load(tmp_path / "adapter", base, VECTORS, "e")
+    again = LanguageModel.load(tmp_path / "adapter", base, VECTORS, "e", "d")
     asked = [RULE[0], RULE[5][:2]]
     np.testing.assert_array_equal(again.scorer.log_probs(asked), lm.scorer.log_probs(asked))
     assert not [p for p in (tmp_path / "adapter").iterdir() if p.suffix not in (".json", ".safetensors")]
 
     other = tiny_lm(tmp_path / "other", seed=7)
     with pytest.raises(ModelError, match=r"another base: [0-9a-f]{12}\.\.\. then, [0-9a-f]{12}"):
-        LanguageModel.load(tmp_path / "adapter", other, VECTORS, "e")
+        LanguageModel.load(tmp_path / "adapter", other, VECTORS, "e", "d")
     with pytest.raises(ModelError, match="another encoder"):
-        LanguageModel.load(tmp_path / "adapter", base, VECTORS, "f")
+        LanguageModel.load(tmp_path / "adapter", base, VECTORS, "f", "d")
     card = json.loads((tmp_path / "adapter" / "card.json").read_text())
     card["card"]["prompt_sha256"] = "0" * 64
     (tmp_path / "adapter" / "card.json").write_text(json.dumps(card))
     with pytest.raises(ModelError, match="another prompt"):
-        LanguageModel.load(tmp_path / "adapter", base, VECTORS, "e")
+        LanguageModel.load(tmp_path / "adapter", base, VECTORS, "e", "d")
     shutil.rmtree(tmp_path / "adapter")
     with pytest.raises(ModelError, match="no complete adapter"):
-        LanguageModel.load(tmp_path / "adapter", base, VECTORS, "e")
+        LanguageModel.load(tmp_path / "adapter", base, VECTORS, "e", "d")
+
+
+def test_other_data_than_it_was_trained_on_is_a_warning(base, tmp_path, caplog):
+    lm, _ = train(base, tmp_path / "run", steps=1)
+    lm.save(tmp_path / "adapter")
+    LanguageModel.load(tmp_path / "adapter", base, VECTORS, "e", "d")
+    assert not caplog.records
+    LanguageModel.load(tmp_path / "adapter", base, VECTORS, "e", "later")
+    assert "other events than the retrievers" in caplog.text
 
 
 def test_nothing_to_train_on_is_a_clear_error(base, tmp_path):

@@ -104,7 +104,7 @@ class ItemTokenModel(nn.Module):
     text_vectors
         Float32 text embeddings of the catalogue, shape (items, text_dim).
     counts
-        Training events of each item, shape (items,). Items with count 0 have no id vector: they
+        Weight of the training events of each item, shape (items,). Items with count 0 have no id vector: they
         are known by their text alone.
     """
 
@@ -117,7 +117,7 @@ class ItemTokenModel(nn.Module):
         body: nn.Module,
         instruction: Sequence[int],
         text_vectors: Floats,
-        counts: NDArray[np.int64],
+        counts: NDArray[Any],
         head_dim: int = 256,
         dropout: float = 0.2,
     ) -> None:

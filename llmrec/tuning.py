@@ -1,0 +1,75 @@
+"""Fine-tuning the language model of a recommender: what is held out, what is trained, what it brings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from llmrec.config import Config
+from llmrec.evaluation.split import tail
+from llmrec.events import EventLog
+from llmrec.fetch import resolve
+from llmrec.language_model import LanguageModel, fine_tune
+from llmrec.metrics import Comparison, compare
+from llmrec.recipe import Recipe, fit_retrievers, ranks_in
+from llmrec.state import State
+from llmrec.training import Progress, TrainingReport
+
+
+@dataclass(frozen=True)
+class FinetuneReport:
+    """What fine-tuning did, and the language model's weight in the blend (0: it is left out).
+
+    `gain` compares the blend with the merge on the held-out users that chose the weight.
+    """
+
+    training: TrainingReport
+    weight: float
+    query_weight: float
+    gain: Comparison
+
+    def __str__(self) -> str:
+        if self.weight or self.query_weight:
+            used = f"weight in the blend {self.weight:g}, with typed words {self.query_weight:g}"
+        else:
+            used = "weight 0: on held-out events the language model adds nothing beyond noise, it is left out"
+        return f"{self.training}\n{used}\n{self.gain} (held-out users that chose the weight)"
+
+
+def tune(
+    state: State,
+    log: EventLog,
+    config: Config,
+    minutes: float | None,
+    folder: Path | None,
+    on_step: Callable[[Progress, float], None] | None,
+) -> tuple[LanguageModel, Recipe, FinetuneReport]:
+    """Train on a log without the last event of each user, which decides what is kept and its weight."""
+    train, weights, part = tail(log)
+    search = config.retrieval
+    held_out = part.sample(search.search_users, search.seed).held_out(state.catalog.active, not state.repeats)
+    retrievers = fit_retrievers(train, state.texts, state.recipe, weights)
+    lm, report, recipe = fine_tune(
+        train,
+        weights,
+        held_out,
+        state.texts,
+        state.recipe,
+        retrievers,
+        resolve(config.lm.base, allow_hub=config.allow_hub),
+        config.lm,
+        config.training.lasting(minutes),
+        search,
+        data=log.fingerprint,
+        folder=folder,
+        on_step=on_step,
+    )
+    tuned = replace(state, retrievers=retrievers, recipe=recipe, lm=lm).pipeline()
+    plain = replace(tuned, history=replace(tuned.history, lm=0.0))
+    ranks = {
+        name: ranks_in((c.items for c in system.recommend(held_out.queries, 100)), held_out.targets)
+        for name, system in (("blend", tuned), ("merge", plain))
+    }
+    gain = compare(ranks, "blend", "merge")
+    return lm, recipe, FinetuneReport(report, recipe.history.lm, recipe.query.lm, gain)
