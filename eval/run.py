@@ -1,11 +1,12 @@
-"""Evaluate one data set by leave-last-out and full ranking, and write a results file.
+"""Evaluate one data set by the protocol of a configuration, and write a results file.
 
     python eval/run.py --data ../shared/data/ml-latest-small --config eval/configs/ml-latest-small.toml \
-        --core 5 --minutes 10                       # chooses and reports on validation
+        --minutes 10                                # chooses and reports on validation
     python eval/run.py ... --final                  # reads the test events, once; logged in eval/LOG.md
 
-The data folder holds items.parquet and events.parquet. Results: eval/results/NAME.json, with the
-ranks of each user (without ids) beside it.
+The data folder holds items.parquet and events.parquet. Fitted stages are kept in runs/NAME-OF-DATA, so a
+run that was killed, or a second one with the same settings, takes up what is there. Results:
+eval/results/NAME.json, with the ranks of each user (without ids) beside it.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--config", help="TOML file")
     parser.add_argument("--core", type=int, help="keep the k-core of the log")
     parser.add_argument("--users", type=int, help="sample of users for systems with the language model")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, help="of the sample of users and of drawn splits")
     parser.add_argument("--minutes", type=float, help="training time of the language model")
     parser.add_argument("--no-lm", action="store_true", help="retrievers and merge only")
     parser.add_argument("--final", action="store_true", help="report on test instead of validation")
@@ -63,6 +64,8 @@ def show(evaluation: Evaluation) -> None:
     print(f"{'':14}" + "".join(f"{m:>11}" for m in measures))
     for name, values in evaluation.result["systems"].items():
         print(f"{name:14}" + "".join(f"{values[m]:11.4f}" for m in measures))
+    for name, values in evaluation.result["probabilities"].items():
+        print(f"{name}: " + ", ".join(f"{m} {v:.4f}" for m, v in values.items()))
     for comparison in evaluation.comparisons:
         print(comparison)
 
@@ -80,17 +83,17 @@ def main(argv: list[str] | None = None) -> None:
         if p.step % 50 == 0:
             console.print(f"  {done:4.0%}  {p.events / max(p.seconds, 1e-9):.0f} events/s  {p.loss:.3f} nats")
 
+    config = Config.of(args.config).with_flags(
+        protocol={"core": args.core, "users": args.users, "seed": args.seed}
+    )
     evaluation = evaluate(
         folder / "items.parquet",
         folder / "events.parquet",
-        Config.of(args.config),
-        core=args.core,
-        users=args.users,
-        seed=args.seed,
+        config,
         lm=not args.no_lm,
         minutes=args.minutes,
         part=part,
-        folder=HERE.parent / "runs" / name,
+        folder=HERE.parent / "runs" / folder.name,
         on_stage=lambda stage: console.print(stage),
         on_step=on_step,
     )

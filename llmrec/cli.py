@@ -96,7 +96,9 @@ def fit(
     from llmrec.config import Config
     from llmrec.recommender import Recommender
 
-    settings = Config.of(config).with_flags(encoder=encoder, clock=clock, policy=policy, ties=ties)
+    settings = Config.of(config).with_flags(
+        data={"clock": clock, "policy": policy, "ties": ties}, encoder={"name": encoder}
+    )
     with stages() as on_stage:
         on_stage("reading items and events")
         catalog = read_catalog(items, settings.data)

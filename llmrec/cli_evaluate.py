@@ -1,8 +1,9 @@
-"""`llmrec evaluate`: leave-last-out with full ranking, on the user's own log."""
+"""`llmrec evaluate`: every stage measured on held-out events of the user's own log."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,34 +23,61 @@ def evaluate(
     items: Annotated[str, typer.Option(help="Items: .parquet, .csv(.gz), .tsv, .jsonl, .item.")],
     events: Annotated[str, typer.Option(help="Events: .parquet, .csv(.gz), .tsv, .jsonl, .inter.")],
     config: Annotated[Path | None, typer.Option(help="TOML file; the flags below win over it.")] = None,
-    split: Annotated[str, typer.Option(help="leave-last: last event of each user is test.")] = "leave-last",
+    split: Annotated[str | None, typer.Option(help="leave-last, time, cold-item or cold-user.")] = None,
+    validation_from: Annotated[
+        str | None, typer.Option(help="With --split time: end of training, ISO time or seconds.")
+    ] = None,
+    test_from: Annotated[str | None, typer.Option(help="With --split time: end of validation.")] = None,
+    share: Annotated[
+        float | None, typer.Option(help="Of events, items or users held out for each part.")
+    ] = None,
     core: Annotated[int | None, typer.Option(help="Keep the k-core of the log and its items.")] = None,
+    negatives: Annotated[
+        int | None, typer.Option(help="Rank among drawn items only; not comparable with full ranking.")
+    ] = None,
+    candidates: Annotated[
+        Path | None, typer.Option(help="Table user_id, candidates: rank only these.")
+    ] = None,
+    candidate_source: Annotated[str | None, typer.Option(help="Its rows of this source.")] = None,
+    candidate_count: Annotated[
+        int | None, typer.Option(help="So many a user, with the target among them.")
+    ] = None,
     ties: Annotated[str | None, typer.Option(help="Equal time stamps: input order, or item id.")] = None,
     clock: Annotated[str | None, typer.Option(help="time, or none: rows are in order.")] = None,
     policy: Annotated[str | None, typer.Option(help="Bad rows: raise, or drop and count.")] = None,
     encoder: Annotated[str | None, typer.Option(help="light, a known name, hub id or folder.")] = None,
     users: Annotated[int | None, typer.Option(help="Sample of users for the language model.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the sample.")] = 0,
+    seed: Annotated[int | None, typer.Option(help="Of samples and drawn splits.")] = None,
     no_lm: Annotated[bool, typer.Option("--no-lm", help="Retrievers and merge only.")] = False,
     minutes: Annotated[float | None, typer.Option(help="Time to train the language model.")] = None,
-    run: Annotated[Path | None, typer.Option(help="Folder of checkpoints; a killed run goes on.")] = None,
+    run: Annotated[Path | None, typer.Option(help="Folder of fitted stages; a killed run goes on.")] = None,
     result: Annotated[Path | None, typer.Option("--json", help="Write the results to this file.")] = None,
 ) -> None:
-    """Measure every stage by full ranking; settings are chosen on validation, the table is on test."""
+    """Measure every stage on held-out events; settings are chosen on validation, the table is on test."""
     from llmrec.config import Config
     from llmrec.offline import evaluate as evaluate_offline
 
-    if split != "leave-last":
-        raise RequestError(f"--split knows leave-last, got {split!r}")
-    if users is not None and users < 1:
-        raise RequestError(f"--users must be at least 1, got {users}")
     if minutes is not None and not minutes > 0:
         raise RequestError(f"--minutes must be above 0, got {minutes:g}")
-    values = Config.of(config).with_flags(encoder=encoder, clock=clock, policy=policy, ties=ties)
-    settings: dict[str, Any] = {"core": core, "users": users, "seed": seed, "lm": not no_lm}
+    protocol = {
+        "split": split,
+        "validation_from": validation_from,
+        "test_from": test_from,
+        "share": share,
+        "core": core,
+        "negatives": negatives,
+        "candidates": candidates,
+        "candidate_source": candidate_source,
+        "candidate_count": candidate_count,
+        "users": users,
+        "seed": seed,
+    }
+    values = Config.of(config).with_flags(
+        data={"clock": clock, "policy": policy, "ties": ties}, encoder={"name": encoder}, protocol=protocol
+    )
     with training_bar() as on_step:
         found = evaluate_offline(
-            items, events, values, **settings, minutes=minutes, folder=run, on_stage=say, on_step=on_step
+            items, events, values, lm=not no_lm, minutes=minutes, folder=run, on_stage=say, on_step=on_step
         )
     if result is not None:
         found.write(result)
@@ -58,14 +86,43 @@ def evaluate(
 
 
 def _show(found: Evaluation) -> None:
-    data, protocol = found.result["dataset"], found.result["protocol"]
+    result = found.result
+    data, protocol = result["dataset"], result["protocol"]
     say(f"{data['users']:,} users, {data['items']:,} items, {data['events']:,} events")
     say(json.dumps(protocol))
-    table = Table(title=f"{protocol['part']}, {protocol['users']:,} users, full ranking")
-    for header in ("", *MEASURES):
-        table.add_column(header, justify="right" if header else "left")
-    for name, values in found.result["systems"].items():
-        table.add_row(name, *(f"{values[measure]:.4f}" for measure in MEASURES))
-    print_table(table)
+    title = f"{protocol['part']}, {protocol['split']}, {protocol['users']:,} users, {protocol['ranking']}"
+    print_table(_table(title, MEASURES, result["systems"]))
+    beyond = result["beyond"]
+    print_table(_table("what the first ten are like", list(next(iter(beyond.values()))), beyond))
+    print_table(
+        _table(
+            "search: a known item is sought", ("recall@10", "ndcg@10", "mrr@10"), _of(result, "known_item")
+        )
+    )
+    if result["search"]["attribute"]["queries"]:
+        names = ("recall@10", "ndcg@10", "map@10")
+        print_table(_table("search: an attribute value is typed", names, _of(result, "attribute")))
+    for name, values in result["probabilities"].items():
+        typer.echo(f"{name}: " + ", ".join(f"{measure} {value:.4f}" for measure, value in values.items()))
+    leaks = result["leaks"]
+    typer.echo(
+        f"checked for leaks: {', '.join(leaks['checked'])}; {leaks['repeated_rows']} repeated rows, "
+        f"{leaks['near_duplicate_items']} near-duplicate items, "
+        f"{leaks['test_targets_near_duplicate_of_history']} test targets like an item in the history"
+    )
     for comparison in found.comparisons:
         typer.echo(str(comparison))
+
+
+def _of(result: dict[str, Any], kind: str) -> dict[str, dict[str, float]]:
+    systems: dict[str, dict[str, float]] = result["search"][kind]["systems"]
+    return systems
+
+
+def _table(title: str, measures: Sequence[str], systems: Mapping[str, Mapping[str, float]]) -> Table:
+    table = Table(title=title)
+    for header in ("", *measures):
+        table.add_column(header, justify="right" if header else "left")
+    for name, values in systems.items():
+        table.add_row(name, *(f"{values[measure]:.4f}" for measure in measures))
+    return table

@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from llmrec.errors import ConfigError
+from llmrec.evaluation.protocol import ProtocolConfig
 from llmrec.events import Clock, Ties
 from llmrec.recipe import RetrievalConfig
 from llmrec.rows import Policy
@@ -53,6 +54,7 @@ class Config(BaseModel):
     retrieval: RetrievalConfig = RetrievalConfig()
     lm: ItemTokensConfig = ItemTokensConfig()
     training: TrainingConfig = TrainingConfig()
+    protocol: ProtocolConfig = ProtocolConfig()
     allow_hub: bool = Field(False, description="models may be fetched from a model hub")
 
     @classmethod
@@ -77,12 +79,17 @@ class Config(BaseModel):
             ]
             raise ConfigError(f"{len(problems)} problem(s) in {where}:\n  " + "\n  ".join(problems)) from None
 
-    def with_flags(self, *, encoder: str | None = None, **data: str | None) -> Config:
-        """The same with settings of the section `data`, and the encoder, replaced where they are not None."""
+    def with_flags(self, **sections: Mapping[str, Any]) -> Config:
+        """The same with settings of sections replaced where they are not None.
+
+        Raises
+        ------
+        ConfigError
+            With every problem at once.
+        """
         values = self.model_dump()
-        values["data"] |= {name: value for name, value in data.items() if value is not None}
-        if encoder is not None:
-            values["encoder"]["name"] = encoder
+        for section, flags in sections.items():
+            values[section] |= {name: value for name, value in flags.items() if value is not None}
         return Config.of(values)
 
 

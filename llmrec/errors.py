@@ -28,3 +28,7 @@ class FetchError(LLMRecError):
 
 class ModelError(LLMRecError):
     """A saved model or adapter does not fit: other version, other base weights, missing file."""
+
+
+class LeakError(LLMRecError):
+    """An evaluation would report on events that a fitted parameter has seen."""

@@ -23,7 +23,7 @@ from llmrec.fetch import tokenizer_hash, weights_hash
 from llmrec.metrics import summary
 from llmrec.prompt import Prompt
 from llmrec.protocols import Codes, Floats, Retriever
-from llmrec.recipe import HeldOut, Recipe, RetrievalConfig, Texts, ranks_in
+from llmrec.recipe import HeldOut, Recipe, RetrievalConfig, Texts, hash_histories, ranks_in
 from llmrec.score.config import ItemTokensConfig, TrainingConfig
 from llmrec.score.item_tokens import (
     ItemTokenModel,
@@ -312,5 +312,10 @@ def train_language_model(
         return measure(ItemTokenScorer(current, config.window, model.dtype), sample)
 
     report = trainer.run(validate if len(sample.queries) else None, on_step)
-    card = make_card(config, base, encoder, data, {**asdict(report), "settings": training.model_dump()})
+    made = {
+        **asdict(report),
+        "settings": training.model_dump(),
+        "histories_sha256": hash_histories(histories),
+    }
+    card = make_card(config, base, encoder, data, made)
     return LanguageModel(model.model, config, card), report

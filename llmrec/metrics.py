@@ -1,19 +1,20 @@
-"""Rank metrics for one target a user, and paired comparison of two systems.
+"""Rank metrics, and paired comparison of two systems.
 
 With a single relevant item everything follows from the rank of the target (1 is best, 0 stands for
 "not in the list"): Recall@k = [1 <= rank <= k], NDCG@k = 1 / log2(1 + rank) within k (Jarvelin and
-Kekalainen 2002; the ideal DCG is 1), MRR@k = 1 / rank within k.
+Kekalainen 2002; the ideal DCG is 1), MRR@k = 1 / rank within k. There the hit rate is Recall, and MAP
+is MRR. `relevance` has the same for many relevant items.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from llmrec.protocols import Floats, Mask
+from llmrec.protocols import Codes, Floats, Mask
 
 Ranks = NDArray[np.int64]
 Values = NDArray[np.float64]
@@ -46,11 +47,12 @@ def per_user(ranks: Ranks, metric: str) -> Values:
     Raises
     ------
     ValueError
-        If the metric is not recall, ndcg or mrr with a cut-off.
+        If the metric is not recall, hit, ndcg, mrr or map with a cut-off.
     """
     name, _, cut = metric.partition("@")
+    name = {"hit": "recall", "map": "mrr"}.get(name, name)
     if name not in ("recall", "ndcg", "mrr") or not cut.isdigit():
-        raise ValueError(f"unknown metric {metric!r}; known: recall@k, ndcg@k, mrr@k")
+        raise ValueError(f"unknown metric {metric!r}; known: recall@k, hit@k, ndcg@k, mrr@k, map@k")
     hit = (ranks >= 1) & (ranks <= int(cut))
     safe = np.where(hit, ranks, 1).astype(np.float64)
     gain = {"recall": np.ones_like(safe), "ndcg": 1.0 / np.log2(1.0 + safe), "mrr": 1.0 / safe}[name]
@@ -62,9 +64,33 @@ def summary(ranks: Ranks, metrics: Sequence[str] = REPORTED) -> dict[str, float]
     return {metric: float(per_user(ranks, metric).mean()) if len(ranks) else 0.0 for metric in metrics}
 
 
+def relevance(found: Codes, relevant: Codes, k: int) -> dict[str, float]:
+    """Measures of one ranked list where several items are relevant, all of them equally.
+
+    NDCG@k with the ideal order of min(k, relevant) items, Recall@k, hit rate, MRR@k, and MAP@k: the mean
+    over all relevant items of the precision at their rank, 0 for those beyond k (TREC's definition).
+    """
+    hits = np.isin(found[:k], relevant)
+    at = np.flatnonzero(hits) + 1
+    if not len(relevant):
+        raise ValueError("no item is relevant")
+    ideal = float((1.0 / np.log2(1.0 + np.arange(1, min(k, len(relevant)) + 1))).sum())
+    return {
+        f"recall@{k}": len(at) / len(relevant),
+        f"hit@{k}": float(len(at) > 0),
+        f"ndcg@{k}": float((1.0 / np.log2(1.0 + at)).sum()) / ideal,
+        f"mrr@{k}": 1.0 / float(at[0]) if len(at) else 0.0,
+        f"map@{k}": float((np.arange(1, len(at) + 1) / at).sum()) / len(relevant),
+    }
+
+
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Mean difference a - b over the same users, with a 95 % paired bootstrap interval."""
+    """Mean difference a - b over the same users, with a 95 % paired bootstrap interval.
+
+    `p` is that of a paired permutation test, `p_holm` the same corrected for all comparisons of the run,
+    and `effect` the mean difference in standard deviations of the difference over users (Cohen's d_z).
+    """
 
     a: str
     b: str
@@ -74,6 +100,8 @@ class Comparison:
     high: float
     p: float
     users: int
+    effect: float = 0.0
+    p_holm: float = 1.0
 
     @property
     def shown(self) -> bool:
@@ -89,15 +117,29 @@ class Comparison:
             "difference": self.difference,
             "ci95": [self.low, self.high],
             "p": self.p,
+            "p_holm": self.p_holm,
+            "effect_size": self.effect,
             "users": self.users,
+            "shown": self.shown,
         }
 
     def __str__(self) -> str:
         verdict = "" if self.shown else ": no difference shown"
         return (
             f"{self.a} - {self.b}, {self.metric}: {self.difference:+.4f} "
-            f"[{self.low:+.4f}, {self.high:+.4f}] over {self.users} users{verdict}"
+            f"[{self.low:+.4f}, {self.high:+.4f}] over {self.users} users, effect {self.effect:+.3f}, "
+            f"p {self.p:.4f}, corrected {self.p_holm:.4f}{verdict}"
         )
+
+
+def holm(comparisons: Sequence[Comparison]) -> list[Comparison]:
+    """Correct the p values of all comparisons of a run (Holm 1979): p_holm bounds the chance of any error."""
+    order = sorted(range(len(comparisons)), key=lambda i: comparisons[i].p)
+    corrected, largest = list(comparisons), 0.0
+    for position, row in enumerate(order):
+        largest = max(largest, min(1.0, (len(order) - position) * comparisons[row].p))
+        corrected[row] = replace(comparisons[row], p_holm=largest)
+    return corrected
 
 
 def compare(
@@ -109,6 +151,13 @@ def compare(
     sign-flip permutation test, two-sided, counting the observed assignment itself.
     """
     difference = per_user(ranks[a], metric) - per_user(ranks[b], metric)
+    return compare_values(difference, a, b, metric, draws=draws, seed=seed)
+
+
+def compare_values(
+    difference: Values, a: str, b: str, metric: str, *, draws: int = 10_000, seed: int = 0
+) -> Comparison:
+    """Compare two systems by the difference a - b of each user, shape (users,); see `compare`."""
     n = len(difference)
     if n == 0:
         return Comparison(a, b, metric, 0.0, 0.0, 0.0, 1.0, 0)
@@ -128,4 +177,7 @@ def compare(
     low, high = np.percentile(means, [2.5, 97.5])
     observed = abs(float(difference.mean()))
     p = (1 + np.count_nonzero(np.abs(flips) >= observed - 1e-12)) / (draws + 1)
-    return Comparison(a, b, metric, float(difference.mean()), float(low), float(high), float(p), n)
+    spread = float(difference.std(ddof=1)) if n > 1 else 0.0
+    mean = float(difference.mean())
+    effect = mean / spread if spread > 0 else 0.0
+    return Comparison(a, b, metric, mean, float(low), float(high), float(p), n, effect, float(p))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import sys
 import time
@@ -14,24 +15,33 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from llmrec.assembly import encode, read_catalog, read_log
+from llmrec.assembly import read_catalog, read_log
 from llmrec.catalog import Catalog
 from llmrec.config import Config
 from llmrec.errors import DataError
+from llmrec.evaluation import leaks
+from llmrec.evaluation.beyond import Beyond, groups_of
+from llmrec.evaluation.cache import StageCache
+from llmrec.evaluation.pools import drawn_pools, fixed_pools
+from llmrec.evaluation.protocol import ProtocolConfig, make_split
 from llmrec.evaluation.run import latency, peak_memory_mb, run_systems
-from llmrec.evaluation.split import Part, leave_last_out
+from llmrec.evaluation.segments import by_segment, segments
+from llmrec.evaluation.split import Part
+from llmrec.evaluation.typed import evaluate_search
 from llmrec.events import EventLog
-from llmrec.fetch import resolve
 from llmrec.metrics import Comparison, Ranks
 from llmrec.pipeline import Pipeline
-from llmrec.protocols import Query
-from llmrec.search import search_recipe
+from llmrec.protocols import Codes, Query
+from llmrec.stages import cached_retrievers, cached_texts, estimate, in_words, tuned
 from llmrec.state import REPEATS, State
 
 if TYPE_CHECKING:
     from llmrec.training import Progress
 
 PACKAGES = ("torch", "transformers", "peft", "sentence-transformers", "numpy", "scipy", "faiss-cpu")
+
+TYPED_USERS, TYPED_VALUES = 2000, 200
+"""Most known-item queries and attribute values that are typed into `search`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +75,7 @@ def core_of(catalog: Catalog, log: EventLog, k: int) -> tuple[Catalog, EventLog]
     """
     log = log.core(k)
     if len(log) == 0:
-        raise DataError(f"the {k}-core of the log is empty; use a smaller --core")
+        raise DataError(f"the {k}-core of the log is empty; use a smaller core")
     codes = np.unique(log.item)
     number = np.full(len(catalog), -1, dtype=np.int32)
     number[codes] = np.arange(len(codes), dtype=np.int32)
@@ -77,9 +87,6 @@ def evaluate(
     events: Any,
     config: Config | Mapping[str, Any] | str | Path | None = None,
     *,
-    core: int | None = None,
-    users: int | None = None,
-    seed: int = 0,
     lm: bool = True,
     minutes: float | None = None,
     part: Literal["validation", "test"] = "test",
@@ -87,103 +94,130 @@ def evaluate(
     on_stage: Callable[[str], None] = lambda stage: None,
     on_step: Callable[[Progress, float], None] | None = None,
 ) -> Evaluation:
-    """Leave-last-out with full ranking: fit on the training part, choose on validation, report on `part`.
+    """Fit on the training part of a split, choose on validation, check for leaks, report on `part`.
 
     Parameters
     ----------
     items, events, config
-        As in `Recommender.fit`.
-    core
-        Keep the k-core of the log and rank its items only.
-    users
-        Seeded sample of users for the systems with the language model; the others are reported on it too.
+        As in `Recommender.fit`; the section `protocol` says what is held out and what is ranked.
     lm
         Whether the language model takes part.
     minutes
         Time to train it; the configuration's otherwise.
     folder
-        Where checkpoints of the training go, so that a killed evaluation is continued.
+        Where fitted stages are kept, by a hash of what went into them, so that a killed evaluation is
+        continued and another one of the same stages does not repeat them.
 
     Raises
     ------
     DataError, ConfigError, FetchError
         If data or configuration are invalid, or a model cannot be had.
+    LeakError
+        If a fitted parameter has seen what is reported.
     """
     config = Config.of(config)
-    clock = _Clock()
+    protocol, clock, cache = config.protocol, _Clock(), StageCache(folder)
     on_stage("reading items and events")
     catalog = read_catalog(items, config.data)
     log = read_log(events, catalog, config.data)
-    if core is not None:
-        catalog, log = core_of(catalog, log, core)
-    split = leave_last_out(log)
+    if protocol.core is not None:
+        catalog, log = core_of(catalog, log, protocol.core)
+    split = make_split(log, protocol)
+    leaks.check_split(split)
     exclude_seen = log.repeat_share() < REPEATS
+    reported, pools = _reported(split.test if part == "test" else split.validation, log, catalog, config)
+    sampled = (
+        reported if pools is not None else reported.sample(protocol.users if lm else None, protocol.seed)
+    )
     clock.lap("read")
-    texts = encode(catalog.lines(), config, on_stage)
+    expected = estimate(catalog, split, len(sampled), len(reported), config, lm=lm, minutes=minutes)
+    on_stage(f"expected: {in_words(expected)}")
+    texts = cached_texts(catalog, config, cache, on_stage)
     clock.lap("encode")
     search = config.retrieval
     held_out = split.validation.sample(search.search_users, search.seed).held_out(
         catalog.active, exclude_seen
     )
-    recipe, retrievers = search_recipe(
-        split.train, held_out, texts, search, lambda stage: on_stage(f"choosing {stage}"), split.weights
-    )
+    recipe, retrievers = cached_retrievers(split, held_out, texts, config, cache, on_stage)
+    leaks.check_retrievers(retrievers, split)
     clock.lap("fit_retrievers")
-    training: dict[str, Any] = {}
     state = State(catalog, texts, recipe, retrievers, not exclude_seen, search.depth)
+    training: dict[str, Any] = {}
     fresh: Callable[[], None] = lambda: None  # noqa: E731
     if lm:
         on_stage("fine-tuning the language model")
-        from llmrec.language_model import fine_tune
-
-        settings = config.training.lasting(minutes)
-        model, report, recipe = fine_tune(
-            split.train,
-            split.weights,
-            held_out,
-            texts,
-            recipe,
-            retrievers,
-            resolve(config.lm.base, allow_hub=config.allow_hub),
-            config.lm,
-            settings,
-            search,
-            data=log.fingerprint,
-            folder=folder,
-            on_step=on_step,
-        )
+        state, training = tuned(state, split, held_out, config, minutes, cache, on_step)
+        assert state.lm is not None
+        fresh = state.lm.scorer.forget
         clock.lap("finetune")
-        state = replace(state, recipe=recipe, lm=model)
-        card = model.card.training if model.card else {}
-        training = {**card, "minutes": settings.minutes, "events_per_second": report.events_per_second}
-        fresh = model.scorer.forget
+    leaks.check_provenance(training.get("histories_sha256"), state.recipe, split, held_out)
     pipeline = state.pipeline()
-    on_stage("ranking the catalogue for every user")
-    reported = split.test if part == "test" else split.validation
-    sampled = reported.sample(users if lm else None, seed)
-    systems = run_systems(sampled, pipeline, catalog.active, exclude_seen, with_lm=lm)
+    on_stage("ranking for every user")
+    systems = run_systems(sampled, pipeline, catalog.active, exclude_seen, with_lm=lm, pools=pools)
     everyone = systems
     if len(sampled) < len(reported):
         everyone = run_systems(reported, pipeline, catalog.active, exclude_seen, with_lm=False)
     clock.lap("rank")
+    on_stage("typed queries")
+    typed = evaluate_search(reported, pipeline, catalog, TYPED_USERS, TYPED_VALUES, protocol.seed)
+    clock.lap("search")
     on_stage("timing requests")
+    counts = np.bincount(log.item[split.fitted], minlength=len(catalog)).astype(np.float64)
+    groups = groups_of(catalog)
+    beyond = Beyond(counts, texts.vectors, groups[1] if groups else None, catalog.active)
     result: dict[str, Any] = {
-        "dataset": _dataset(catalog, log, core),
-        "protocol": _protocol(config, part, seed, sampled, log, exclude_seen),
+        "dataset": _dataset(catalog, log, protocol.core),
+        "protocol": _protocol(config, part, sampled, log, exclude_seen),
+        "leaks": {
+            "checked": ["split", "popularity", "transitions", "ease", "recipe"]
+            + (["prior of the language model", "adapter"] if lm else []),
+            **leaks.count_duplicates(split, texts.vectors, texts.index).as_dict(),
+        },
         "systems": systems.as_dict(),
+        "probabilities": systems.probabilities,
+        "beyond": {name: beyond.measure(lists, sampled) for name, lists in systems.shown.items()},
+        "groups": groups[0] if groups else None,
+        "segments": by_segment(systems.ranks, segments(sampled, counts)),
         "comparisons": [c.as_dict() for c in systems.comparisons],
-        "recipe": recipe.as_dict(),
+        "search": typed,
+        "recipe": state.recipe.as_dict(),
         "training": training,
         "latency": _latency(sampled, pipeline, catalog, fresh),
         "seconds": clock.laps,
+        "seconds_expected": expected,
+        "cached": cache.found,
         "peak_memory_mb": round(peak_memory_mb()),
         "environment": environment(),
-        "config": config.model_dump(),
+        "config": config.model_dump(mode="json"),
     }
     if everyone is not systems:
         result["systems_all_users"] = everyone.as_dict()
         result["protocol"]["users_all"] = len(reported)
     return Evaluation(result, systems.ranks, systems.comparisons)
+
+
+def _reported(part: Part, log: EventLog, catalog: Catalog, config: Config) -> tuple[Part, list[Codes] | None]:
+    """The users to report, and the items to rank for each, None for the whole catalogue."""
+    protocol = config.protocol
+    if protocol.candidates is not None:
+        part, pools = fixed_pools(
+            protocol.candidates,
+            part,
+            log.users,
+            catalog,
+            source=protocol.candidate_source,
+            count=protocol.candidate_count,
+            seed=protocol.seed,
+        )
+        rows = Part(part.users, part.histories, part.targets, np.arange(len(part))).sample(
+            protocol.users, protocol.seed
+        )
+        return part.take(rows.events), [pools[i] for i in rows.events]
+    if protocol.negatives is not None:
+        part = part.sample(protocol.users, protocol.seed)
+        exclude_seen = log.repeat_share() < REPEATS
+        return part, drawn_pools(part, protocol.negatives, catalog.active, exclude_seen, protocol.seed)
+    return part, None
 
 
 def _dataset(catalog: Catalog, log: EventLog, core: int | None) -> dict[str, Any]:
@@ -199,19 +233,20 @@ def _dataset(catalog: Catalog, log: EventLog, core: int | None) -> dict[str, Any
     }
 
 
-def _protocol(
-    config: Config, part: str, seed: int, sampled: Part, log: EventLog, exclude_seen: bool
-) -> dict[str, Any]:
+def _protocol(config: Config, part: str, sampled: Part, log: EventLog, exclude_seen: bool) -> dict[str, Any]:
+    protocol: ProtocolConfig = config.protocol
     return {
-        "split": "leave-last-out",
+        "split": protocol.split,
         "part": part,
-        "ranking": "full catalogue",
+        "ranking": protocol.ranking,
+        "comparable": protocol.full_ranking,
         "seen_items": "excluded" if exclude_seen else "included",
         "ties": config.data.ties,
         "clock": config.data.clock,
         "users": len(sampled),
+        "users_without_history": sum(not len(history) for history in sampled.histories),
         "users_sha256": sampled.sha256(log.users),
-        "seed": seed,
+        "seed": protocol.seed,
     }
 
 
@@ -239,7 +274,7 @@ def environment() -> dict[str, Any]:
             versions[name] = "not installed"
     return {
         "python": sys.version.split()[0],
-        "machine": f"{platform.machine()}, {platform.system()}",
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}",
         "packages": versions,
     }
 

@@ -103,6 +103,15 @@ class Scorer(Protocol):
 
 
 @runtime_checkable
+class Predictor(Protocol):
+    """Says how probable each item is to be the next."""
+
+    def log_probs(self, histories: Sequence[Codes]) -> Floats:
+        """Return log-probabilities over the catalogue, shape (len(histories), items); rows sum to 1."""
+        ...
+
+
+@runtime_checkable
 class EventStore(Protocol):
     """Events by user, durable once `append` has returned."""
 

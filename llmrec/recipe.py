@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -50,6 +51,13 @@ class HeldOut:
 
     queries: Sequence[Query]
     targets: Codes
+
+    def sha256(self) -> str:
+        """Hash of histories and targets: says on which events something was chosen."""
+        digest = hashlib.sha256()
+        for query, target in zip(self.queries, self.targets, strict=True):
+            digest.update(query.history.astype("<i4").tobytes() + int(target).to_bytes(8, "little") + b";")
+        return digest.hexdigest()
 
     def sample(self, n: int, seed: int) -> HeldOut:
         """A random part of at most n, in the old order."""
@@ -110,6 +118,14 @@ class Recipe:
             similar=Weights(**values["similar"]),
             log=list(values["log"]),
         )
+
+
+def hash_histories(histories: Sequence[Codes]) -> str:
+    """SHA-256 of histories: says on which events something was fitted."""
+    digest = hashlib.sha256()
+    for history in histories:
+        digest.update(len(history).to_bytes(8, "little") + history.astype("<i4").tobytes())
+    return digest.hexdigest()
 
 
 def fit_retrievers(

@@ -174,16 +174,16 @@ class Recommender:
             raise RequestError(f"users must be at least 1, got {users}")
         state = self._ready(lm=True)
         log = read_log(events, state.catalog, self.config.data)
-        with_events = np.flatnonzero(np.diff(log.offsets) > 0)
-        histories = [self._history(Request(user=log.users[u]), state) for u in with_events]
-        targets = np.array([log.item[log.offsets[u]] for u in with_events], dtype=np.int32)
+        first = log.offsets[:-1][np.diff(log.offsets) > 0]
+        those, targets = log.user[first].astype(np.int64), log.item[first]
+        histories = [self._history(Request(user=log.users[u]), state) for u in those]
         seen = sum(int(t) in h for t, h in zip(targets, histories, strict=True))
         if not state.repeats and 2 * seen > len(targets):
             raise RequestError(
                 f"{seen} of {len(targets)} users have the target in their stored history already: "
                 "give only events later than those that were fitted"
             )
-        part = Part(with_events, histories, targets).sample(users, seed)
+        part = Part(those, histories, targets, first).sample(users, seed)
         return run_systems(
             part, state.pipeline(), state.catalog.active, not state.repeats, with_lm=state.lm is not None
         )

@@ -42,6 +42,11 @@ def quality(retriever: Retriever, held_out: HeldOut, k: int = 10) -> float:
     return summary(ranks_in((h.items for h in hits), held_out.targets), [OBJECTIVE])[OBJECTIVE]
 
 
+def chosen_on(name: str, held_out: HeldOut) -> dict[str, Any]:
+    """The entry of the log that says on which events a search chose."""
+    return {"search": name, "users": len(held_out.queries), "sha256": held_out.sha256()}
+
+
 def known_item_queries(held_out: HeldOut, lines: Sequence[str], seed: int) -> HeldOut:
     """Add a typed query to each held-out event: two or three words, drawn from the line of its target."""
     rng = np.random.default_rng(seed)
@@ -211,6 +216,7 @@ def with_language_model(
     """
     held_out = held_out.sample(config.search_users, config.seed)
     log = [entry for entry in recipe.log if "language model" not in entry["search"]]
+    log.append(chosen_on("held-out events of the language model", held_out))
 
     def weighted(kind: str, weights: Weights, part: HeldOut) -> Weights:
         if len(part.targets) == 0:
@@ -263,6 +269,7 @@ def search_recipe(
     if not config.search or len(held_out.queries) == 0:
         return recipe, fit_retrievers(histories, texts, recipe, weights)
     log = recipe.log
+    log.append(chosen_on("held-out events", held_out))
     n_items = len(texts.lines)
 
     on_stage("transitions")

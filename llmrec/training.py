@@ -325,6 +325,8 @@ class LoRATrainer:
         best, best_step = self.folder / "best.safetensors", p.step
         if validate is not None and (not p.curve or p.curve[-1]["step"] != p.step):
             self._validate(validate)
+        # Whoever gives the same command again has the result at once.
+        self._checkpoint()
         if best.is_file():
             tensors, metadata = read_tensors(best)
             self._load(tensors)

@@ -9,6 +9,7 @@ import polars as pl
 import pytest
 
 from llmrec import cli
+from llmrec.config import Config
 from llmrec.metrics import summary
 from llmrec.offline import evaluate
 from llmrec.testing import tiny_lm, toy_data
@@ -47,7 +48,11 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def found(folder):
-    return evaluate(folder / "items.parquet", folder / "events.parquet", folder / "c.toml", users=20, seed=3)
+    return evaluate(
+        folder / "items.parquet",
+        folder / "events.parquet",
+        Config.of(folder / "c.toml").with_flags(protocol={"users": 20, "seed": 3}),
+    )
 
 
 def test_every_system_is_measured_on_the_same_users_and_on_all_where_it_can_be(found):
@@ -59,7 +64,7 @@ def test_every_system_is_measured_on_the_same_users_and_on_all_where_it_can_be(f
     assert set(result["systems_all_users"]) == names - left_out
     for name, ranks in found.ranks.items():
         assert result["systems"][name] == summary(ranks)
-    assert {"a", "b", "metric", "difference", "ci95", "p", "users"} == set(result["comparisons"][0])
+    assert {"a", "b", "metric", "difference", "ci95", "p", "users"} < set(result["comparisons"][0])
     json.dumps(result)
 
 

@@ -1,4 +1,4 @@
-"""A full-ranking evaluation: each retriever, the merge, and each stage with the language model."""
+"""Ranking for held-out users: each retriever, the merge, and each stage with the language model."""
 
 from __future__ import annotations
 
@@ -10,14 +10,19 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from llmrec.evaluation.pools import complete
+from llmrec.evaluation.probability import Probabilities
 from llmrec.evaluation.split import Part
-from llmrec.metrics import Comparison, Ranks, compare, summary
+from llmrec.metrics import Comparison, Ranks, compare, holm, summary
 from llmrec.pipeline import LM, Pipeline
-from llmrec.protocols import Codes, Mask, Query
+from llmrec.protocols import Codes, Mask, Predictor, Query
 from llmrec.recipe import ranks_in
 
 LISTED = 100
 """Length of the ranked lists; a target further down counts as not found."""
+
+SHOWN = 10
+"""Items of each list that are kept, for what lists are like besides being right."""
 
 CHUNK = 128
 """Users at once, so that masks and scores stay small."""
@@ -25,9 +30,23 @@ CHUNK = 128
 
 @dataclass(frozen=True, slots=True)
 class Systems:
-    """Ranks of the target of each user, by system, over the same users."""
+    """What each system answered, over the same users.
+
+    Parameters
+    ----------
+    ranks
+        Rank of the target of each user, 0 if it is not in the list, by system.
+    shown
+        The first `SHOWN` items of each list, by system.
+    probabilities
+        Log-loss, Brier score and calibration error of what gives probabilities, by system.
+    comparisons
+        Paired differences, corrected for their number.
+    """
 
     ranks: dict[str, Ranks]
+    shown: dict[str, list[Codes]] = field(default_factory=dict)
+    probabilities: dict[str, dict[str, float]] = field(default_factory=dict)
     comparisons: list[Comparison] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, dict[str, float]]:
@@ -42,34 +61,59 @@ def run_systems(
     exclude_seen: bool,
     *,
     with_lm: bool,
+    pools: Sequence[Codes] | None = None,
     on_users: Callable[[int], None] = lambda done: None,
 ) -> Systems:
-    """Rank the catalogue for every user of a part with each system.
+    """Rank items for every user of a part with each system.
 
     Systems are each retriever that can answer from a history, ``merge`` (the pipeline without the
     language model) and ``default`` (what is served; not there if that needs the language model and
-    `with_lm` is False); with the language model also ``lm`` (alone, over
-    the whole catalogue) and ``lm_top100`` (its order of the merge's first hundred).
+    `with_lm` is False); with the language model also ``lm`` (alone, over the whole catalogue) and
+    ``lm_top100`` (its order of the merge's first hundred).
+
+    Parameters
+    ----------
+    pools
+        Items to rank for each user, all of them; the whole catalogue if None, seen items excluded if
+        `exclude_seen`. In a pool what a system did not find comes last, in the order given.
     """
-    found: dict[str, list[Codes]] = {}
+    ranks: dict[str, list[Ranks]] = {}
+    shown: dict[str, list[Codes]] = {}
+    model: object = pipeline.scorer if with_lm else None
+    predicted = Probabilities()
     for start in range(0, len(part), CHUNK):
         rows = np.arange(start, min(start + CHUNK, len(part)))
-        queries = part.take(rows).held_out(active, exclude_seen).queries
+        chunk = part.take(rows)
+        queries = chunk.held_out(active, exclude_seen).queries
+        pool = None if pools is None else pools[start : start + CHUNK]
+        if pool is not None:
+            queries = [replace(q, mask=_only(p, len(active))) for q, p in zip(queries, pool, strict=True)]
         for name, lists in _lists(queries, pipeline, with_lm).items():
-            found.setdefault(name, []).extend(lists)
+            if pool is not None:
+                lists = [complete(items, p) for items, p in zip(lists, pool, strict=True)]
+            ranks.setdefault(name, []).append(ranks_in(lists, chunk.targets))
+            shown.setdefault(name, []).extend(items[:SHOWN] for items in lists)
+        if isinstance(model, Predictor):
+            predicted.add(model.log_probs(chunk.histories), chunk.targets)
         on_users(len(rows))
-    systems = Systems({name: ranks_in(lists, part.targets) for name, lists in found.items()})
-    pairs = [("default", "merge"), (LM, "merge"), ("lm_top100", "merge")] if with_lm else []
-    best = max(
-        (n for n in systems.ranks if n not in ("merge", "default", LM, "lm_top100")),
-        key=lambda n: summary(systems.ranks[n])["ndcg@10"],
-    )
-    comparisons = [
-        compare(systems.ranks, a, b, m)
-        for a, b in [*pairs, ("merge", best)]
-        for m in ("ndcg@10", "recall@10")
-    ]
-    return replace(systems, comparisons=comparisons)
+    joined = {name: np.concatenate(values) for name, values in ranks.items()}
+    probabilities = {LM: predicted.summary()} if predicted.nats else {}
+    return Systems(joined, shown, probabilities, _compared(joined))
+
+
+def _only(pool: Codes, n_items: int) -> Mask:
+    mask = np.zeros(n_items, dtype=np.bool_)
+    mask[pool] = True
+    return mask
+
+
+def _compared(ranks: dict[str, Ranks]) -> list[Comparison]:
+    """Each stage with the language model against the merge, and the merge against its best part."""
+    stages = [name for name in ("default", LM, "lm_top100") if name in ranks and LM in ranks]
+    alone = [n for n in ranks if n not in ("merge", "default", LM, "lm_top100")]
+    best = max(alone, key=lambda n: summary(ranks[n])["ndcg@10"])
+    pairs = [*((stage, "merge") for stage in stages), ("merge", best)]
+    return holm([compare(ranks, a, b, m) for a, b in pairs for m in ("ndcg@10", "recall@10")])
 
 
 def _lists(queries: Sequence[Query], pipeline: Pipeline, with_lm: bool) -> dict[str, list[Codes]]:

@@ -1,10 +1,15 @@
-"""Splits of a log: what is trained on, what settings are chosen by, what is reported."""
+"""Splits of a log: what is fitted on, what settings are chosen by, what is reported.
+
+Every part keeps the position of its targets in the log, so that `llmrec.evaluation.leaks` can check each
+split without knowing how it was made.
+"""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +18,8 @@ from llmrec.errors import DataError
 from llmrec.events import EventLog
 from llmrec.protocols import Codes, Floats, Mask, Query
 from llmrec.recipe import HeldOut
+
+Positions = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,18 +34,30 @@ class Part:
         n histories, oldest first.
     targets
         Shape (n,).
+    events
+        Position of each target in the log, shape (n,).
     """
 
-    users: NDArray[np.int64]
+    users: Positions
     histories: Sequence[Codes]
     targets: Codes
+    events: Positions
+
+    @classmethod
+    def of(cls, log: EventLog, events: Positions) -> Part:
+        """Hold these events out; the history is all that the same user did before."""
+        users = log.user[events].astype(np.int64)
+        histories = [log.item[log.offsets[u] : e] for u, e in zip(users, events, strict=True)]
+        return cls(users, histories, log.item[events], np.asarray(events, dtype=np.int64))
 
     def __len__(self) -> int:
         return len(self.targets)
 
-    def take(self, rows: NDArray[np.int64]) -> Part:
+    def take(self, rows: Positions) -> Part:
         """Some of the users."""
-        return Part(self.users[rows], [self.histories[i] for i in rows], self.targets[rows])
+        return Part(
+            self.users[rows], [self.histories[i] for i in rows], self.targets[rows], self.events[rows]
+        )
 
     def sample(self, n: int | None, seed: int) -> Part:
         """A seeded sample of at most n users, in the old order; all for None."""
@@ -61,14 +80,36 @@ class Part:
         return hashlib.sha256("\0".join(user_ids[u] for u in self.users).encode()).hexdigest()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Split:
-    """Training histories and weights of their events by user index; events to choose by and to report on."""
+    """A log, the events that may be fitted on, and two held-out parts.
 
-    train: Sequence[Codes]
-    weights: Sequence[Floats] | None
+    Parameters
+    ----------
+    fitted
+        Shape (events,), True where the event may enter a fitted parameter.
+    validation, test
+        What settings are chosen by, and what is reported.
+    """
+
+    log: EventLog
+    fitted: Mask
     validation: Part
     test: Part
+
+    @cached_property
+    def train(self) -> list[Codes]:
+        """Events that may be fitted on, by user index."""
+        return self._by_user(self.log.item)
+
+    @cached_property
+    def weights(self) -> list[Floats] | None:
+        """Weights of these events, by user index; None if all are 1."""
+        return None if bool((self.log.weight == 1).all()) else self._by_user(self.log.weight)
+
+    def _by_user(self, values: NDArray) -> list[NDArray]:  # type: ignore[type-arg]
+        bounds = zip(self.log.offsets[:-1], self.log.offsets[1:], strict=True)
+        return [values[a:b][self.fitted[a:b]] for a, b in bounds]
 
 
 def leave_last_out(log: EventLog) -> Split:
@@ -81,31 +122,105 @@ def leave_last_out(log: EventLog) -> Split:
     DataError
         If no user has three events.
     """
-    lengths = np.diff(log.offsets)
-    users = np.flatnonzero(lengths >= 3)
-    if len(users) == 0:
+    ends = log.offsets[1:][np.diff(log.offsets) >= 3]
+    if len(ends) == 0:
         raise DataError(f"leave-last-out needs users with at least 3 events; none of {log.n_users} has them")
-    histories = [log.history(u) for u in range(log.n_users)]
-    train = [h[:-2] if len(h) >= 3 else h for h in histories]
+    fitted = np.ones(len(log), dtype=np.bool_)
+    fitted[ends - 1] = fitted[ends - 2] = False
+    return Split(log, fitted, Part.of(log, ends - 2), Part.of(log, ends - 1))
 
-    def part(back: int) -> Part:
-        before = [histories[u][:-back] for u in users]
-        return Part(users, before, np.array([histories[u][-back] for u in users], dtype=np.int32))
 
-    return Split(train, _shortened(log, train), part(2), part(1))
+def time_split(log: EventLog, validation_from: int, test_from: int) -> Split:
+    """Fit on what was before one time; each user's first event after it is validation, after another test.
+
+    Parameters
+    ----------
+    validation_from, test_from
+        Seconds since 1970. Events from `validation_from` on are not fitted on.
+
+    Raises
+    ------
+    DataError
+        If the log has no clock, or one of the three stretches of time is empty.
+    """
+    stamps = log.require_clock("the split by time")
+    if not validation_from < test_from:
+        raise DataError(f"validation_from must be before test_from, got {validation_from} and {test_from}")
+    fitted = stamps < validation_from
+    parts = []
+    for name, low, high in (
+        ("validation", validation_from, test_from),
+        ("test", test_from, np.iinfo(np.int64).max),
+    ):
+        events = _first_of_users(log, (stamps >= low) & (stamps < high))
+        if len(events) == 0 or not fitted.any():
+            missing = "training" if not fitted.any() else name
+            raise DataError(
+                f"the split by time leaves no {missing} events: the log runs from {stamps.min()} to "
+                f"{stamps.max()}, validation from {validation_from}, test from {test_from}"
+            )
+        parts.append(Part.of(log, events))
+    return Split(log, fitted, *parts)
+
+
+def cold_item_split(log: EventLog, share: float, seed: int) -> Split:
+    """Hold out all events of some items; a user's first event with one of them is the target.
+
+    With a clock the items that appear last are test, those before them validation; without one they are
+    drawn. `share` of the items that have events go to each part.
+
+    Raises
+    ------
+    DataError
+        If there are too few items.
+    """
+    items = np.unique(log.item)
+    n = round(share * len(items))
+    if n < 1 or len(items) <= 2 * n:
+        raise DataError(f"{len(items)} items are too few to hold out a share of {share:g} for each part")
+    if log.timestamp is None:
+        order = np.random.default_rng(seed).permutation(items)
+    else:
+        first = np.full(int(items.max()) + 1, np.iinfo(np.int64).max)
+        np.minimum.at(first, log.item, log.timestamp)
+        order = items[np.argsort(first[items], kind="stable")]
+    test, validation = np.isin(log.item, order[-n:]), np.isin(log.item, order[-2 * n : -n])
+    parts = [Part.of(log, _first_of_users(log, chosen)) for chosen in (validation, test)]
+    return Split(log, ~(test | validation), *parts)
+
+
+def cold_user_split(log: EventLog, share: float, seed: int) -> Split:
+    """Hold out all events of some users, drawn; the last event of each is the target.
+
+    `share` of the users with at least two events go to each part.
+
+    Raises
+    ------
+    DataError
+        If there are too few users.
+    """
+    users = np.flatnonzero(np.diff(log.offsets) >= 2)
+    n = round(share * len(users))
+    if n < 1 or len(users) <= 2 * n:
+        raise DataError(f"{len(users)} users are too few to hold out a share of {share:g} for each part")
+    drawn = np.random.default_rng(seed).permutation(users)
+    validation, test = np.sort(drawn[:n]), np.sort(drawn[n : 2 * n])
+    fitted = ~np.isin(log.user, drawn[: 2 * n])
+    parts = [Part.of(log, log.offsets[1:][chosen] - 1) for chosen in (validation, test)]
+    return Split(log, fitted, *parts)
 
 
 def tail(log: EventLog) -> tuple[list[Codes], list[Floats] | None, Part]:
     """Hold out the last event of every user with at least two: histories, their weights, held-out part."""
-    lengths = np.diff(log.offsets)
-    users = np.flatnonzero(lengths >= 2)
-    histories = [log.history(u) for u in range(log.n_users)]
-    train = [h[:-1] if len(h) >= 2 else h for h in histories]
-    targets = np.array([histories[u][-1] for u in users], dtype=np.int32)
-    return train, _shortened(log, train), Part(users, [train[u] for u in users], targets)
+    ends = log.offsets[1:][np.diff(log.offsets) >= 2]
+    fitted = np.ones(len(log), dtype=np.bool_)
+    fitted[ends - 1] = False
+    part = Part.of(log, ends - 1)
+    split = Split(log, fitted, part, part)
+    return split.train, split.weights, part
 
 
-def _shortened(log: EventLog, train: Sequence[Codes]) -> list[Floats] | None:
-    """Weights of the events that are left in training."""
-    weights = log.history_weights()
-    return None if weights is None else [w[: len(h)] for w, h in zip(weights, train, strict=True)]
+def _first_of_users(log: EventLog, chosen: Mask) -> Positions:
+    """Position of each user's first event among the chosen ones."""
+    events = np.flatnonzero(chosen)
+    return events[np.unique(log.user[events], return_index=True)[1]]

@@ -1,0 +1,96 @@
+"""Evaluation of typed queries, made from item texts and attributes by stated rules."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmrec.catalog import Catalog
+from llmrec.evaluation.split import Part
+from llmrec.metrics import relevance, summary
+from llmrec.pipeline import Pipeline
+from llmrec.protocols import Codes, Query
+from llmrec.recipe import ranks_in
+from llmrec.search import known_item_queries
+
+K = 10
+KNOWN_ITEM = "two or three words drawn from the line of the held-out item; that item is relevant"
+ATTRIBUTE = "a value of an attribute that 5 items to a tenth of the catalogue have; all of these are relevant"
+
+
+def evaluate_search(
+    part: Part, pipeline: Pipeline, catalog: Catalog, users: int, queries: int, seed: int
+) -> dict[str, Any]:
+    """Measure `search` by known items and by attribute values; seen items may come back.
+
+    Parameters
+    ----------
+    users
+        Most held-out users whose target is sought.
+    queries
+        Most attribute values that are typed.
+    """
+    plain = replace(pipeline, query=replace(pipeline.query, lm=0.0))
+    # Another seed than that of the queries which chose the weights.
+    known = known_item_queries(
+        part.sample(users, seed).held_out(catalog.active, False), catalog.lines(), seed + 1
+    )
+    found = _systems(known.queries, plain, pipeline)
+    ranks = {name: ranks_in(lists, known.targets) for name, lists in found.items()}
+    values = attribute_queries(catalog, queries, seed)
+    typed = [Query(text=text, mask=catalog.active) for text, _ in values]
+    lists = _systems(typed, plain, pipeline) if typed else {}
+    return {
+        "known_item": {
+            "rule": KNOWN_ITEM,
+            "queries": len(known.queries),
+            "systems": {name: summary(r) for name, r in ranks.items()},
+        },
+        "attribute": {
+            "rule": ATTRIBUTE,
+            "queries": len(values),
+            "systems": {
+                name: _mean([relevance(items, r, K) for items, (_, r) in zip(found, values, strict=True)])
+                for name, found in lists.items()
+            },
+        },
+    }
+
+
+def attribute_queries(catalog: Catalog, n: int, seed: int) -> list[tuple[str, Codes]]:
+    """Up to n values of the catalogue's text attributes, drawn, with the active items that have them."""
+    having: dict[str, list[int]] = {}
+    for name, kind in sorted(catalog.attributes.items()):
+        if kind not in ("string", "list of strings"):
+            continue
+        for code, value in enumerate(catalog.column(name).to_list()):
+            if value is None or not catalog.active[code]:
+                continue
+            for text in {value} if isinstance(value, str) else set(value):
+                having.setdefault(text, []).append(code)
+    most = max(5, int(0.1 * catalog.active.sum()))
+    values = sorted(text for text, codes in having.items() if 5 <= len(set(codes)) <= most)
+    rng = np.random.default_rng(seed)
+    rows: NDArray[np.int64] = np.sort(rng.choice(len(values), min(n, len(values)), replace=False))
+    return [(values[i], np.unique(np.array(having[values[i]], dtype=np.int32))) for i in rows]
+
+
+def _systems(queries: Sequence[Query], plain: Pipeline, pipeline: Pipeline) -> dict[str, list[Codes]]:
+    lists = {
+        name: [hits.items for hits in plain.retrievers[name].retrieve(queries, 100)]
+        for name in ("bm25", "text")
+        if name in plain.retrievers
+    }
+    lists["merge"] = [c.items for c in plain.recommend(queries, 100)]
+    lists["default"] = lists["merge"]
+    if pipeline.query.lm > 0:
+        lists["default"] = [c.items for c in pipeline.recommend(queries, 100)]
+    return lists
+
+
+def _mean(rows: Sequence[dict[str, float]]) -> dict[str, float]:
+    return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]} if rows else {}

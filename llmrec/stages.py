@@ -1,0 +1,170 @@
+"""The fitted stages of an offline evaluation: kept on disk, and how long they will take."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from llmrec import persistence
+from llmrec.assembly import LIGHT, encode, make_encoder, make_texts
+from llmrec.catalog import Catalog
+from llmrec.config import Config
+from llmrec.evaluation import leaks
+from llmrec.evaluation.cache import StageCache, sources
+from llmrec.evaluation.split import Split
+from llmrec.fetch import resolve
+from llmrec.protocols import Retriever
+from llmrec.recipe import HeldOut, Recipe, Texts, hash_histories, load_retrievers, retriever_arrays
+from llmrec.search import search_recipe
+from llmrec.state import State
+
+if TYPE_CHECKING:
+    from llmrec.training import Progress
+
+
+def cached_texts(
+    catalog: Catalog, config: Config, cache: StageCache, on_stage: Callable[[str], None]
+) -> Texts:
+    """Text vectors, kept by encoder and lines."""
+    if config.encoder.name == LIGHT:
+        return encode(catalog.lines(), config, on_stage)
+    encoder = make_encoder(config, catalog.lines())
+    vectors = cache.get(
+        "vectors",
+        [encoder.fingerprint, catalog.fingerprint],
+        lambda: encode(catalog.lines(), config, on_stage).vectors,
+        lambda made, place: np.save(place / "vectors.npy", made),
+        lambda place: np.load(place / "vectors.npy", allow_pickle=False),
+    )
+    return make_texts(catalog.lines(), encoder, vectors)
+
+
+def cached_retrievers(
+    split: Split,
+    held_out: HeldOut,
+    texts: Texts,
+    config: Config,
+    cache: StageCache,
+    on_stage: Callable[[str], None],
+) -> tuple[Recipe, dict[str, Retriever]]:
+    """Recipe and fitted retrievers, kept by everything that decides them."""
+
+    def write(made: tuple[Recipe, dict[str, Retriever]], place: Path) -> None:
+        (place / "recipe.json").write_text(json.dumps(made[0].as_dict()), encoding="utf-8")
+        persistence.save_arrays(place / "retrievers.npz", retriever_arrays(made[1]))
+
+    def read(place: Path) -> tuple[Recipe, dict[str, Retriever]]:
+        recipe = Recipe.from_dict(json.loads((place / "recipe.json").read_text(encoding="utf-8")))
+        return recipe, load_retrievers(persistence.load_arrays(place / "retrievers.npz"), texts, recipe)
+
+    inputs = [
+        hash_histories(split.train),
+        split.log.fingerprint,
+        held_out.sha256(),
+        texts.encoder.fingerprint,
+        config.retrieval.model_dump(),
+        sources("retrieve", "index", "recipe", "search", "pipeline", "ranking", "metrics"),
+    ]
+    return cache.get(
+        "retrievers",
+        inputs,
+        lambda: search_recipe(
+            split.train,
+            held_out,
+            texts,
+            config.retrieval,
+            lambda stage: on_stage(f"choosing {stage}"),
+            split.weights,
+        ),
+        write,
+        read,
+    )
+
+
+def tuned(
+    state: State,
+    split: Split,
+    held_out: HeldOut,
+    config: Config,
+    minutes: float | None,
+    cache: StageCache,
+    on_step: Callable[[Progress, float], None] | None,
+) -> tuple[State, dict[str, Any]]:
+    """Train the language model, or take up what a run of the same settings left, and fit its weight."""
+    from llmrec.language_model import fine_tune
+
+    settings = config.training.lasting(minutes)
+    with tempfile.TemporaryDirectory(prefix="llmrec-") as temporary:
+        # The trainer keeps its own fingerprint, and a finished run is read back.
+        key = [hash_histories(split.train), config.lm.model_dump(), settings.model_dump()]
+        model, report, recipe = fine_tune(
+            split.train,
+            split.weights,
+            held_out,
+            state.texts,
+            state.recipe,
+            state.retrievers,
+            resolve(config.lm.base, allow_hub=config.allow_hub),
+            config.lm,
+            settings,
+            config.retrieval,
+            data=split.log.fingerprint,
+            folder=cache.place("lm", key) if cache.folder else Path(temporary),
+            on_step=on_step,
+        )
+    leaks.check_counts(model.model.counts.cpu().numpy(), split)
+    card = model.card.training if model.card else {}
+    training = {**card, "minutes": settings.minutes, "events_per_second": report.events_per_second}
+    return replace(state, recipe=recipe, lm=model), training
+
+
+def estimate(
+    catalog: Catalog,
+    split: Split,
+    sampled: int,
+    reported: int,
+    config: Config,
+    *,
+    lm: bool,
+    minutes: float | None,
+) -> dict[str, float]:
+    """Seconds that the long stages will take, from their operations and a probe of this machine."""
+    n, m = 1024, len(catalog)
+    probe = np.random.default_rng(0).random((n, n), dtype=np.float32)
+    probe @ probe
+    begun = time.perf_counter()
+    probe @ probe
+    per_operation = (time.perf_counter() - begun) / n**3
+    begun = time.perf_counter()
+    for _ in range(5):
+        scores = np.random.default_rng(1).random(m, dtype=np.float32)
+        np.argsort(-np.partition(scores, m - min(m, 200)))
+    per_ranking = (time.perf_counter() - begun) / 5
+    search = config.retrieval
+    inverted = min(m, search.ease.max_items)
+    # Two settings of each of three penalties are solved, about twice n^3 operations each with the rest of
+    # the work on the matrix; some 70 trials rank for every user of the search.
+    fits = 6 * 2 * inverted**3 * per_operation
+    trials = 70 * min(len(split.validation), search.search_users) * per_ranking
+    expected = {
+        "encode": 0.0 if config.encoder.name == LIGHT else m * 128 * 2.2e7 / 4 * per_operation,
+        "fit_retrievers": fits + trials if search.search else fits / 6,
+        "rank": (8 * reported + 8 * sampled * lm) * per_ranking * 2,
+    }
+    if lm:
+        expected["finetune"] = 60.0 * (config.training.lasting(minutes).minutes or 0.0)
+    return {name: round(seconds, 1) for name, seconds in expected.items()}
+
+
+def in_words(expected: Mapping[str, float]) -> str:
+    """What `estimate` says, for people."""
+    total = sum(expected.values()) / 60
+    stages = ", ".join(f"{name} {seconds / 60:.1f}" for name, seconds in expected.items() if seconds >= 6)
+    return f"about {total:.1f} minutes" + (f" ({stages})" if stages else "")
