@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from llmrec.attributes import ACTIVE, CONTRACT, align, clean_items, kind_of
 from llmrec.errors import DataError, RequestError
 from llmrec.protocols import Codes, Mask
-from llmrec.rows import LoadReport, Policy
+from llmrec.rows import LoadReport, Policy, id_order
 from llmrec.tables import is_untyped, read_table
 from llmrec.text import shorten
 from llmrec.types import Item
@@ -81,7 +81,7 @@ class Catalog:
         """
         frame = read_table(source, "items", mapping)
         frame, report = clean_items(frame, is_untyped(source), policy)
-        frame = frame[_id_order(frame["item_id"].to_list())]
+        frame = frame[id_order(frame["item_id"].to_list())]
         return cls(frame, np.ones(frame.height, dtype=np.bool_), report)
 
     def __len__(self) -> int:
@@ -163,7 +163,7 @@ class Catalog:
     def id_ranks(self) -> NDArray[np.int64]:
         """Return the position of each code in the order of ids, digits as integers, shape (n,)."""
         ranks = np.empty(len(self), dtype=np.int64)
-        ranks[_id_order(self.ids)] = np.arange(len(self))
+        ranks[id_order(self.ids)] = np.arange(len(self))
         return ranks
 
     def line(self, code: int) -> str:
@@ -275,15 +275,6 @@ class Catalog:
             near = (i for i in self.ids if abs(len(i) - len(word)) <= 2 and i.lower().startswith(start))
             pool |= dict.fromkeys(itertools.islice(near, 300))
         return difflib.get_close_matches(item_id, pool, n=3, cutoff=0.5)
-
-
-def _id_order(ids: Sequence[str]) -> list[int]:
-    """Return the positions of ids in their order; where all are digits they compare as integers."""
-    if all(item_id.isascii() and item_id.isdigit() for item_id in ids):
-        # Length without zeros, then text: the order of integers for digits of any length.
-        bare = [item_id.lstrip("0") for item_id in ids]
-        return sorted(range(len(ids)), key=lambda row: (len(bare[row]), bare[row], ids[row]))
-    return sorted(range(len(ids)), key=ids.__getitem__)
 
 
 def _render(frame: pl.DataFrame) -> list[str]:

@@ -16,7 +16,7 @@ from llmrec.catalog import Catalog
 from llmrec.clock import to_seconds
 from llmrec.errors import DataError
 from llmrec.protocols import Codes, Floats, Mask
-from llmrec.rows import LoadReport, Policy, Problems, id_strings
+from llmrec.rows import LoadReport, Policy, Problems, id_order, id_strings
 from llmrec.tables import read_table
 from llmrec.types import Event
 from llmrec.weights import event_weight
@@ -32,7 +32,7 @@ Int64s = NDArray[np.int64]
 
 @dataclass(frozen=True, eq=False, repr=False)
 class EventLog:
-    """Events in the order of users (first appearance) and, within a user, oldest first.
+    """Events in the order of users (by id) and, within a user, oldest first.
 
     Parameters
     ----------
@@ -142,15 +142,10 @@ class EventLog:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over users, events and their order; the order of the users does not matter."""
-        by_id = sorted(range(self.n_users), key=self.users.__getitem__)
-        rank = np.empty(self.n_users, dtype=np.int32)
-        rank[by_id] = np.arange(self.n_users, dtype=np.int32)
-        user = rank[self.user]
-        order = np.argsort(user, kind="stable")
-        digest = hashlib.sha256("\0".join(self.users[index] for index in by_id).encode())
-        for array in (user, self.item, self.timestamp, self.weight):
-            digest.update(b"none" if array is None else array[order].tobytes())
+        """SHA-256 over users, events and their order."""
+        digest = hashlib.sha256("\0".join(self.users).encode())
+        for array in (self.user, self.item, self.timestamp, self.weight):
+            digest.update(b"none" if array is None else np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()
 
     def require_clock(self, what: str) -> Int64s:
@@ -239,8 +234,9 @@ def _item_codes(ids: pl.Series, catalog: Catalog, problems: Problems) -> Codes:
 
 
 def _number(ids: pl.Series) -> tuple[list[str], Codes]:
-    """Number ids by first appearance: distinct ids and the number of each row, shape (rows,)."""
-    distinct = ids.unique(maintain_order=True)
+    """Number ids in their order: distinct ids and the number of each row, shape (rows,)."""
+    distinct = ids.unique()
+    distinct = distinct[id_order(distinct.to_list())]
     numbers = np.arange(len(distinct), dtype=np.int32)
     return distinct.to_list(), ids.replace_strict(distinct, numbers, return_dtype=pl.Int32).to_numpy()
 

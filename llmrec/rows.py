@@ -123,3 +123,12 @@ def id_strings(column: pl.Series, what: str) -> pl.Series:
         raise DataError(f"{what}: column {column.name!r} must hold text or whole numbers, got {kind}")
     text = column.cast(pl.String)
     return text.set(text.str.strip_chars() == "", None)
+
+
+def id_order(ids: Sequence[str]) -> list[int]:
+    """Return the positions of ids in their order; where all are digits they compare as integers."""
+    if all(item_id.isascii() and item_id.isdigit() for item_id in ids):
+        # Length without zeros, then text: the order of integers for digits of any length.
+        bare = [item_id.lstrip("0") for item_id in ids]
+        return sorted(range(len(ids)), key=lambda row: (len(bare[row]), bare[row], ids[row]))
+    return sorted(range(len(ids)), key=ids.__getitem__)

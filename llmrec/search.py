@@ -363,7 +363,9 @@ def _with_weights(
     )
     single = like_last_item(held_out)
     # Similar means alike in meaning first: text keeps weight 1, and the log may add to it.
-    similar = search_weights(
-        features(("profile", "transitions", "ease"), single), {"profile": 1.0}, log, "similar"
+    similar = (
+        search_weights(features(("profile", "transitions", "ease"), single), {"profile": 1.0}, log, "similar")
+        if len(single.targets)
+        else recipe.similar.retrievers
     )
     return replace(recipe, history=Weights(history), query=Weights(query), similar=Weights(similar))

@@ -40,7 +40,9 @@ def test_metrics_equal_ir_measures_with_one_relevant_document():
 def test_a_summary_without_users_is_zero_and_an_unknown_metric_names_the_known_ones():
     assert summary(np.empty(0, np.int64)) == dict.fromkeys(REPORTED, 0.0)
     for metric in ("precision@10", "ndcg", "ndcg@", "recall@-1"):
-        with pytest.raises(ValueError, match=r"unknown metric '.*'; known: recall@k, ndcg@k, mrr@k"):
+        with pytest.raises(
+            ValueError, match=r"unknown metric '.*'; known: recall@k, hit@k, ndcg@k, mrr@k, map@k"
+        ):
             per_user(np.array([1]), metric)
 
 
@@ -99,15 +101,17 @@ def test_equal_systems_show_no_difference_and_a_clear_one_is_shown():
     ranks = {"a": np.array([1, 3, 0, 12]), "b": np.array([1, 3, 0, 12]), "miss": np.zeros(4, np.int64)}
     same = compare(ranks, "a", "b", draws=200)
     assert (same.difference, same.low, same.high, same.p, same.users) == (0, 0, 0, 1, 4)
-    assert not same.shown and str(same).endswith("over 4 users: no difference shown")
+    assert not same.shown and str(same).endswith("corrected 1.0000: no difference shown")
     clear = compare({"a": np.ones(30, int), "b": np.full(30, 2)}, "a", "b", "mrr@10", draws=1000)
     assert (
         clear.shown and clear.low == clear.high == pytest.approx(0.5) and clear.p == pytest.approx(1 / 1001)
     )
-    assert str(clear) == "a - b, mrr@10: +0.5000 [+0.5000, +0.5000] over 30 users"
+    assert str(clear).startswith(
+        "a - b, mrr@10: +0.5000 [+0.5000, +0.5000] over 30 users, effect +0.000, p 0.0"
+    )
     assert clear.as_dict() == {
         "a": "a", "b": "b", "metric": "mrr@10", "difference": 0.5, "ci95": [0.5, 0.5], "p": clear.p,
-        "users": 30,
+        "p_holm": clear.p, "effect_size": 0.0, "users": 30, "shown": True,
     }  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from llmrec.search import known_item_queries
 
 K = 10
 KNOWN_ITEM = "two or three words drawn from the line of the held-out item; that item is relevant"
-ATTRIBUTE = "a value of an attribute that 5 items to a tenth of the catalogue have; all of these are relevant"
+ATTRIBUTE = "an attribute value that 5 items to half of the catalogue have; all of these are relevant"
 
 
 def evaluate_search(
@@ -72,7 +72,7 @@ def attribute_queries(catalog: Catalog, n: int, seed: int) -> list[tuple[str, Co
                 continue
             for text in {value} if isinstance(value, str) else set(value):
                 having.setdefault(text, []).append(code)
-    most = max(5, int(0.1 * catalog.active.sum()))
+    most = catalog.active.sum() / 2
     values = sorted(text for text, codes in having.items() if 5 <= len(set(codes)) <= most)
     rng = np.random.default_rng(seed)
     rows: NDArray[np.int64] = np.sort(rng.choice(len(values), min(n, len(values)), replace=False))
