@@ -86,6 +86,9 @@ def main(argv: list[str] | None = None) -> None:
     config = Config.of(args.config).with_flags(
         protocol={"core": args.core, "users": args.users, "seed": args.seed}
     )
+    listed = config.protocol.candidates
+    if listed is not None and not listed.is_absolute():
+        config = config.with_flags(protocol={"candidates": folder / listed})
     evaluation = evaluate(
         folder / "items.parquet",
         folder / "events.parquet",

@@ -10,6 +10,7 @@ import pytest
 
 from llmrec import cli
 from llmrec.config import Config
+from llmrec.errors import DataError
 from llmrec.metrics import summary
 from llmrec.offline import evaluate
 from llmrec.testing import tiny_lm, toy_data
@@ -132,3 +133,58 @@ def test_the_command_line_evaluates_and_writes_what_it_measured(folder, tmp_path
     assert result["protocol"]["part"] == "test"
     assert result["dataset"]["core"] == 2
     assert "transitions" in capsys.readouterr().out
+
+
+SHARED = ROOT.parent / "shared" / "data"
+
+
+def official_movielens(folder, out):
+    """Write parquet files back in the form in which GroupLens gives them out."""
+    items, events = (pl.read_parquet(folder / f"{t}.parquet") for t in ("items", "events"))
+    out.mkdir()
+    genres = pl.col("genres").str.replace_all(", ", "|")
+    items.select(pl.col("item_id").alias("movieId"), "title", genres).write_csv(out / "movies.csv")
+    names = {"user_id": "userId", "item_id": "movieId"}
+    events.rename(names).select("userId", "movieId", "rating", "timestamp").write_csv(out / "ratings.csv")
+
+
+@pytest.mark.skipif(not (SHARED / "ml-latest-small").is_dir(), reason="needs the data of ml-latest-small")
+def test_official_movielens_files_become_the_tables_of_the_published_results(tmp_path, capsys):
+    prepare = program("eval/prepare")
+    official_movielens(SHARED / "ml-latest-small", tmp_path / "official")
+    prepare.main(["ml-latest-small", str(tmp_path / "official"), "--out", str(tmp_path / "out")])
+    said = json.loads(capsys.readouterr().out)
+    assert said["log_sha256"] == prepare.HASHES["ml-latest-small"][1]
+    events = pl.read_parquet(tmp_path / "out" / "events.parquet")
+    events.head(-1).write_parquet(tmp_path / "out" / "events.parquet")
+    with pytest.raises(DataError, match="events 100835, expected 100836"):
+        prepare.main(["ml-latest-small", str(tmp_path / "out"), "--out", str(tmp_path / "again")])
+    assert not (tmp_path / "again").exists()
+
+
+def test_amazon_files_are_read_and_a_smaller_log_is_refused(tmp_path):
+    prepare = program("eval/prepare")
+    review = {"reviewerID": "u", "asin": "a1", "overall": 5.0}
+    lines = [json.dumps({**review, "unixReviewTime": t, "asin": a}) for t, a in ((9, "a1"), (3, "a2"))]
+    (tmp_path / "reviews.json").write_text("\n".join(lines))
+    meta = [
+        {"asin": "a1", "title": "Mascara", "categories": [["Beauty", "Eyes"]], "brand": "X", "price": 3.5},
+        {"asin": "a2", "categories": [["Beauty"]]},
+        {"asin": "never reviewed", "title": "x"},
+    ]
+    (tmp_path / "meta.json").write_text("\n".join(map(repr, meta)))
+    items, events = prepare.amazon(tmp_path / "reviews.json", tmp_path / "meta.json")
+    assert items["categories"].to_list() == ["Beauty, Eyes", "Beauty"] and items["title"][1] is None
+    assert events["item_id"].to_list() == ["a2", "a1"]
+    arguments = ["amazon-beauty", str(tmp_path / "reviews.json"), str(tmp_path / "meta.json")]
+    with pytest.raises(DataError, match="users 1, expected 22363"):
+        prepare.main([*arguments, "--out", str(tmp_path / "out")])
+
+
+def test_the_memory_program_writes_what_it_found(folder, tmp_path, capsys):
+    program("eval/memory").main(
+        ["--data", str(folder), "--config", str(folder / "c.toml"), "--users", "9", "--out", str(tmp_path)]
+    )
+    (path,) = tmp_path.glob("*-memory.json")
+    assert json.loads(path.read_text())["gain_nats"]["users"] == 9
+    assert "nats" in capsys.readouterr().out
