@@ -115,7 +115,7 @@ def amazon(reviews: Path, meta: Path) -> tuple[pl.DataFrame, pl.DataFrame]:
 def _lines(path: Path) -> Iterator[str]:
     packed = path.read_bytes()
     text = gzip.decompress(packed) if path.suffix == ".gz" else packed
-    yield from (line for line in text.decode("utf-8").splitlines() if line.strip())
+    yield from (line for line in text.decode("utf-8").split("\n") if line.strip())
 
 
 def ours(folder: Path) -> tuple[pl.DataFrame, pl.DataFrame]:

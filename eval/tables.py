@@ -10,6 +10,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
@@ -20,16 +21,59 @@ NAMES = {
     "lm_top100": "language model on the merge's top 100",
     "default": "blend, as served",
 }
+REGISTRY = ("movielens",)
+"""Data sets that a fresh machine can have from a package registry."""
 
 
-def table(path: Path) -> str:
-    """One results file as a Markdown table with its comparisons."""
-    found = json.loads(path.read_text(encoding="utf-8"))
+def source(path: Path) -> str:
+    """Whether a stranger can repeat the result, or has to bring the data."""
+    return "registry only" if path.stem.startswith(REGISTRY) else "bring data"
+
+
+def difference(comparison: dict[str, Any]) -> str:
+    """One comparison with its interval, and in words if it shows nothing."""
+    low, high = comparison["ci95"]
+    verdict = "" if low > 0 or high < 0 else ": no difference shown"
+    return f"{comparison['difference']:+.4f} [{low:+.4f}, {high:+.4f}]{verdict}"
+
+
+def marked(protocol: dict[str, Any]) -> str:
+    """What was ranked, in capitals where it is not comparable with full ranking."""
+    return protocol["ranking"] if protocol.get("comparable", True) else protocol["ranking"].upper()
+
+
+def short(results: dict[Path, dict[str, Any]]) -> str:
+    """One row a results file: what the language model adds to the merge."""
+    lines = [
+        "| data | minutes | users | merge R@10 | merge N@10 | LM alone N@10 | blend R@10 | blend N@10 "
+        "| blend - merge, N@10 |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for path, found in results.items():
+        systems, training = found["systems"], found["training"]
+        if not training or not found["protocol"].get("comparable", True):
+            continue
+        merge, lm, blend = systems["merge"], systems["lm"], systems["default"]
+        compared = next(c for c in found["comparisons"] if (c["a"], c["metric"]) == ("default", "ndcg@10"))
+        weight = found["recipe"]["history"]["lm"]
+        added = difference(compared) if weight else "weight 0: left out"
+        lines.append(
+            f"| {path.stem.split('-test-')[0]} ({source(path)}) | {training['minutes']:g} "
+            f"| {found['protocol']['users']:,} | {merge['recall@10']:.4f} | {merge['ndcg@10']:.4f} "
+            f"| {lm['ndcg@10']:.4f} | {blend['recall@10']:.4f} | {blend['ndcg@10']:.4f} | {added} |"
+        )
+    return "\n".join(lines)
+
+
+def table(path: Path, found: dict[str, Any]) -> str:
+    """One results file as Markdown: every system, the comparisons, costs."""
     data, protocol, training = found["dataset"], found["protocol"], found["training"]
     lines = [
-        f"**{path.stem}** ({protocol['part']}, {protocol['users']:,} users, {data['items']:,} items, "
-        f"{data['events']:,} events; {protocol['split']}, full ranking, seen items {protocol['seen_items']}, "
-        f"ties by {protocol['ties']}; `{found['command']}`)",
+        f"### {path.stem} ({source(path)})",
+        "",
+        f"{protocol['part']}, {protocol['users']:,} users, {data['items']:,} items, {data['events']:,} events; "
+        f"{protocol['split']}, {marked(protocol)}, seen items {protocol['seen_items']}, "
+        f"ties by {protocol['ties']}; `{found['command']}`",
         "",
         "| system | " + " | ".join(MEASURES) + " |",
         "|---|" + "---|" * len(MEASURES),
@@ -39,27 +83,67 @@ def table(path: Path) -> str:
         lines.append(f"| {NAMES.get(name, name)} | {cells} |")
     lines.append("")
     for c in found["comparisons"]:
-        low, high = c["ci95"]
-        verdict = "" if low > 0 or high < 0 else ": no difference shown"
-        lines.append(
-            f"- {c['a']} - {c['b']}, {c['metric']}: {c['difference']:+.4f}, 95 % interval "
-            f"[{low:+.4f}, {high:+.4f}]{verdict}"
-        )
-    if training:
-        weight = found["recipe"]["history"]["lm"]
-        blend, merge = found["latency"]["blend"], found["latency"]["merge"]
-        lines.append(
-            f"- trained {training['minutes']:g} minutes, {training['events_per_second']:.0f} events/s; "
-            f"weight in the blend {weight:g}"
-        )
-        lines.append(
-            f"- milliseconds a request with 20 history items, merge / with the language model: single, cold "
-            f"{1000 * merge['single_seconds']:.0f} / {1000 * blend['single_seconds']:.0f}; in a batch of 32 "
-            f"{1000 * merge['batch32_seconds_per_request']:.0f} / "
-            f"{1000 * blend['batch32_seconds_per_request']:.0f}; peak memory of the run "
-            f"{found['peak_memory_mb']:,} MB"
-        )
+        corrected = f", p {c['p']:.4f}, corrected {c['p_holm']:.4f}" if "p_holm" in c else ""
+        lines.append(f"- {c['a']} - {c['b']}, {c['metric']}: {difference(c)}{corrected}")
+    lines += costs(found) if training else []
+    lines += more(found)
     return "\n".join(lines)
+
+
+def costs(found: dict[str, Any]) -> list[str]:
+    """Training, latency, memory."""
+    training, latency = found["training"], found["latency"]
+    blend, merge = latency["blend"], latency["merge"]
+    curve = [(row["events"], row["nats"], row["ndcg@10"]) for row in training["curve"]]
+    shown = ", ".join(f"{events // 1000:,} k {nats:.2f}/{ndcg:.4f}" for events, nats, ndcg in curve)
+    return [
+        f"- trained {training['minutes']:g} minutes, {training['events_per_second']:.0f} events/s; "
+        f"weight in the blend {found['recipe']['history']['lm']:g}",
+        f"- events, validation nats/NDCG@10 of the language model alone: {shown}",
+        f"- milliseconds a request with 20 history items, merge / with the language model: single, cold "
+        f"{1000 * merge['single_seconds']:.0f} / {1000 * blend['single_seconds']:.0f}; in a batch of 32 "
+        f"{1000 * merge['batch32_seconds_per_request']:.0f} / "
+        f"{1000 * blend['batch32_seconds_per_request']:.0f}; peak memory of the run "
+        f"{found['peak_memory_mb']:,} MB",
+    ]
+
+
+def more(found: dict[str, Any]) -> list[str]:
+    """Probabilities, segments and lists beyond accuracy, where the file has them."""
+    lines = []
+    for name, values in found.get("probabilities", {}).items():
+        lines.append(f"- {NAMES.get(name, name)}: " + ", ".join(f"{m} {v:.4f}" for m, v in values.items()))
+    for name in ("merge", "default"):
+        if name in found.get("beyond", {}):
+            measures = ", ".join(f"{m} {v:.3f}" for m, v in found["beyond"][name].items())
+            lines.append(f"- {NAMES[name]}: {measures}")
+    if found.get("segments"):
+        systems = [n for n in ("merge", "lm", "default") if n in found["systems"]]
+        lines += [
+            "",
+            "| segment, NDCG@10 | users | " + " | ".join(NAMES[n] for n in systems) + " |",
+            "|---|---|" + "---|" * len(systems),
+        ]
+        for name, segment in found["segments"].items():
+            cells = " | ".join(f"{segment['systems'][n]['ndcg@10']:.4f}" for n in systems)
+            lines.append(f"| {name} | {segment['users']:,} | {cells} |")
+    return lines
+
+
+def pages() -> dict[Path, str]:
+    """What has to stand between the marks of each page."""
+    paths = sorted((ROOT / "eval" / "results").glob("*-test-*.json"))
+    read = {path: json.loads(path.read_text(encoding="utf-8")) for path in paths}
+    # Numbers in names in the order of numbers: 10min before 30min.
+    results = dict(sorted(read.items(), key=lambda kv: (kv[0].stem.split("-test-")[0], _minutes(kv[1]))))
+    return {
+        ROOT / "README.md": short(results),
+        ROOT / "eval" / "README.md": "\n\n".join(table(path, found) for path, found in results.items()),
+    }
+
+
+def _minutes(found: dict[str, Any]) -> float:
+    return float(found["training"]["minutes"]) if found["training"] else 0.0
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -67,9 +151,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--check", action="store_true", help="only compare")
     args = parser.parse_args(argv)
-    results = sorted((ROOT / "eval" / "results").glob("*-test-*.json"))
-    body = "\n\n".join(table(path) for path in results) or "No results yet."
-    for page in (ROOT / "README.md", ROOT / "eval" / "README.md"):
+    for page, body in pages().items():
         text = page.read_text(encoding="utf-8")
         before, after = text.split(BEGIN)[0], text.split(END)[1]
         new = f"{before}{BEGIN}\n{body}\n{END}{after}"
