@@ -71,7 +71,8 @@ def table(path: Path, found: dict[str, Any]) -> str:
     lines = [
         f"### {path.stem} ({source(path)})",
         "",
-        f"{protocol['part']}, {protocol['users']:,} users, {data['items']:,} items, {data['events']:,} events; "
+        f"{protocol['part']}, {protocol['users']:,} users, {data['items']:,} items, "
+        f"{data['events']:,} events; "
         f"{protocol['split']}, {marked(protocol)}, seen items {protocol['seen_items']}, "
         f"ties by {protocol['ties']}; `{found['command']}`",
         "",
