@@ -1,8 +1,7 @@
-"""LoRA fine-tuning on histories: windows, loss, the loop, checkpoints. Shared by finetune/ and the CLI."""
+"""LoRA fine-tuning on histories: the loop and its checkpoints. Shared by finetune/ and the CLI."""
 
 from __future__ import annotations
 
-import itertools
 import json
 import logging
 import math
@@ -18,17 +17,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.nn import functional
 
 from llmrec.errors import DataError
 from llmrec.protocols import Codes, Floats
 from llmrec.score.config import TrainingConfig
-from llmrec.score.item_tokens import ItemTokenModel, pad
+from llmrec.score.item_tokens import ItemTokenModel
+from llmrec.sequences import Window, batches, next_item_loss, windows
 
 logger = logging.getLogger(__name__)
-
-FULL_SOFTMAX_UP_TO = 50_000
-"""Above this many items the softmax is over the targets and `negatives` drawn ones."""
 
 
 @dataclass(slots=True)
@@ -69,97 +65,6 @@ class TrainingReport:
 
 Validate = Callable[[ItemTokenModel], Mapping[str, float]]
 """Returns the measures of a model; ``ndcg@10`` among them decides which state is kept."""
-
-
-@dataclass(frozen=True, slots=True)
-class Window:
-    """A stretch of a history, oldest first, and what each of its events counts in the loss."""
-
-    items: Codes
-    weights: Floats
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-
-def windows(
-    histories: Sequence[Codes],
-    length: int,
-    rng: np.random.Generator,
-    weights: Sequence[Floats] | None = None,
-) -> list[Window]:
-    """Cut histories into windows of at most `length` items so that every event is seen once.
-
-    The first cut of a long history falls at random, so that over epochs every event gets every context.
-    `weights` are those of the events, one array a history; 1 where none are given.
-    """
-    pieces: list[Window] = []
-    for row, history in enumerate(histories):
-        weight = np.ones(len(history), np.float32) if weights is None else weights[row]
-        first = len(history) if len(history) <= length else int(rng.integers(1, length + 1))
-        cuts = [0, *range(first, len(history), length), len(history)]
-        pieces += [Window(history[a:b], weight[a:b]) for a, b in itertools.pairwise(cuts) if a < b]
-    return pieces
-
-
-def batches(
-    pieces: Sequence[Window], overhead: int, tokens: int, rng: np.random.Generator
-) -> list[list[Window]]:
-    """Group windows of like length so that a batch has about `tokens` positions, padding included.
-
-    `overhead` is the number of instruction tokens that each window carries. The order of batches is random.
-    """
-    order = rng.permutation(len(pieces))
-    by_length = sorted(order.tolist(), key=lambda i: -len(pieces[i]))
-    grouped: list[list[Window]] = []
-    start = 0
-    while start < len(by_length):
-        rows = max(1, tokens // (overhead + len(pieces[by_length[start]])))
-        grouped.append([pieces[i] for i in by_length[start : start + rows]])
-        start += rows
-    return [grouped[i] for i in rng.permutation(len(grouped))]
-
-
-def next_item_loss(model: ItemTokenModel, batch: Sequence[Window], negatives: int) -> Tensor:
-    """Mean nats an item over all positions of a batch, each counted with the weight of its event.
-
-    Full softmax over the catalogue, or, in a large one, over the batch's targets and drawn items with
-    the logQ correction (Bengio and Senecal 2008; Yi et al. 2019).
-    """
-    device = model.counts.device
-    codes, lengths = pad([window.items for window in batch])
-    codes, lengths = codes.to(device), lengths.to(device)
-    hidden = model.hidden(codes)[:, :-1]
-    real = torch.arange(codes.shape[1], device=device)[None, :] < lengths[:, None]
-    states, targets = model.states(hidden[real]), codes[real]
-    outputs, popularity = model.item_outputs(), model.popularity()
-    if len(outputs) <= FULL_SOFTMAX_UP_TO:
-        nats = functional.cross_entropy(model.logits(states, outputs, popularity), targets, reduction="none")
-    else:
-        nats = _sampled_nats(model, states, targets, outputs, popularity, negatives)
-    weights = torch.from_numpy(np.concatenate([window.weights for window in batch])).to(device)
-    return (weights * nats).sum() / weights.sum()
-
-
-def _sampled_nats(
-    model: ItemTokenModel,
-    states: Tensor,
-    targets: Tensor,
-    outputs: Tensor,
-    popularity: Tensor,
-    negatives: int,
-) -> Tensor:
-    """Estimate the nats of each target, shape (targets,), from items drawn by popularity."""
-    drawn = torch.multinomial(popularity.exp(), negatives, replacement=True)
-    shared = model.logits(states, outputs[drawn], popularity[drawn])
-    # Draws repeat, so dividing by their expected number, negatives * q, makes the sum of exponentials an
-    # unbiased estimate of the full one; a draw that equals the target would count it twice.
-    shared = shared - popularity[drawn] - math.log(negatives)
-    shared = shared.masked_fill(drawn[None, :] == targets[:, None], -torch.inf)
-    scale = 2.0 / math.sqrt(states.shape[-1])
-    own = (states * outputs[targets]).sum(-1, keepdim=True) * scale + popularity[targets][:, None]
-    first = torch.zeros(len(targets), dtype=torch.long, device=targets.device)
-    return functional.cross_entropy(torch.cat([own, shared], dim=1), first, reduction="none")
 
 
 def trainable(model: ItemTokenModel) -> dict[str, Tensor]:

@@ -8,9 +8,9 @@ from llmrec.errors import ModelError
 from llmrec.language_model import LanguageModel
 from llmrec.protocols import Query
 from llmrec.score.config import ItemTokensConfig
-from llmrec.score.item_tokens import ItemTokenScorer, load_body, pad
+from llmrec.score.item_tokens import ItemTokenScorer, load_body
+from llmrec.sequences import pad, windows
 from llmrec.testing import tiny_lm
-from llmrec.training import windows
 
 ITEMS, DIM = 30, 12
 

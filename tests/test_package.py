@@ -24,7 +24,7 @@ LAYERS = [
     {"quiet", "ranking", "metrics", "prompt", "text", "rows", "tables"},
     {"attributes", "clock", "weights"},
     {"catalog"},
-    {"rules", "events"},
+    {"rules", "events", "sequences"},
     {"encode", "index", "retrieve", "score", "store"},
     {"pipeline"},
     {"recipe"},

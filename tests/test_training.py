@@ -8,14 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from llmrec import training
+from llmrec import sequences, training
 from llmrec.errors import DataError, ModelError
 from llmrec.language_model import LanguageModel, train_language_model
 from llmrec.protocols import Query
 from llmrec.recipe import HeldOut
 from llmrec.score.config import ItemTokensConfig, TrainingConfig
+from llmrec.sequences import Window, batches, next_item_loss, windows
 from llmrec.testing import tiny_lm
-from llmrec.training import LoRATrainer, Window, batches, next_item_loss, windows
+from llmrec.training import LoRATrainer
 
 ITEMS = 12
 
@@ -158,7 +159,7 @@ def test_sampled_softmax_approaches_the_full_one(base, monkeypatch):
     batch = windows(RULE[:8], 10, np.random.default_rng(0))
     with torch.inference_mode():
         full = next_item_loss(lm.model, batch, negatives=0)
-        monkeypatch.setattr(training, "FULL_SOFTMAX_UP_TO", 1)
+        monkeypatch.setattr(sequences, "FULL_SOFTMAX_UP_TO", 1)
         torch.manual_seed(0)
         sampled = next_item_loss(lm.model, batch, negatives=200_000)
     assert float(sampled) == pytest.approx(float(full), abs=0.01)

@@ -26,6 +26,7 @@ from llmrec.protocols import Codes, Floats, Hits, Query
 from llmrec.quiet import quiet_transformers
 from llmrec.ranking import tops
 from llmrec.score.config import Precision
+from llmrec.sequences import pad
 
 CHUNK = 128
 """Queries whose scores of the whole catalogue are held at once."""
@@ -81,15 +82,6 @@ def instruction_tokens(folder: Path, words: str) -> list[int]:
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     tokens: list[int] = tokenizer(words)["input_ids"]
     return tokens
-
-
-def pad(histories: Sequence[Codes]) -> tuple[Tensor, Tensor]:
-    """Stack histories padded on the right: codes (batch, longest) and lengths (batch,), both int64."""
-    lengths = torch.tensor([len(h) for h in histories], dtype=torch.long)
-    codes = torch.zeros(len(histories), int(lengths.max()) if len(histories) else 0, dtype=torch.long)
-    for row, history in enumerate(histories):
-        codes[row, : len(history)] = torch.from_numpy(history.astype(np.int64))
-    return codes, lengths
 
 
 class ItemTokenModel(nn.Module):
@@ -186,6 +178,10 @@ class ItemTokenModel(nn.Module):
         after: Tensor = hidden[:, len(self.instruction) - 1 :].float()
         return after
 
+    def before(self, codes: Tensor) -> Tensor:
+        """State before each item, from the items that precede it: (batch, n) -> (batch, n, head_dim)."""
+        return self.states(self.hidden(codes)[:, :-1])
+
     def states(self, hidden: Tensor) -> Tensor:
         """Project hidden states to the space of the output vectors: (..., hidden) -> (..., head_dim)."""
         with torch.autocast(hidden.device.type, enabled=False):
@@ -195,8 +191,16 @@ class ItemTokenModel(nn.Module):
     def logits(self, states: Tensor, outputs: Tensor, popularity: Tensor) -> Tensor:
         """Unnormalised log-probabilities: (..., head_dim) and (items, head_dim) -> (..., items)."""
         with torch.autocast(states.device.type, enabled=False):
-            scale = 2.0 / math.sqrt(states.shape[-1])
-            return states.float() @ outputs.float().T * scale + popularity
+            return states.float() @ outputs.float().T * self._scale(states) + popularity
+
+    def own_logits(self, states: Tensor, outputs: Tensor, popularity: Tensor) -> Tensor:
+        """Those of one item a state: (n, head_dim), (n, head_dim) and (n,) -> (n,)."""
+        with torch.autocast(states.device.type, enabled=False):
+            return (states.float() * outputs.float()).sum(-1) * self._scale(states) + popularity
+
+    @staticmethod
+    def _scale(states: Tensor) -> float:
+        return 2.0 / math.sqrt(states.shape[-1])
 
 
 class ItemTokenScorer:
