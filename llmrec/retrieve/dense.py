@@ -46,7 +46,51 @@ class ProfileRetriever:
         """Return up to k allowed items for each query with a history."""
         able = [i for i, query in enumerate(queries) if len(query.history)]
         vectors = np.stack([self.profile(queries[i]) for i in able]) if able else self.vectors[:0]
-        return _nearest(self.index, queries, able, vectors, k)
+        return _spread(len(queries), able, _nearest(self.index, queries, able, vectors, k))
+
+
+class NearestConfig(BaseModel):
+    """Settings of the nearest-neighbour retriever."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    last: int = Field(5, ge=1, description="latest items whose neighbours are taken; 1: the last alone")
+    decay: float = Field(0.9, gt=0, le=1, description="weight of a history item, per step of age")
+
+
+class NearestRetriever:
+    """Items whose text is near that of any of the latest items: the largest weighted cosine counts.
+
+    Where the profile averages tastes, this keeps them apart.
+    """
+
+    name = "nearest"
+
+    def __init__(self, vectors: Floats, index: VectorIndex, config: NearestConfig) -> None:
+        self.vectors, self.index, self.config = vectors, index, config
+
+    def retrieve(self, queries: Sequence[Query], k: int) -> list[Hits]:
+        """Return up to k allowed items for each query with a history."""
+        asked, rows, weights = [], [], []
+        for row, query in enumerate(queries):
+            latest = list(dict.fromkeys(query.history[::-1].tolist()))[: self.config.last]
+            for age, code in enumerate(latest):
+                asked.append(code)
+                rows.append(row)
+                weights.append(self.config.decay**age)
+        codes = np.array(asked, dtype=np.int64)
+        found = _nearest(self.index, queries, rows, self.vectors[codes], k)
+        best: list[dict[int, float]] = [{} for _ in queries]
+        for row, weight, hits in zip(rows, weights, found, strict=True):
+            for item, score in zip(hits.items.tolist(), hits.scores.tolist(), strict=True):
+                # Cosines may be negative: a weight must not lift those.
+                best[row][item] = max(best[row].get(item, -1.0), weight * (score + 1.0) - 1.0)
+        return [_ranked(scores, k) for scores in best]
+
+
+def _ranked(scores: dict[int, float], k: int) -> Hits:
+    order = sorted(scores, key=lambda item: (-scores[item], item))[:k]
+    return Hits(np.array(order, np.int32), np.array([scores[item] for item in order], np.float32))
 
 
 class TextQueryRetriever:
@@ -61,17 +105,25 @@ class TextQueryRetriever:
         """Return up to k allowed items for each query with words."""
         able = [i for i, query in enumerate(queries) if query.text]
         vectors = self.encoder.encode([queries[i].text for i in able])
-        return _nearest(self.index, queries, able, vectors, k)
+        return _spread(len(queries), able, _nearest(self.index, queries, able, vectors, k))
 
 
 def _nearest(
     index: VectorIndex, queries: Sequence[Query], rows: Sequence[int], vectors: Floats, k: int
 ) -> list[Hits]:
-    """Hits of the queries at `rows`, which have these vectors; none for the others and for a zero vector."""
-    hits = [NO_HITS] * len(queries)
+    """Hits of each vector, under the mask of the query at its row; none for a zero vector."""
+    hits = [NO_HITS] * len(rows)
     # A text without a known word is as near to every item: no reason to propose any.
     able = np.flatnonzero(vectors.any(axis=1)).tolist()
     found = index.search(vectors[able], k, [queries[rows[i]].mask for i in able])
     for i, result in zip(able, found, strict=True):
-        hits[rows[i]] = result
+        hits[i] = result
     return hits
+
+
+def _spread(n: int, rows: Sequence[int], hits: Sequence[Hits]) -> list[Hits]:
+    """Hits at their rows of n, none elsewhere."""
+    spread = [NO_HITS] * n
+    for row, found in zip(rows, hits, strict=True):
+        spread[row] = found
+    return spread

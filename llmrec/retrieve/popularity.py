@@ -1,4 +1,4 @@
-"""Popularity: the fallback for empty histories."""
+"""Popularity, of all time and of late: the fallback for empty histories."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
 
 from llmrec.protocols import Codes, Floats, Hits, Query
 from llmrec.ranking import top
@@ -45,3 +46,61 @@ class PopularityRetriever:
     def from_arrays(cls, arrays: Mapping[str, NDArray[Any]]) -> PopularityRetriever:
         """Make the retriever from `arrays()`."""
         return cls(arrays["scores"])
+
+
+class RecentConfig(BaseModel):
+    """Settings of popularity over time."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    half_life_days: float = Field(14.0, gt=0, description="age at which an event counts half")
+    trend: bool = Field(False, description="divide by the long-run rate: what rises, not what is large")
+    smoothing: float = Field(5.0, gt=0, description="events added to the long-run count of each item")
+
+
+class RecentRetriever:
+    """What is popular now, or on the rise, the same for everybody; needs a clock.
+
+    An event of age a days counts 2 ** (-a / half life) times its weight; age 0 is the latest event of the
+    log. With `trend` the sum is divided by the item's undecayed count plus `smoothing`.
+    """
+
+    def __init__(self, scores: Floats, config: RecentConfig) -> None:
+        self.scores, self.config = scores, config
+        self.name = "trending" if config.trend else "recent"
+
+    @classmethod
+    def fit(
+        cls,
+        histories: Sequence[Codes],
+        stamps: Sequence[NDArray[np.int64]],
+        n_items: int,
+        config: RecentConfig,
+        weights: Sequence[Floats] | None = None,
+    ) -> RecentRetriever:
+        """Count events by age; `stamps` are seconds, one array a history."""
+        events = np.concatenate([np.empty(0, np.int32), *histories])
+        seconds = np.concatenate([np.empty(0, np.int64), *stamps])
+        value = np.ones(len(events)) if weights is None else np.concatenate(weights).astype(np.float64)
+        days = (seconds.max(initial=0) - seconds) / 86_400
+        recent = np.bincount(events, value * 0.5 ** (days / config.half_life_days), minlength=n_items)
+        if config.trend:
+            recent = recent / (np.bincount(events, value, minlength=n_items) + config.smoothing)
+        return cls(recent.astype(np.float32), config)
+
+    def retrieve(self, queries: Sequence[Query], k: int) -> list[Hits]:
+        """Return the k best allowed items for each query."""
+        return [top(self.scores, k, query.mask, floor=0.0) for query in queries]
+
+    def grown(self, n_items: int) -> RecentRetriever:
+        """The same for a catalogue that has grown to `n_items`; new items have no events."""
+        return RecentRetriever(np.pad(self.scores, (0, n_items - len(self.scores))), self.config)
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """State as arrays."""
+        return {"scores": self.scores}
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, NDArray[Any]], config: RecentConfig) -> RecentRetriever:
+        """Make the retriever from `arrays()`."""
+        return cls(arrays["scores"], config)

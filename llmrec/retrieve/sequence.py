@@ -160,14 +160,11 @@ class SequenceRetriever:
         codes = np.concatenate([np.empty(0, np.int32), *histories])
         counted = None if weights is None else np.concatenate([np.empty(0, np.float32), *weights])
         counts = np.bincount(codes, counted, minlength=len(text_vectors)).astype(np.float32)
-        state = torch.get_rng_state()
-        torch.manual_seed(config.seed)
-        try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
             made = cls(kind, SequenceModel(kind, config, counts, text_vectors), config)
             if len(codes):
                 made._train(histories, weights, validate, on_epoch)
-        finally:
-            torch.set_rng_state(state)
         return made
 
     def _train(
