@@ -13,10 +13,10 @@ from llmrec.config import Config, DataConfig
 from llmrec.encode.light import LightEncoder
 from llmrec.errors import ConfigError
 from llmrec.events import EventLog
+from llmrec.families import Texts
 from llmrec.fetch import resolve
 from llmrec.index.faiss_index import FaissIndex
 from llmrec.protocols import Encoder, Floats
-from llmrec.recipe import Texts
 
 LIGHT = "light"
 """Name of the encoder that needs no download."""

@@ -19,11 +19,12 @@ from safetensors import SafetensorError
 
 from llmrec.catalog import RENDERER_HASH
 from llmrec.errors import ModelError
+from llmrec.families import Texts
 from llmrec.fetch import tokenizer_hash, weights_hash
 from llmrec.metrics import summary
 from llmrec.prompt import Prompt
 from llmrec.protocols import Codes, Floats, Retriever
-from llmrec.recipe import HeldOut, Recipe, RetrievalConfig, Texts, hash_histories, ranks_in
+from llmrec.recipe import HeldOut, Recipe, RetrievalConfig, hash_histories, ranks_in
 from llmrec.score.config import ItemTokensConfig, TrainingConfig
 from llmrec.score.item_tokens import (
     ItemTokenModel,

@@ -9,16 +9,22 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from llmrec.families import FAMILIES, Texts, TopicsConfig, TrainingLog
 from llmrec.metrics import Ranks
 from llmrec.pipeline import Weights
-from llmrec.protocols import Codes, Encoder, Floats, Query, Retriever, VectorIndex
-from llmrec.retrieve.dense import ProfileConfig, ProfileRetriever, TextQueryRetriever
-from llmrec.retrieve.lexical import BM25Retriever
-from llmrec.retrieve.linear import EASEConfig, EASERetriever
-from llmrec.retrieve.popularity import PopularityRetriever
-from llmrec.retrieve.transitions import TransitionsConfig, TransitionsRetriever
+from llmrec.protocols import Codes, Query, Retriever
+from llmrec.retrieve.dense import NearestConfig, ProfileConfig
+from llmrec.retrieve.factors import ALSConfig
+from llmrec.retrieve.graph import LightGCNConfig
+from llmrec.retrieve.linear import EASEConfig
+from llmrec.retrieve.popularity import RecentConfig
+from llmrec.retrieve.sequence_config import SequenceConfig
+from llmrec.retrieve.transitions import TransitionsConfig
+
+ALWAYS = ("popularity", "profile", "text", "bm25")
+"""Families that every recipe has: the fallback, and those that the catalogue gives for nothing."""
 
 
 class RetrievalConfig(BaseModel):
@@ -26,23 +32,40 @@ class RetrievalConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    families: tuple[str, ...] = Field(
+        ("ease", "transitions"), description="families that are fitted, besides popularity and the texts"
+    )
     depth: int = Field(200, ge=1, description="hits taken from each retriever")
     ease: EASEConfig = EASEConfig()
     transitions: TransitionsConfig = TransitionsConfig()
+    als: ALSConfig = ALSConfig()
+    lightgcn: LightGCNConfig = LightGCNConfig()
+    gru4rec: SequenceConfig = SequenceConfig()
+    caser: SequenceConfig = SequenceConfig()
+    sasrec: SequenceConfig = SequenceConfig()
+    recent: RecentConfig = RecentConfig()
+    trending: RecentConfig = RecentConfig()
     profile: ProfileConfig = ProfileConfig()
+    nearest: NearestConfig = NearestConfig()
+    topics: TopicsConfig = TopicsConfig()
     search: bool = Field(True, description="choose settings and weights on held-out events")
     search_users: int = Field(2000, ge=1, description="held-out users that the search looks at")
     seed: int = 0
 
+    @field_validator("families")
+    @classmethod
+    def _known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        unknown = [name for name in names if name not in FAMILIES]
+        if unknown:
+            raise ValueError(
+                f"unknown families {', '.join(unknown)}; known are {', '.join(sorted(FAMILIES))}"
+            )
+        return tuple(dict.fromkeys(names))
 
-@dataclass(frozen=True, slots=True)
-class Texts:
-    """The catalogue in words and vectors, by code: what text retrievers are made of."""
-
-    lines: Sequence[str]
-    vectors: Floats
-    encoder: Encoder
-    index: VectorIndex
+    def settings(self) -> dict[str, BaseModel]:
+        """Families that take part, each with its settings."""
+        names = dict.fromkeys((*ALWAYS[:1], *self.families, *ALWAYS[1:]))
+        return {name: getattr(self, name, None) or FAMILIES[name].settings() for name in names}
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,11 +92,9 @@ class HeldOut:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """What the search chose: settings, weights for each kind of request, and the log of all trials."""
+    """What the search chose: families with settings, weights for each kind of request, and all trials."""
 
-    ease: EASEConfig
-    transitions: TransitionsConfig
-    profile: ProfileConfig
+    settings: Mapping[str, BaseModel]
     history: Weights
     query: Weights
     similar: Weights
@@ -82,14 +103,14 @@ class Recipe:
     @classmethod
     def default(cls, config: RetrievalConfig) -> Recipe:
         """The recipe where nothing can be searched: too few held-out events, or search switched off."""
-        by_history = {"ease": 0.7, "transitions": 1.0, "profile": 0.05}
+        settings = config.settings()
+        start = {"ease": 0.7, "transitions": 1.0, "profile": 0.05}
+        by_history = {name: weight for name, weight in start.items() if name in settings}
         return cls(
-            ease=config.ease,
-            transitions=config.transitions,
-            profile=config.profile,
+            settings,
             history=Weights(by_history),
             query=Weights({"bm25": 1.0, "text": 1.0, **{n: w / 10 for n, w in by_history.items()}}),
-            similar=Weights({"profile": 1.0, "transitions": 0.3, "ease": 0.3}),
+            similar=Weights({"profile": 1.0, **{n: 0.3 for n in ("transitions", "ease") if n in settings}}),
         )
 
     @property
@@ -97,22 +118,24 @@ class Recipe:
         """Whether the language model takes part in answering any kind of request."""
         return max(self.history.lm, self.query.lm) > 0
 
+    def answering(self, *asked: str) -> list[str]:
+        """Families that can answer a query that has these: ``history``, ``words``."""
+        return [name for name in self.settings if FAMILIES[name].asks in ("", *asked)]
+
     def as_dict(self) -> dict[str, Any]:
         """The form written to the manifest."""
         weights = {
             n: {"retrievers": dict(w.retrievers), "lm": w.lm}
             for n, w in (("history", self.history), ("query", self.query), ("similar", self.similar))
         }
-        settings = {n: getattr(self, n).model_dump() for n in ("ease", "transitions", "profile")}
-        return {**settings, **weights, "log": self.log}
+        settings = {name: value.model_dump() for name, value in self.settings.items()}
+        return {"settings": settings, **weights, "log": self.log}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
         """Read `as_dict()`."""
         return cls(
-            ease=EASEConfig(**values["ease"]),
-            transitions=TransitionsConfig(**values["transitions"]),
-            profile=ProfileConfig(**values["profile"]),
+            settings={name: FAMILIES[name].settings(**value) for name, value in values["settings"].items()},
             history=Weights(**values["history"]),
             query=Weights(**values["query"]),
             similar=Weights(**values["similar"]),
@@ -128,54 +151,26 @@ def hash_histories(histories: Sequence[Codes]) -> str:
     return digest.hexdigest()
 
 
-def fit_retrievers(
-    histories: Sequence[Codes], texts: Texts, recipe: Recipe, weights: Sequence[Floats] | None = None
-) -> dict[str, Retriever]:
-    """Fit every retriever on the histories; `weights` are those of the events, one array a history."""
-    n_items = len(texts.lines)
-    return {
-        "popularity": PopularityRetriever.fit(histories, n_items, weights),
-        "ease": EASERetriever.fit(histories, n_items, recipe.ease, weights),
-        "transitions": TransitionsRetriever.fit(histories, n_items, recipe.transitions, weights),
-        **text_retrievers(texts, recipe),
-    }
-
-
-def text_retrievers(texts: Texts, recipe: Recipe) -> dict[str, Retriever]:
-    """The retrievers that need no log."""
-    return {
-        "profile": ProfileRetriever(texts.vectors, texts.index, recipe.profile),
-        "text": TextQueryRetriever(texts.encoder, texts.index),
-        "bm25": BM25Retriever(texts.lines),
-    }
+def fit_retrievers(log: TrainingLog, texts: Texts, recipe: Recipe) -> dict[str, Retriever]:
+    """Fit every retriever of the recipe on a log."""
+    return {name: FAMILIES[name].fit(log, texts, value) for name, value in recipe.settings.items()}
 
 
 def retriever_arrays(retrievers: Mapping[str, Retriever]) -> dict[str, dict[str, NDArray[Any]]]:
-    """State of the retrievers that were fitted on the log; the others are made from the catalogue."""
-    fitted = (PopularityRetriever, EASERetriever, TransitionsRetriever)
-    return {name: r.arrays() for name, r in retrievers.items() if isinstance(r, fitted)}
+    """State of the retrievers that learn from the log; the others are made from the catalogue."""
+    # The Protocol asks for no arrays: a caller's own retriever need not be kept.
+    learned: dict[str, Any] = {n: r for n, r in retrievers.items() if n in FAMILIES and FAMILIES[n].learns}
+    return {name: retriever.arrays() for name, retriever in learned.items()}
 
 
 def load_retrievers(
     arrays: Mapping[str, Mapping[str, NDArray[Any]]], texts: Texts, recipe: Recipe
 ) -> dict[str, Retriever]:
-    """Make the retrievers from `retriever_arrays()` and the catalogue."""
+    """Make the retrievers from `retriever_arrays()` and the catalogue, which may have grown since."""
     return {
-        "popularity": PopularityRetriever.from_arrays(arrays["popularity"]),
-        "ease": EASERetriever.from_arrays(arrays["ease"], recipe.ease),
-        "transitions": TransitionsRetriever.from_arrays(arrays["transitions"], recipe.transitions),
-        **text_retrievers(texts, recipe),
+        name: FAMILIES[name].load(arrays.get(name, {}), texts, value)
+        for name, value in recipe.settings.items()
     }
-
-
-def grown_retrievers(
-    retrievers: Mapping[str, Retriever], texts: Texts, recipe: Recipe
-) -> dict[str, Retriever]:
-    """The same retrievers over a catalogue that has grown or changed."""
-    n_items = len(texts.lines)
-    fitted = (PopularityRetriever, EASERetriever, TransitionsRetriever)
-    kept: dict[str, Retriever] = {n: r.grown(n_items) for n, r in retrievers.items() if isinstance(r, fitted)}
-    return {**kept, **text_retrievers(texts, recipe)}
 
 
 def ranks_in(results: Iterable[Codes], targets: Codes) -> Ranks:

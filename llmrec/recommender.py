@@ -102,13 +102,11 @@ class Recommender:
         catalog = read_catalog(items, config.data)
         log = read_log(events, catalog, config.data)
         texts = encode(catalog.lines(), config, on_stage)
-        train, weights, part = tail(log)
+        train, part = tail(log)
         repeats = log.repeat_share() >= REPEATS
         search = config.retrieval
         held_out = part.sample(search.search_users, search.seed).held_out(catalog.active, not repeats)
-        recipe, _ = search_recipe(
-            train, held_out, texts, search, lambda s: on_stage(f"choosing {s}"), weights
-        )
+        recipe, _ = search_recipe(train, held_out, texts, search, lambda s: on_stage(f"choosing {s}"))
         on_stage("fitting on all events")
         store = SQLiteStore(":memory:")
         store.append(log.to_events(catalog))

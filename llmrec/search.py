@@ -14,22 +14,19 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel
 
+from llmrec.families import FAMILIES, Texts, TrainingLog
 from llmrec.metrics import Ranks, Values, per_user, summary
 from llmrec.pipeline import LM, Weights, gather, normalise
 from llmrec.protocols import Codes, Floats, Hits, Retriever, Scorer
-from llmrec.recipe import HeldOut, Recipe, RetrievalConfig, Texts, fit_retrievers, ranks_in, text_retrievers
-from llmrec.retrieve.dense import ProfileRetriever
-from llmrec.retrieve.linear import EASEConfig, EASERetriever
-from llmrec.retrieve.popularity import PopularityRetriever
-from llmrec.retrieve.transitions import TransitionsRetriever
+from llmrec.recipe import HeldOut, Recipe, RetrievalConfig, fit_retrievers, ranks_in
+from llmrec.retrieve.dense import ProfileConfig, ProfileRetriever
+from llmrec.retrieve.linear import EASERetriever
+from llmrec.retrieve.transitions import TransitionsConfig, TransitionsRetriever
 
 GRID = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5)
 """Weights that are tried."""
 
 OBJECTIVE = "ndcg@10"
-
-BY_HISTORY = ("ease", "transitions", "profile", "popularity")
-BY_QUERY = ("bm25", "text", "ease", "transitions", "profile")
 
 
 class ScoringRetriever(Retriever, Scorer, Protocol):
@@ -253,87 +250,77 @@ def _walk(
 
 
 def search_recipe(
-    histories: Sequence[Codes],
+    log: TrainingLog,
     held_out: HeldOut,
     texts: Texts,
     config: RetrievalConfig,
     on_stage: Callable[[str], None] = lambda stage: None,
-    weights: Sequence[Floats] | None = None,
 ) -> tuple[Recipe, dict[str, Retriever]]:
-    """Choose settings and weights, and return them with the retrievers fitted on `histories`.
+    """Choose settings and weights, and return them with the retrievers fitted on the log.
 
-    No fitted parameter sees `held_out`. `weights` are those of the events, one array a history.
+    No fitted parameter sees `held_out`. EASE, transitions and profile have their settings searched; the
+    other families of the configuration keep theirs.
     """
     recipe = Recipe.default(config)
     held_out = held_out.sample(config.search_users, config.seed)
     if not config.search or len(held_out.queries) == 0:
-        return recipe, fit_retrievers(histories, texts, recipe, weights)
-    log = recipe.log
-    log.append(chosen_on("held-out events", held_out))
-    n_items = len(texts.lines)
-
-    on_stage("transitions")
-    transitions = _walk(
-        "transitions",
-        recipe.transitions,
-        {"step_decay": (0.5, 0.9), "window": (5, 20), "backward": (0.0, 1.0), "smoothing": (1.0, 20.0)},
-        lambda c: quality(TransitionsRetriever.fit(histories, n_items, c, weights), held_out),
-        log,
-    )
-    fitted = TransitionsRetriever.fit(histories, n_items, transitions, weights)
-    transitions = _walk(
-        "transitions",
-        transitions,
-        {"decay": (0.5, 0.8, 0.9)},
-        lambda c: quality(fitted.with_decay(c.decay), held_out),
-        log,
-    )
-    on_stage("ease")
-    ease, ease_fitted = _search_ease(histories, n_items, recipe.ease, held_out, log, weights)
-    on_stage("profile")
-    profile = _walk(
-        "profile",
-        recipe.profile,
-        {"decay": (0.5, 0.8, 0.9, 0.95)},
-        lambda c: quality(ProfileRetriever(texts.vectors, texts.index, c), held_out),
-        log,
-    )
-    recipe = replace(recipe, transitions=transitions, ease=ease, profile=profile)
-    retrievers: dict[str, Retriever] = {
-        "popularity": PopularityRetriever.fit(histories, n_items, weights),
-        "ease": ease_fitted,
-        "transitions": fitted.with_decay(transitions.decay),
-        **text_retrievers(texts, recipe),
-    }
+        return recipe, fit_retrievers(log, texts, recipe)
+    trials = recipe.log
+    trials.append(chosen_on("held-out events", held_out))
+    searches = {"transitions": _search_transitions, "ease": _search_ease, "profile": _search_profile}
+    settings: dict[str, BaseModel] = {}
+    retrievers: dict[str, Retriever] = {}
+    for name, start in recipe.settings.items():
+        if name in searches:
+            on_stage(name)
+            settings[name], retrievers[name] = searches[name](log, texts, start, held_out, trials)
+        else:
+            if FAMILIES[name].learns:
+                on_stage(name)
+            settings[name], retrievers[name] = start, FAMILIES[name].fit(log, texts, start)
+    recipe = replace(recipe, settings=settings)
     on_stage("weights")
     return _with_weights(recipe, retrievers, held_out, texts, config), retrievers
 
 
+def _search_transitions(
+    log: TrainingLog, texts: Texts, start: Any, held_out: HeldOut, trials: list[dict[str, Any]]
+) -> tuple[BaseModel, Retriever]:
+    def fit(config: TransitionsConfig) -> TransitionsRetriever:
+        return TransitionsRetriever.fit(log.histories, len(texts.lines), config, log.weights)
+
+    space = {"step_decay": (0.5, 0.9), "window": (5, 20), "backward": (0.0, 1.0), "smoothing": (1.0, 20.0)}
+    best = _walk("transitions", start, space, lambda c: quality(fit(c), held_out), trials)
+    fitted = fit(best)
+    decays = {"decay": (0.5, 0.8, 0.9)}
+    best = _walk("transitions", best, decays, lambda c: quality(fitted.with_decay(c.decay), held_out), trials)
+    return best, fitted.with_decay(best.decay)
+
+
+def _search_profile(
+    log: TrainingLog, texts: Texts, start: Any, held_out: HeldOut, trials: list[dict[str, Any]]
+) -> tuple[BaseModel, Retriever]:
+    def make(config: ProfileConfig) -> ProfileRetriever:
+        return ProfileRetriever(texts.vectors, texts.index, config)
+
+    decays = {"decay": (0.5, 0.8, 0.9, 0.95)}
+    best = _walk("profile", start, decays, lambda c: quality(make(c), held_out), trials)
+    return best, make(best)
+
+
 def _search_ease(
-    histories: Sequence[Codes],
-    n_items: int,
-    start: EASEConfig,
-    held_out: HeldOut,
-    log: list[dict[str, Any]],
-    weights: Sequence[Floats] | None,
-) -> tuple[EASEConfig, EASERetriever]:
+    log: TrainingLog, texts: Texts, start: Any, held_out: HeldOut, trials: list[dict[str, Any]]
+) -> tuple[BaseModel, Retriever]:
     """Try penalties and decays; solving is the costly part, decays of the history come for nothing after."""
     best, best_score = None, -1.0
     for l2 in (start.l2 / 4, start.l2, start.l2 * 4):
         for fit_decay in {1.0, start.fit_decay}:
             config = start.model_copy(update={"l2": l2, "fit_decay": fit_decay})
-            model = EASERetriever.fit(histories, n_items, config, weights)
+            model = EASERetriever.fit(log.histories, len(texts.lines), config, log.weights)
             for decay in (0.7, 0.8, 0.9, 0.95, 1.0):
                 value = quality(model.with_decay(decay), held_out)
-                log.append(
-                    {
-                        "search": "ease",
-                        "l2": l2,
-                        "fit_decay": fit_decay,
-                        "decay": decay,
-                        OBJECTIVE: round(value, 5),
-                    }
-                )
+                trial = {"search": "ease", "l2": l2, "fit_decay": fit_decay, "decay": decay}
+                trials.append({**trial, OBJECTIVE: round(value, 5)})
                 if value > best_score:
                     best, best_score = model.with_decay(decay), value
     assert best is not None
@@ -354,18 +341,25 @@ def _with_weights(
         hits = {n: retrievers[n].retrieve(part.queries, config.depth) for n in names}
         return Features.of(hits, part.targets)
 
-    history = search_weights(features(BY_HISTORY, held_out), {}, log, "history")
+    history = search_weights(features(recipe.answering("history"), held_out), {}, log, "history")
     typed = known_item_queries(held_out, texts.lines, config.seed)
     query = (
-        search_weights(features(BY_QUERY, typed), {}, log, "query")
+        search_weights(features(_of_typed(recipe), typed), {}, log, "query")
         if len(typed.targets)
         else recipe.query.retrievers
     )
     single = like_last_item(held_out)
+    alike = [name for name in ("profile", "transitions", "ease") if name in recipe.settings]
     # Similar means alike in meaning first: text keeps weight 1, and the log may add to it.
     similar = (
-        search_weights(features(("profile", "transitions", "ease"), single), {"profile": 1.0}, log, "similar")
+        search_weights(features(alike, single), {"profile": 1.0}, log, "similar")
         if len(single.targets)
         else recipe.similar.retrievers
     )
     return replace(recipe, history=Weights(history), query=Weights(query), similar=Weights(similar))
+
+
+def _of_typed(recipe: Recipe) -> list[str]:
+    """Families for typed queries: those by words first, then those by history; popularity says nothing."""
+    words = [name for name in ("bm25", "text") if name in recipe.settings]
+    return words + [name for name in recipe.settings if FAMILIES[name].asks == "history"]

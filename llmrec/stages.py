@@ -19,14 +19,30 @@ from llmrec.config import Config
 from llmrec.evaluation import leaks
 from llmrec.evaluation.cache import StageCache, sources
 from llmrec.evaluation.split import Split
+from llmrec.families import Texts
 from llmrec.fetch import resolve
 from llmrec.protocols import Retriever
-from llmrec.recipe import HeldOut, Recipe, Texts, hash_histories, load_retrievers, retriever_arrays
+from llmrec.recipe import HeldOut, Recipe, hash_histories, load_retrievers, retriever_arrays
 from llmrec.search import search_recipe
 from llmrec.state import State
 
 if TYPE_CHECKING:
     from llmrec.training import Progress
+
+
+FITTING = (
+    "retrieve",
+    "index",
+    "encode",
+    "families",
+    "sequences",
+    "recipe",
+    "search",
+    "pipeline",
+    "ranking",
+    "metrics",
+)
+"""Source that decides what retrievers are fitted and which weights they get."""
 
 
 def cached_texts(
@@ -70,18 +86,19 @@ def cached_retrievers(
         held_out.sha256(),
         texts.encoder.fingerprint,
         config.retrieval.model_dump(),
-        sources("retrieve", "index", "recipe", "search", "pipeline", "ranking", "metrics"),
+        sources(
+            "retrieve", "index", "families", "sequences", "recipe", "search", "pipeline", "ranking", "metrics"
+        ),
     ]
     return cache.get(
         "retrievers",
         inputs,
         lambda: search_recipe(
-            split.train,
+            split.training,
             held_out,
             texts,
             config.retrieval,
             lambda stage: on_stage(f"choosing {stage}"),
-            split.weights,
         ),
         write,
         read,
@@ -106,7 +123,7 @@ def tuned(
         key = [hash_histories(split.train), config.lm.model_dump(), settings.model_dump()]
         model, report, recipe = fine_tune(
             split.train,
-            split.weights,
+            split.training.weights,
             held_out,
             state.texts,
             state.recipe,

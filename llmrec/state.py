@@ -15,10 +15,12 @@ from llmrec.assembly import grown_texts, make_encoder, make_texts
 from llmrec.catalog import Catalog
 from llmrec.config import Config
 from llmrec.errors import DataError, ModelError
+from llmrec.evaluation.split import training_log
 from llmrec.events import EventLog
+from llmrec.families import Texts, TrainingLog
 from llmrec.pipeline import LM, Candidates, Pipeline
 from llmrec.protocols import Codes, Mask, Retriever
-from llmrec.recipe import Recipe, Texts, fit_retrievers, grown_retrievers, load_retrievers, retriever_arrays
+from llmrec.recipe import Recipe, fit_retrievers, load_retrievers, retriever_arrays
 from llmrec.rules import compile_where
 from llmrec.types import Recommendation, Request, Source
 
@@ -65,16 +67,15 @@ class State:
     def refitted(self, log: EventLog | None) -> State:
         """The same with retrievers fitted on all events of a log, None if it is empty; weights stay."""
         if log is None:
-            return replace(self, retrievers=fit_retrievers([], self.texts, self.recipe), log="")
-        histories = [log.history(user) for user in range(log.n_users)]
-        retrievers = fit_retrievers(histories, self.texts, self.recipe, log.history_weights())
+            return replace(self, retrievers=fit_retrievers(TrainingLog([]), self.texts, self.recipe), log="")
+        retrievers = fit_retrievers(training_log(log), self.texts, self.recipe)
         repeats = log.repeat_share() >= REPEATS
         return replace(self, retrievers=retrievers, repeats=repeats, log=log.fingerprint)
 
     def with_catalog(self, catalog: Catalog) -> State:
         """The same over a catalogue in which items were added or replaced."""
         texts = grown_texts(self.texts, catalog.lines())
-        retrievers = grown_retrievers(self.retrievers, texts, self.recipe)
+        retrievers = load_retrievers(retriever_arrays(self.retrievers), texts, self.recipe)
         lm = self.lm.grown(texts.vectors) if self.lm is not None else None
         return replace(self, catalog=catalog, texts=texts, retrievers=retrievers, lm=lm)
 

@@ -46,13 +46,13 @@ def tune(
     on_step: Callable[[Progress, float], None] | None,
 ) -> tuple[LanguageModel, Recipe, FinetuneReport]:
     """Train on a log without the last event of each user, which decides what is kept and its weight."""
-    train, weights, part = tail(log)
+    train, part = tail(log)
     search = config.retrieval
     held_out = part.sample(search.search_users, search.seed).held_out(state.catalog.active, not state.repeats)
-    retrievers = fit_retrievers(train, state.texts, state.recipe, weights)
+    retrievers = fit_retrievers(train, state.texts, state.recipe)
     lm, report, recipe = fine_tune(
-        train,
-        weights,
+        train.histories,
+        train.weights,
         held_out,
         state.texts,
         state.recipe,

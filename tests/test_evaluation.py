@@ -18,6 +18,7 @@ from llmrec.evaluation.run import run_systems
 from llmrec.evaluation.split import Part
 from llmrec.evaluation.typed import attribute_queries
 from llmrec.events import EventLog
+from llmrec.families import TrainingLog
 from llmrec.offline import evaluate
 from llmrec.pipeline import Pipeline, Weights
 from llmrec.protocols import Hits
@@ -132,8 +133,9 @@ def test_sampled_negatives_are_marked_wherever_a_number_is_shown(config):
 
 
 def test_an_evaluation_that_fits_on_test_events_fails_loudly(monkeypatch):
-    def leaky(histories, held_out, *rest):
-        return search_recipe([np.append(h, 0).astype(np.int32) for h in histories], held_out, *rest)
+    def leaky(log, held_out, *rest):
+        longer = [np.append(h, 0).astype(np.int32) for h in log.histories]
+        return search_recipe(TrainingLog(longer), held_out, *rest)
 
     monkeypatch.setattr(stages, "search_recipe", leaky)
     with pytest.raises(LeakError, match="worthless"):

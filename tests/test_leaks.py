@@ -59,7 +59,7 @@ def test_honestly_fitted_retrievers_pass(which, texts, request):
     check_split(split)
     for settings in ({}, {"ease": EASEConfig(l2=5, fit_decay=0.8, keep=10)}):
         recipe = Recipe.default(RetrievalConfig(**settings))
-        check_retrievers(fit_retrievers(split.train, texts, recipe, split.weights), split)
+        check_retrievers(fit_retrievers(split.training, texts, recipe), split)
 
 
 @pytest.mark.parametrize(
@@ -113,12 +113,12 @@ def test_a_target_in_the_training_events_or_in_its_own_history_is_caught(split):
 def test_settings_chosen_on_test_and_an_adapter_trained_on_it_are_caught(split, texts):
     active = np.ones(40, dtype=bool)
     validation, test = split.validation.held_out(active, True), split.test.held_out(active, True)
-    honest, _ = search_recipe(split.train, validation, texts, RetrievalConfig())
+    honest, _ = search_recipe(split.training, validation, texts, RetrievalConfig())
     check_provenance(hash_histories(split.train), honest, split, validation)
     check_provenance(None, honest, split, validation)
     with pytest.raises(LeakError, match="adapter was made on other events"):
         check_provenance(hash_histories(with_test_events(split)), honest, split, validation)
-    peeked, _ = search_recipe(split.train, test, texts, RetrievalConfig())
+    peeked, _ = search_recipe(split.training, test, texts, RetrievalConfig())
     with pytest.raises(LeakError, match=r"recipe \(held-out events\) was made on other events"):
         check_provenance(None, peeked, split, validation)
 

@@ -27,6 +27,7 @@ LAYERS = [
     {"rules", "events", "sequences"},
     {"encode", "index", "retrieve", "score", "store"},
     {"pipeline"},
+    {"families"},
     {"recipe"},
     {"search"},
     {"training", "evaluation", "fetch", "persistence"},

@@ -8,11 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmrec.encode.light import LightEncoder
+from llmrec.families import Texts, TrainingLog
 from llmrec.index.faiss_index import FaissIndex
 from llmrec.pipeline import LM, Pipeline, Weights, blend, merge
 from llmrec.protocols import Hits, Query
 from llmrec.ranking import top
-from llmrec.recipe import Recipe, RetrievalConfig, Texts, fit_retrievers
+from llmrec.recipe import Recipe, RetrievalConfig, fit_retrievers
 
 N = 30
 
@@ -53,7 +54,7 @@ def toy_retrievers():
     index = FaissIndex(encoder.dim)
     index.add(encoder.encode(lines))
     texts = Texts(lines, encoder.encode(lines), encoder, index)
-    return fit_retrievers(histories, texts, Recipe.default(RetrievalConfig()))
+    return fit_retrievers(TrainingLog(histories), texts, Recipe.default(RetrievalConfig()))
 
 
 RECIPE = Recipe.default(RetrievalConfig())

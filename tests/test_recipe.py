@@ -10,14 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmrec.encode.light import LightEncoder
+from llmrec.families import Texts, TrainingLog
 from llmrec.index.faiss_index import FaissIndex
 from llmrec.metrics import per_user, summary
 from llmrec.pipeline import LM, Pipeline, Weights
 from llmrec.protocols import Query
 from llmrec.ranking import top
-from llmrec.recipe import HeldOut, Recipe, RetrievalConfig, Texts, fit_retrievers, ranks_in, retriever_arrays
+from llmrec.recipe import HeldOut, Recipe, RetrievalConfig, fit_retrievers, ranks_in, retriever_arrays
 from llmrec.search import (
-    BY_HISTORY,
     Features,
     known_item_queries,
     like_last_item,
@@ -65,7 +65,7 @@ TEXTS = toy_texts()
 
 @pytest.fixture(scope="module")
 def searched():
-    return search_recipe(TRAIN, HELD_OUT, TEXTS, CONFIG)
+    return search_recipe(TrainingLog(TRAIN), HELD_OUT, TEXTS, CONFIG)
 
 
 class KnowingScorer:
@@ -121,7 +121,7 @@ def test_ranks_from_features_equal_a_plain_sort(data):
 
 
 def test_the_ranks_that_the_search_looks_at_are_those_that_the_pipeline_serves():
-    retrievers = fit_retrievers(TRAIN, TEXTS, Recipe.default(CONFIG))
+    retrievers = fit_retrievers(TrainingLog(TRAIN), TEXTS, Recipe.default(CONFIG))
     weights = {"ease": 0.5, "transitions": 1.0, "profile": 0.25, "popularity": 0.125}
     pipeline = Pipeline(retrievers, Weights(weights), Weights({}), Weights({}), depth=20)
     served = ranks_in((c.items for c in pipeline.recommend(HELD_OUT.queries, N)), HELD_OUT.targets)
@@ -184,8 +184,10 @@ def test_a_component_that_helps_only_at_a_small_weight_is_found_beside_the_best_
 
 @pytest.fixture(scope="module")
 def history_hits():
-    retrievers = fit_retrievers(TRAIN, TEXTS, Recipe.default(CONFIG))
-    return {n: retrievers[n].retrieve(HELD_OUT.queries, 30) for n in BY_HISTORY}
+    retrievers = fit_retrievers(TrainingLog(TRAIN), TEXTS, Recipe.default(CONFIG))
+    return {
+        n: retrievers[n].retrieve(HELD_OUT.queries, 30) for n in Recipe.default(CONFIG).answering("history")
+    }
 
 
 def lm_features(hits, scorer):
@@ -255,32 +257,32 @@ def test_the_search_finds_a_planted_successor_rule(searched):
 
 def test_no_fitted_parameter_has_seen_a_held_out_event(searched):
     recipe, retrievers = searched
-    expected = retriever_arrays(fit_retrievers(TRAIN, TEXTS, recipe))
+    expected = retriever_arrays(fit_retrievers(TrainingLog(TRAIN), TEXTS, recipe))
     whole = [np.append(h, t) for h, t in zip(TRAIN, HELD_OUT.targets, strict=True)]
-    leaked = retriever_arrays(fit_retrievers(whole, TEXTS, recipe))
+    leaked = retriever_arrays(fit_retrievers(TrainingLog(whole), TEXTS, recipe))
     for name, arrays in retriever_arrays(retrievers).items():
         for key, array in arrays.items():
             np.testing.assert_array_equal(array, expected[name][key])
         assert any(not np.array_equal(a, leaked[name][key]) for key, a in arrays.items()), (
             "the check can fail"
         )
-    assert set(retrievers) == set(fit_retrievers([], TEXTS, recipe))
-    assert retrievers["ease"].config == recipe.ease
-    assert retrievers["transitions"].config == recipe.transitions
-    assert retrievers["profile"].config == recipe.profile
+    assert set(retrievers) == set(fit_retrievers(TrainingLog([]), TEXTS, recipe))
+    assert retrievers["ease"].config == recipe.settings["ease"]
+    assert retrievers["transitions"].config == recipe.settings["transitions"]
+    assert retrievers["profile"].config == recipe.settings["profile"]
 
 
 def test_the_search_is_the_same_every_time(searched):
-    again, _ = search_recipe(TRAIN, HELD_OUT, TEXTS, CONFIG)
+    again, _ = search_recipe(TrainingLog(TRAIN), HELD_OUT, TEXTS, CONFIG)
     assert again == searched[0]
 
 
 @pytest.mark.parametrize("held_out", [HELD_OUT, HeldOut([], codes([]))])
 def test_without_a_search_or_held_out_events_the_defaults_are_fitted(held_out):
     config = CONFIG if not len(held_out.targets) else CONFIG.model_copy(update={"search": False})
-    recipe, retrievers = search_recipe(TRAIN, held_out, TEXTS, config)
+    recipe, retrievers = search_recipe(TrainingLog(TRAIN), held_out, TEXTS, config)
     assert recipe == Recipe.default(config) and recipe.log == []
-    assert set(retrievers) == set(fit_retrievers([], TEXTS, recipe))
+    assert set(retrievers) == set(fit_retrievers(TrainingLog([]), TEXTS, recipe))
 
 
 def test_a_recipe_survives_json(searched):

@@ -10,15 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmrec.encode.light import LightEncoder
+from llmrec.families import Texts, TrainingLog
 from llmrec.index.faiss_index import FaissIndex
 from llmrec.protocols import Query
 from llmrec.ranking import top
 from llmrec.recipe import (
     Recipe,
     RetrievalConfig,
-    Texts,
     fit_retrievers,
-    grown_retrievers,
     load_retrievers,
     retriever_arrays,
 )
@@ -83,7 +82,7 @@ def texts_of(lines, encoder):
 HISTORIES = logs()
 RECIPE = Recipe.default(RetrievalConfig())
 TEXTS = texts_of(catalogue(), LightEncoder.fit(catalogue(), dim=24))
-RETRIEVERS = fit_retrievers(HISTORIES, TEXTS, RECIPE)
+RETRIEVERS = fit_retrievers(TrainingLog(HISTORIES), TEXTS, RECIPE)
 
 
 @settings(max_examples=200, deadline=None)
@@ -375,7 +374,7 @@ def test_a_retriever_made_from_its_arrays_answers_the_same(name):
 @pytest.mark.parametrize("name", sorted(KINDS))
 def test_a_grown_catalogue_keeps_the_scores_and_takes_new_items(name):
     lines = [*catalogue(), "red lamp brandnew", "..."]
-    grown = grown_retrievers(RETRIEVERS, texts_of(lines, TEXTS.encoder), RECIPE)
+    grown = load_retrievers(retriever_arrays(RETRIEVERS), texts_of(lines, TEXTS.encoder), RECIPE)
     assert set(grown) == set(RETRIEVERS)
     past, newest = [codes([]), HISTORIES[4], codes([2, 30])], codes([N, N + 1, 2])
     for history in past:

@@ -6,7 +6,8 @@ import torch
 
 from llmrec.protocols import Query
 from llmrec.retrieve.encoders import Caser
-from llmrec.retrieve.sequence import SequenceConfig, SequenceModel, SequenceRetriever
+from llmrec.retrieve.sequence import SequenceModel, SequenceRetriever
+from llmrec.retrieve.sequence_config import SequenceConfig
 
 KINDS = ("gru4rec", "caser", "sasrec")
 ITEMS = 12

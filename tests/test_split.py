@@ -40,9 +40,9 @@ def test_leave_last_out_takes_the_last_two_events_of_users_with_three():
 
 def test_the_tail_is_the_last_event_of_users_with_two():
     log = log_of(ROWS)
-    train, weights, part = tail(log)
-    assert weights is None
-    assert words(train) == ["aac", "f", "bd", "a"]
+    train, part = tail(log)
+    assert train.weights is None and [t.tolist() for t in train.stamps] == [[1, 2, 3], [9], [10, 20], [5]]
+    assert words(train.histories) == ["aac", "f", "bd", "a"]
     assert [log.users[u] for u in part.users] == ["long", "three", "two"]
     assert words(part.histories) == ["aac", "bd", "a"] and words([part.targets]) == ["dec"]
 
@@ -50,8 +50,12 @@ def test_the_tail_is_the_last_event_of_users_with_two():
 def test_a_log_without_a_user_of_three_events_cannot_be_split():
     with pytest.raises(DataError, match="at least 3 events; none of 2 has them"):
         leave_last_out(log_of([("one", "a", 1), ("two", "a", 1), ("two", "b", 2)]))
-    train, _, part = tail(log_of([("one", "a", 1)]))
-    assert words(train) == ["a"] and len(part) == 0 and part.held_out(CATALOG.active, True).queries == []
+    train, part = tail(log_of([("one", "a", 1)]))
+    assert (
+        words(train.histories) == ["a"]
+        and len(part) == 0
+        and part.held_out(CATALOG.active, True).queries == []
+    )
 
 
 def test_held_out_queries_mask_removed_items_and_seen_ones_only_if_told():

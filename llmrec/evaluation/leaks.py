@@ -214,7 +214,7 @@ def _check_ease(retriever: EASERetriever, split: Split) -> None:
 def _user_item(split: Split, decay: float) -> scipy.sparse.csr_matrix:
     """Training events by user and item: decay ** age times the weight; the largest of repeated ones."""
     best: dict[tuple[int, int], float] = {}
-    weights = split.weights
+    weights = split.training.weights
     for user, history in enumerate(split.train):
         for row, code in enumerate(history.tolist()):
             value = decay ** (len(history) - 1 - row) * (

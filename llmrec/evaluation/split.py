@@ -10,13 +10,15 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from llmrec.errors import DataError
 from llmrec.events import EventLog
-from llmrec.protocols import Codes, Floats, Mask, Query
+from llmrec.families import TrainingLog
+from llmrec.protocols import Codes, Mask, Query
 from llmrec.recipe import HeldOut
 
 Positions = NDArray[np.int64]
@@ -98,18 +100,28 @@ class Split:
     test: Part
 
     @cached_property
-    def train(self) -> list[Codes]:
+    def training(self) -> TrainingLog:
         """Events that may be fitted on, by user index."""
-        return self._by_user(self.log.item)
+        return training_log(self.log, self.fitted)
 
-    @cached_property
-    def weights(self) -> list[Floats] | None:
-        """Weights of these events, by user index; None if all are 1."""
-        return None if bool((self.log.weight == 1).all()) else self._by_user(self.log.weight)
+    @property
+    def train(self) -> Sequence[Codes]:
+        """Histories of the events that may be fitted on, by user index."""
+        return self.training.histories
 
-    def _by_user(self, values: NDArray) -> list[NDArray]:  # type: ignore[type-arg]
-        bounds = zip(self.log.offsets[:-1], self.log.offsets[1:], strict=True)
-        return [values[a:b][self.fitted[a:b]] for a, b in bounds]
+
+def training_log(log: EventLog, keep: Mask | None = None) -> TrainingLog:
+    """The histories of a log, or of those of its events that are kept, shape (events,)."""
+
+    def by_user(values: NDArray[Any]) -> list[NDArray[Any]]:
+        bounds = zip(log.offsets[:-1], log.offsets[1:], strict=True)
+        return [values[a:b] if keep is None else values[a:b][keep[a:b]] for a, b in bounds]
+
+    return TrainingLog(
+        by_user(log.item),
+        None if bool((log.weight == 1).all()) else by_user(log.weight),
+        None if log.timestamp is None else by_user(log.timestamp),
+    )
 
 
 def leave_last_out(log: EventLog) -> Split:
@@ -210,14 +222,12 @@ def cold_user_split(log: EventLog, share: float, seed: int) -> Split:
     return Split(log, fitted, *parts)
 
 
-def tail(log: EventLog) -> tuple[list[Codes], list[Floats] | None, Part]:
-    """Hold out the last event of every user with at least two: histories, their weights, held-out part."""
+def tail(log: EventLog) -> tuple[TrainingLog, Part]:
+    """Hold out the last event of every user with at least two: what is left, and the held-out part."""
     ends = log.offsets[1:][np.diff(log.offsets) >= 2]
     fitted = np.ones(len(log), dtype=np.bool_)
     fitted[ends - 1] = False
-    part = Part.of(log, ends - 1)
-    split = Split(log, fitted, part, part)
-    return split.train, split.weights, part
+    return training_log(log, fitted), Part.of(log, ends - 1)
 
 
 def _first_of_users(log: EventLog, chosen: Mask) -> Positions:

@@ -1,0 +1,203 @@
+"""The families of retrievers: how each is fitted, kept and made again, and what it needs and cannot do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
+
+from llmrec.errors import ConfigError
+from llmrec.protocols import Codes, Encoder, Floats, Retriever, VectorIndex
+from llmrec.retrieve.dense import (
+    NearestConfig,
+    NearestRetriever,
+    ProfileConfig,
+    ProfileRetriever,
+    TextQueryRetriever,
+)
+from llmrec.retrieve.factors import ALSConfig, ALSRetriever
+from llmrec.retrieve.graph import LightGCNConfig, LightGCNRetriever
+from llmrec.retrieve.lexical import BM25Retriever
+from llmrec.retrieve.linear import EASEConfig, EASERetriever
+from llmrec.retrieve.popularity import PopularityRetriever, RecentConfig, RecentRetriever
+from llmrec.retrieve.sequence_config import Kind, SequenceConfig
+from llmrec.retrieve.transitions import TransitionsConfig, TransitionsRetriever
+
+Arrays = Mapping[str, NDArray[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Texts:
+    """The catalogue in words and vectors, by code: what text retrievers are made of."""
+
+    lines: Sequence[str]
+    vectors: Floats
+    encoder: Encoder
+    index: VectorIndex
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingLog:
+    """Histories to fit on, oldest first, with what is known of their events, one array a history.
+
+    Parameters
+    ----------
+    weights
+        None if all are 1.
+    stamps
+        Seconds since 1970; None if the log has no clock.
+    """
+
+    histories: Sequence[Codes]
+    weights: Sequence[Floats] | None = None
+    stamps: Sequence[NDArray[np.int64]] | None = None
+
+
+class NoConfig(BaseModel):
+    """A family without settings."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+@dataclass(frozen=True)
+class Family:
+    """One family.
+
+    Parameters
+    ----------
+    settings
+        The class of its configuration.
+    fit
+        Makes the retriever from a log, texts and settings.
+    load
+        Makes it again from its arrays (empty for what has none), texts and settings.
+    asks
+        What a query must have to be answered: ``history``, ``words``, or ``""`` for nothing.
+    learns
+        Whether it is fitted on the log; the others are made from the catalogue alone.
+    clock
+        Whether fitting needs time stamps.
+    new_items
+        Whether it can propose items without events.
+    extra
+        The extra of the package that it needs, as in ``pip install "llmrec[extra]"``; empty for none.
+    """
+
+    settings: type[BaseModel]
+    fit: Callable[[TrainingLog, Texts, Any], Retriever]
+    load: Callable[[Arrays, Texts, Any], Retriever]
+    asks: str = "history"
+    learns: bool = True
+    clock: bool = False
+    new_items: bool = False
+    extra: str = ""
+
+
+def _popularity(log: TrainingLog, texts: Texts, _: NoConfig) -> Retriever:
+    return PopularityRetriever.fit(log.histories, len(texts.lines), log.weights)
+
+
+def _recent(trend: bool) -> Family:
+    def fit(log: TrainingLog, texts: Texts, config: RecentConfig) -> Retriever:
+        if log.stamps is None:
+            raise ConfigError("recent and trending popularity need time stamps; the log has no clock")
+        config = config.model_copy(update={"trend": trend})
+        return RecentRetriever.fit(log.histories, log.stamps, len(texts.lines), config, log.weights)
+
+    def load(arrays: Arrays, texts: Texts, config: RecentConfig) -> Retriever:
+        config = config.model_copy(update={"trend": trend})
+        return RecentRetriever.from_arrays(arrays, config).grown(len(texts.lines))
+
+    return Family(RecentConfig, fit, load, asks="", clock=True)
+
+
+def _counted(retriever: Any, settings: type[BaseModel], extra: str = "") -> Family:
+    """A family that learns from histories alone."""
+
+    def fit(log: TrainingLog, texts: Texts, config: Any) -> Retriever:
+        made: Retriever = retriever.fit(log.histories, len(texts.lines), config, log.weights)
+        return made
+
+    def load(arrays: Arrays, texts: Texts, config: Any) -> Retriever:
+        made: Retriever = retriever.from_arrays(arrays, config).grown(len(texts.lines))
+        return made
+
+    return Family(settings, fit, load, extra=extra)
+
+
+def _sequence(kind: Kind) -> Family:
+    def fit(log: TrainingLog, texts: Texts, config: SequenceConfig) -> Retriever:
+        from llmrec.retrieve.sequence import SequenceRetriever
+
+        return SequenceRetriever.fit(kind, log.histories, texts.vectors, config, log.weights)
+
+    def load(arrays: Arrays, texts: Texts, config: SequenceConfig) -> Retriever:
+        from llmrec.retrieve.sequence import SequenceRetriever
+
+        return SequenceRetriever.from_arrays(kind, arrays, texts.vectors, config)
+
+    return Family(SequenceConfig, fit, load, new_items=True, extra="lm")
+
+
+def _from_texts(
+    settings: type[BaseModel], make: Callable[[Texts, Any], Retriever], asks: str = "history"
+) -> Family:
+    """A family that needs no log."""
+    return Family(
+        settings,
+        lambda log, texts, config: make(texts, config),
+        lambda arrays, texts, config: make(texts, config),
+        asks=asks,
+        learns=False,
+        new_items=True,
+    )
+
+
+class TopicsConfig(BaseModel):
+    """Settings of the topic profile."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    dim: int = Field(50, ge=2, description="topics")
+    decay: float = Field(0.8, gt=0, le=1, description="weight of a history item, per step of age")
+
+
+def _topics(texts: Texts, config: TopicsConfig) -> Retriever:
+    from llmrec.encode.topics import TopicEncoder
+    from llmrec.index.faiss_index import FaissIndex
+
+    vectors = TopicEncoder.fit(texts.lines, config.dim).encode(texts.lines)
+    index = FaissIndex(vectors.shape[1])
+    index.add(vectors)
+    made = ProfileRetriever(vectors, index, ProfileConfig(decay=config.decay))
+    made.name = "topics"
+    return made
+
+
+FAMILIES: Mapping[str, Family] = {
+    "popularity": Family(
+        NoConfig,
+        _popularity,
+        lambda arrays, texts, _: PopularityRetriever.from_arrays(arrays).grown(len(texts.lines)),
+        asks="",
+    ),
+    "recent": _recent(trend=False),
+    "trending": _recent(trend=True),
+    "ease": _counted(EASERetriever, EASEConfig),
+    "transitions": _counted(TransitionsRetriever, TransitionsConfig),
+    "als": _counted(ALSRetriever, ALSConfig, extra="families"),
+    "lightgcn": _counted(LightGCNRetriever, LightGCNConfig, extra="families"),
+    "gru4rec": _sequence("gru4rec"),
+    "caser": _sequence("caser"),
+    "sasrec": _sequence("sasrec"),
+    "profile": _from_texts(ProfileConfig, lambda t, c: ProfileRetriever(t.vectors, t.index, c)),
+    "nearest": _from_texts(NearestConfig, lambda t, c: NearestRetriever(t.vectors, t.index, c)),
+    "topics": _from_texts(TopicsConfig, _topics),
+    "text": _from_texts(NoConfig, lambda t, _: TextQueryRetriever(t.encoder, t.index), asks="words"),
+    "bm25": _from_texts(NoConfig, lambda t, _: BM25Retriever(t.lines), asks="words"),
+}
+"""Every family, by the name of its retriever."""

@@ -1,0 +1,31 @@
+"""Settings of the sequence models; here, so that a configuration is read without torch."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Kind = Literal["gru4rec", "caser", "sasrec"]
+
+
+class SequenceConfig(BaseModel):
+    """Settings of a sequence model."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    dim: int = Field(64, ge=1, description="length of item vectors and states")
+    layers: int = Field(2, ge=1, description="of the recurrent or attention encoder")
+    heads: int = Field(2, ge=1, description="of attention; must divide dim")
+    width: int = Field(5, ge=1, description="latest items that the convolutions see")
+    window: int = Field(50, ge=1, description="latest items of a history that are read")
+    dropout: float = Field(0.3, ge=0, lt=1)
+    text: bool = Field(True, description="add a projection of the text vector to each item vector")
+    epochs: int = Field(30, ge=1, description="most passes over the events")
+    patience: int = Field(4, ge=1, description="epochs without a better validation before it stops")
+    minutes: float | None = Field(None, gt=0, description="most minutes of training")
+    learning_rate: float = Field(2e-3, gt=0)
+    weight_decay: float = Field(0.01, ge=0)
+    tokens_per_step: int = Field(4096, ge=1, description="padded positions in one step")
+    negatives: int = Field(4096, ge=1, description="drawn items a step in a catalogue above 50,000")
+    seed: int = 0
