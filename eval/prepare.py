@@ -5,9 +5,10 @@
     python eval/prepare.py amazon-games FOLDER                               # parquet files in our format
 
 The files are not shipped: MovieLens is at grouplens.org/datasets, the Amazon reviews of 2014 at
-jmcauley.ucsd.edu/data/amazon; their terms allow research use. They go to data/NAME unless --out says
-otherwise. Numbers of users, items and events, and where the order of the source allows it the hashes of
-catalogue and log, are compared with those of the published results; a difference is an error.
+jmcauley.ucsd.edu/data/amazon; their terms allow research use. amazon-games is a cut that others made and
+is read in our format alone. Tables go to data/NAME unless --out says otherwise. Numbers of users, items
+and events are compared with those of the published results, and, but for the official Amazon files, whose
+users have other ids, the hashes of catalogue and log; a difference is an error.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import json
 import shutil
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import polars as pl
@@ -149,20 +150,27 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("source", nargs="+", type=Path, help="official files, or a folder in our format")
     parser.add_argument("--out", type=Path, help="folder; data/NAME if not given")
     args = parser.parse_args(argv)
-    first = args.source[0]
-    missing = [str(path) for path in args.source if not path.exists()]
+    try:
+        convert(args.name, args.source, args.out or HERE.parent / "data" / args.name)
+    except (OSError, ValueError, KeyError, SyntaxError, zipfile.BadZipFile, pl.exceptions.PolarsError) as bad:
+        raise DataError(f"cannot read {', '.join(map(str, args.source))}: {bad}") from bad
+
+
+def convert(name: str, source: Sequence[Path], out: Path) -> None:
+    """Read, check, write."""
+    first = source[0]
+    missing = [str(path) for path in source if not path.exists()]
     if missing:
         raise DataError(f"no such file: {', '.join(missing)}")
     if first.is_dir() and (first / "items.parquet").is_file():
         official, (items, events) = "", ours(first)
-    elif args.name == "ml-latest-small":
+    elif name == "ml-latest-small":
         official, (items, events) = "movielens", movielens(first)
-    elif args.name == "amazon-beauty" and len(args.source) == 2:
-        official, (items, events) = "amazon", amazon(*args.source)
+    elif name == "amazon-beauty" and len(source) == 2:
+        official, (items, events) = "amazon", amazon(*source)
     else:
-        raise DataError(f"{args.name} is made from other files; see the head of this program")
-    found = check(args.name, items, events, hashes=official != "amazon")
-    out = args.out or HERE.parent / "data" / args.name
+        raise DataError(f"{name} is made from other files; see the head of this program")
+    found = check(name, items, events, hashes=official != "amazon")
     out.mkdir(parents=True, exist_ok=True)
     for table, frame in (("items", items), ("events", events)):
         draft = out / f".{table}.parquet"

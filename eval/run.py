@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ from llmrec.config import Config
 from llmrec.errors import LLMRecError
 from llmrec.fetch import resolve
 from llmrec.offline import Evaluation, evaluate
+from llmrec.training import Progress
 
 HERE = Path(__file__).resolve().parent
 console = Console(stderr=True)
@@ -58,8 +60,20 @@ def git_sha() -> str:
     return said.stdout.strip() or "unknown"
 
 
+def log(words: str) -> None:
+    """Append a dated line to LOG.md."""
+    today = datetime.datetime.now(datetime.UTC).date()
+    with (HERE / "LOG.md").open("a", encoding="utf-8") as opened:
+        opened.write(f"- {today} {words}\n")
+
+
 def show(evaluation: Evaluation) -> None:
-    """Print the table of systems and the comparisons."""
+    """Print protocol, table of systems, probabilities and comparisons."""
+    protocol = evaluation.result["protocol"]
+    print(
+        f"{protocol['part']}, {protocol['split']}, {protocol['users']:,} users, {protocol['ranking']}, "
+        f"seen items {protocol['seen_items']}, ties by {protocol['ties']}"
+    )
     measures = ("recall@5", "ndcg@5", "recall@10", "ndcg@10", "recall@20")
     print(f"{'':14}" + "".join(f"{m:>11}" for m in measures))
     for name, values in evaluation.result["systems"].items():
@@ -76,12 +90,11 @@ def main(argv: list[str] | None = None) -> None:
     folder = Path(args.data) if Path(args.data).is_dir() else resolve(args.data)
     part = "test" if args.final else "validation"
     budget = "no-lm" if args.no_lm else f"{args.minutes:g}min" if args.minutes else "default"
-    name = args.name or f"{folder.name}-{part}-{budget}"
 
-    def on_step(progress: object, done: float) -> None:
-        p = progress
-        if p.step % 50 == 0:
-            console.print(f"  {done:4.0%}  {p.events / max(p.seconds, 1e-9):.0f} events/s  {p.loss:.3f} nats")
+    def on_step(progress: Progress, done: float) -> None:
+        if progress.step % 50 == 0:
+            speed = progress.events / max(progress.seconds, 1e-9)
+            console.print(f"  {done:4.0%}  {speed:.0f} events/s  {progress.loss:.3f} nats")
 
     config = Config.of(args.config).with_flags(
         protocol={"core": args.core, "users": args.users, "seed": args.seed}
@@ -89,6 +102,17 @@ def main(argv: list[str] | None = None) -> None:
     listed = config.protocol.candidates
     if listed is not None and not listed.is_absolute():
         config = config.with_flags(protocol={"candidates": folder / listed})
+    protocol = config.protocol
+    what = "" if protocol.split == "leave-last" else f"-{protocol.split}"
+    if protocol.candidates:
+        what += "-candidates"
+    if protocol.negatives:
+        what += f"-{protocol.negatives}drawn"
+    name = args.name or f"{folder.name}{what}-{part}-{budget}"
+    path = Path(args.out) / f"{name}.json"
+    if args.final:
+        # Before they are read: a run that fails has read them too.
+        log(f"test events read: `{path.name}`")
     evaluation = evaluate(
         folder / "items.parquet",
         folder / "events.parquet",
@@ -100,14 +124,16 @@ def main(argv: list[str] | None = None) -> None:
         on_stage=lambda stage: console.print(stage),
         on_step=on_step,
     )
-    path = Path(args.out) / f"{name}.json"
     command = "python eval/run.py " + " ".join(argv if argv is not None else sys.argv[1:])
-    evaluation.write(path, {"command": command, "git": git_sha()})
+    registry = not Path(args.data).is_dir()
+    evaluation.write(path, {"data": folder.name, "registry": registry, "command": command, "git": git_sha()})
+    ranks = path.with_suffix(".ranks.npz")
+    if ranks.stat().st_size > 1_000_000:
+        shutil.move(ranks, HERE.parent / "runs" / ranks.name)
+        console.print(f"{ranks.name} is above 1 MB and lies in runs/")
     if args.final:
-        with (HERE / "LOG.md").open("a", encoding="utf-8") as log:
-            default = evaluation.result["systems"]["default"]["ndcg@10"]
-            today = datetime.datetime.now(datetime.UTC).date()
-            log.write(f"- {today} test events read: `{path.name}`, default NDCG@10 {default:.4f}\n")
+        served = evaluation.result["systems"]["default"]
+        log(f"result: `{path.name}`, default NDCG@10 {served['ndcg@10']:.4f}")
     show(evaluation)
 
 

@@ -21,19 +21,17 @@ NAMES = {
     "lm_top100": "language model on the merge's top 100",
     "default": "blend, as served",
 }
-REGISTRY = ("movielens",)
-"""Data sets that a fresh machine can have from a package registry."""
 
 
-def source(path: Path) -> str:
+def source(found: dict[str, Any]) -> str:
     """Whether a stranger can repeat the result, or has to bring the data."""
-    return "registry only" if path.stem.startswith(REGISTRY) else "bring data"
+    return "registry only" if found.get("registry") else "bring data"
 
 
 def difference(comparison: dict[str, Any]) -> str:
     """One comparison with its interval, and in words if it shows nothing."""
     low, high = comparison["ci95"]
-    verdict = "" if low > 0 or high < 0 else ": no difference shown"
+    verdict = comparison.get("verdict", "" if low > 0 or high < 0 else ": no difference shown")
     return f"{comparison['difference']:+.4f} [{low:+.4f}, {high:+.4f}]{verdict}"
 
 
@@ -58,7 +56,7 @@ def short(results: dict[Path, dict[str, Any]]) -> str:
         weight = found["recipe"]["history"]["lm"]
         added = difference(compared) if weight else "weight 0: left out"
         lines.append(
-            f"| {path.stem.split('-test-')[0]} ({source(path)}) | {training['minutes']:g} "
+            f"| {path.stem.split('-test-')[0]} ({source(found)}) | {_minutes(found):g} "
             f"| {found['protocol']['users']:,} | {merge['recall@10']:.4f} | {merge['ndcg@10']:.4f} "
             f"| {lm['ndcg@10']:.4f} | {blend['recall@10']:.4f} | {blend['ndcg@10']:.4f} | {added} |"
         )
@@ -69,7 +67,7 @@ def table(path: Path, found: dict[str, Any]) -> str:
     """One results file as Markdown: every system, the comparisons, costs."""
     data, protocol, training = found["dataset"], found["protocol"], found["training"]
     lines = [
-        f"### {path.stem} ({source(path)})",
+        f"### {path.stem} ({source(found)})",
         "",
         f"{protocol['part']}, {protocol['users']:,} users, {data['items']:,} items, "
         f"{data['events']:,} events; "
@@ -84,7 +82,7 @@ def table(path: Path, found: dict[str, Any]) -> str:
         lines.append(f"| {NAMES.get(name, name)} | {cells} |")
     lines.append("")
     for c in found["comparisons"]:
-        corrected = f", p {c['p']:.4f}, corrected {c['p_holm']:.4f}" if "p_holm" in c else ""
+        corrected = f", p {c['p']:.4f}, corrected {c['p_holm']:.4f}" if c.get("p_holm") is not None else ""
         lines.append(f"- {c['a']} - {c['b']}, {c['metric']}: {difference(c)}{corrected}")
     lines += costs(found) if training else []
     lines += more(found)
@@ -98,7 +96,7 @@ def costs(found: dict[str, Any]) -> list[str]:
     curve = [(row["events"], row["nats"], row["ndcg@10"]) for row in training["curve"]]
     shown = ", ".join(f"{events // 1000:,} k {nats:.2f}/{ndcg:.4f}" for events, nats, ndcg in curve)
     return [
-        f"- trained {training['minutes']:g} minutes, {training['events_per_second']:.0f} events/s; "
+        f"- trained {_minutes(found):g} minutes, {training['events_per_second']:.0f} events/s; "
         f"weight in the blend {found['recipe']['history']['lm']:g}",
         f"- events, validation nats/NDCG@10 of the language model alone: {shown}",
         f"- milliseconds a request with 20 history items, merge / with the language model: single, cold "
@@ -144,7 +142,8 @@ def pages() -> dict[Path, str]:
 
 
 def _minutes(found: dict[str, Any]) -> float:
-    return float(found["training"]["minutes"]) if found["training"] else 0.0
+    training = found["training"]
+    return round(float(training.get("minutes") or training["seconds"] / 60), 1) if training else 0.0
 
 
 def main(argv: list[str] | None = None) -> None:

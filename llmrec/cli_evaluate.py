@@ -93,7 +93,7 @@ def _show(found: Evaluation) -> None:
     title = f"{protocol['part']}, {protocol['split']}, {protocol['users']:,} users, {protocol['ranking']}"
     print_table(_table(title, MEASURES, result["systems"]))
     beyond = result["beyond"]
-    print_table(_table("what the first ten are like", list(next(iter(beyond.values()))), beyond))
+    print_table(_table(f"the first ten: {protocol['ranking']}", list(next(iter(beyond.values()))), beyond))
     print_table(
         _table(
             "search: a known item is sought", ("recall@10", "ndcg@10", "mrr@10"), _of(result, "known_item")
@@ -106,9 +106,10 @@ def _show(found: Evaluation) -> None:
         typer.echo(f"{name}: " + ", ".join(f"{measure} {value:.4f}" for measure, value in values.items()))
     leaks = result["leaks"]
     typer.echo(
-        f"checked for leaks: {', '.join(leaks['checked'])}; {leaks['repeated_rows']} repeated rows, "
-        f"{leaks['near_duplicate_items']} near-duplicate items, "
-        f"{leaks['test_targets_near_duplicate_of_history']} test targets like an item in the history"
+        f"checked for leaks: {', '.join(leaks['checked'])}"
+        + (f"; not checked: {', '.join(leaks['unchecked'])}" if leaks["unchecked"] else "")
+        + f"; {leaks['repeated_pairs']} repeated pairs of user and item, {leaks['near_duplicate_items']} "
+        f"near-duplicate items, {leaks['targets_near_history']} targets like an item in the history"
     )
     for comparison in found.comparisons:
         typer.echo(str(comparison))

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from llmrec.errors import ConfigError
 from llmrec.evaluation.protocol import ProtocolConfig
@@ -56,6 +56,12 @@ class Config(BaseModel):
     training: TrainingConfig = TrainingConfig()
     protocol: ProtocolConfig = ProtocolConfig()
     allow_hub: bool = Field(False, description="models may be fetched from a model hub")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Config:
+        if self.data.clock == "none" and self.protocol.split == "time":
+            raise ValueError("protocol.split = 'time' needs a clock, and data.clock is 'none'")
+        return self
 
     @classmethod
     def of(cls, source: Config | Mapping[str, Any] | str | Path | None) -> Config:

@@ -296,7 +296,8 @@ def train_language_model(
     card = make_card(config, base, encoder, data, {})
     # The same log over a changed catalogue is another run.
     items = hashlib.sha256(vectors.tobytes()).hexdigest()
-    key = json.dumps([config.model_dump(), training.model_dump(), asdict(card), items], sort_keys=True)
+    selected_on = held_out.sha256()
+    key = json.dumps([config.model_dump(), training.model_dump(), asdict(card), items, selected_on])
     trainer = LoRATrainer(
         model.model,
         histories,
@@ -317,6 +318,7 @@ def train_language_model(
         **asdict(report),
         "settings": training.model_dump(),
         "histories_sha256": hash_histories(histories),
+        "selected_on_sha256": selected_on,
     }
     card = make_card(config, base, encoder, data, made)
     return LanguageModel(model.model, config, card), report

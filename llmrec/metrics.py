@@ -88,8 +88,9 @@ def relevance(found: Codes, relevant: Codes, k: int) -> dict[str, float]:
 class Comparison:
     """Mean difference a - b over the same users, with a 95 % paired bootstrap interval.
 
-    `p` is that of a paired permutation test, `p_holm` the same corrected for all comparisons of the run,
-    and `effect` the mean difference in standard deviations of the difference over users (Cohen's d_z).
+    `p` is that of a paired permutation test, `p_holm` the same corrected for all comparisons of the run
+    (None for a single one), and `effect` the mean difference in standard deviations of the difference over
+    users (Cohen's d_z; None where all users differ alike).
     """
 
     a: str
@@ -100,13 +101,22 @@ class Comparison:
     high: float
     p: float
     users: int
-    effect: float = 0.0
-    p_holm: float = 1.0
+    effect: float | None = None
+    p_holm: float | None = None
 
     @property
     def shown(self) -> bool:
         """Whether the interval excludes zero."""
         return self.low > 0 or self.high < 0
+
+    @property
+    def verdict(self) -> str:
+        """What to say where the difference is not shown, or not among so many comparisons; else empty."""
+        if not self.shown:
+            return ": no difference shown"
+        if self.p_holm is not None and self.p_holm > 0.05:
+            return ": not shown among all comparisons of this run"
+        return ""
 
     def as_dict(self) -> dict[str, object]:
         """The form written to results files."""
@@ -121,14 +131,16 @@ class Comparison:
             "effect_size": self.effect,
             "users": self.users,
             "shown": self.shown,
+            "verdict": self.verdict,
         }
 
     def __str__(self) -> str:
-        verdict = "" if self.shown else ": no difference shown"
+        effect = "" if self.effect is None else f", effect {self.effect:+.3f}"
+        corrected = "" if self.p_holm is None else f", corrected {self.p_holm:.4f}"
         return (
             f"{self.a} - {self.b}, {self.metric}: {self.difference:+.4f} "
-            f"[{self.low:+.4f}, {self.high:+.4f}] over {self.users} users, effect {self.effect:+.3f}, "
-            f"p {self.p:.4f}, corrected {self.p_holm:.4f}{verdict}"
+            f"[{self.low:+.4f}, {self.high:+.4f}] over {self.users} users{effect}, "
+            f"p {self.p:.4f}{corrected}{self.verdict}"
         )
 
 
@@ -179,5 +191,6 @@ def compare_values(
     p = (1 + np.count_nonzero(np.abs(flips) >= observed - 1e-12)) / (draws + 1)
     spread = float(difference.std(ddof=1)) if n > 1 else 0.0
     mean = float(difference.mean())
-    effect = mean / spread if spread > 0 else 0.0
-    return Comparison(a, b, metric, mean, float(low), float(high), float(p), n, effect, float(p))
+    # A spread of rounding errors is none.
+    effect = mean / spread if spread > 1e-12 * max(abs(mean), 1e-300) else None
+    return Comparison(a, b, metric, mean, float(low), float(high), float(p), n, effect)

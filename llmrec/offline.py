@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -18,7 +19,7 @@ import numpy as np
 from llmrec.assembly import read_catalog, read_log
 from llmrec.catalog import Catalog
 from llmrec.config import Config
-from llmrec.errors import DataError
+from llmrec.errors import DataError, LeakError
 from llmrec.evaluation import leaks
 from llmrec.evaluation.beyond import Beyond, groups_of
 from llmrec.evaluation.cache import StageCache
@@ -26,7 +27,7 @@ from llmrec.evaluation.pools import drawn_pools, fixed_pools
 from llmrec.evaluation.protocol import ProtocolConfig, make_split
 from llmrec.evaluation.run import latency, peak_memory_mb, run_systems
 from llmrec.evaluation.segments import by_segment, segments
-from llmrec.evaluation.split import Part
+from llmrec.evaluation.split import Part, Split
 from llmrec.evaluation.typed import evaluate_search
 from llmrec.events import EventLog
 from llmrec.metrics import Comparison, Ranks
@@ -38,7 +39,7 @@ from llmrec.state import REPEATS, State
 if TYPE_CHECKING:
     from llmrec.training import Progress
 
-PACKAGES = ("torch", "transformers", "peft", "sentence-transformers", "numpy", "scipy", "faiss-cpu")
+PACKAGES = ("llmrec", "torch", "transformers", "peft", "sentence-transformers", "numpy", "scipy", "faiss-cpu")
 
 TYPED_USERS, TYPED_VALUES = 2000, 200
 """Most known-item queries and attribute values that are typed into `search`."""
@@ -57,12 +58,16 @@ class Evaluation:
         path.parent.mkdir(parents=True, exist_ok=True)
         ranks = path.with_suffix(".ranks.npz")
         drafts = {target: target.with_name(f".{target.name}") for target in (path, ranks)}
-        with drafts[ranks].open("wb") as opened:
-            columns: dict[str, Any] = {n: r.astype(np.int16) for n, r in self.ranks.items()}
-            np.savez_compressed(opened, **columns)
-        drafts[path].write_text(json.dumps({**(extra or {}), **self.result}, indent=1), encoding="utf-8")
-        for target, draft in drafts.items():
-            draft.replace(target)
+        try:
+            with drafts[ranks].open("wb") as opened:
+                columns: dict[str, Any] = {n: r.astype(np.int32) for n, r in self.ranks.items()}
+                np.savez_compressed(opened, **columns)
+            drafts[path].write_text(json.dumps({**(extra or {}), **self.result}, indent=1), encoding="utf-8")
+            for target, draft in drafts.items():
+                draft.replace(target)
+        finally:
+            for draft in drafts.values():
+                draft.unlink(missing_ok=True)
 
 
 def core_of(catalog: Catalog, log: EventLog, k: int) -> tuple[Catalog, EventLog]:
@@ -123,9 +128,10 @@ def evaluate(
     if protocol.core is not None:
         catalog, log = core_of(catalog, log, protocol.core)
     split = make_split(log, protocol)
-    leaks.check_split(split)
-    exclude_seen = log.repeat_share() < REPEATS
-    reported, pools = _reported(split.test if part == "test" else split.validation, log, catalog, config)
+    checked = leaks.check_split(split)
+    # Decided by what may be fitted on.
+    exclude_seen = log.select(split.fitted).repeat_share() < REPEATS
+    reported, pools, candidates = _reported(split, part, catalog, config, exclude_seen)
     sampled = (
         reported if pools is not None else reported.sample(protocol.users if lm else None, protocol.seed)
     )
@@ -138,8 +144,9 @@ def evaluate(
     held_out = split.validation.sample(search.search_users, search.seed).held_out(
         catalog.active, exclude_seen
     )
-    recipe, retrievers = cached_retrievers(split, held_out, texts, config, cache, on_stage)
-    leaks.check_retrievers(retrievers, split)
+    recipe, retrievers = cached_retrievers(catalog, split, held_out, texts, config, cache, on_stage)
+    fitted, unchecked = leaks.check_retrievers(retrievers, split)
+    checked += fitted
     clock.lap("fit_retrievers")
     state = State(catalog, texts, recipe, retrievers, not exclude_seen, search.depth)
     training: dict[str, Any] = {}
@@ -149,8 +156,10 @@ def evaluate(
         state, training = tuned(state, split, held_out, config, minutes, cache, on_step)
         assert state.lm is not None
         fresh = state.lm.scorer.forget
+        counts = state.lm.model.counts.cpu().numpy()
+        checked += leaks.check_language_model(counts, training, split, held_out)
         clock.lap("finetune")
-    leaks.check_provenance(training.get("histories_sha256"), state.recipe, split, held_out)
+    checked += leaks.check_recipe(state.recipe, held_out)
     pipeline = state.pipeline()
     on_stage("ranking for every user")
     systems = run_systems(sampled, pipeline, catalog.active, exclude_seen, with_lm=lm, pools=pools)
@@ -159,19 +168,21 @@ def evaluate(
         everyone = run_systems(reported, pipeline, catalog.active, exclude_seen, with_lm=False)
     clock.lap("rank")
     on_stage("typed queries")
-    typed = evaluate_search(reported, pipeline, catalog, TYPED_USERS, TYPED_VALUES, protocol.seed)
+    typed = evaluate_search(sampled, pipeline, catalog, TYPED_USERS, TYPED_VALUES, protocol.seed)
     clock.lap("search")
     on_stage("timing requests")
+    timed = _latency(sampled, pipeline, catalog, fresh)
+    clock.lap("latency")
     counts = np.bincount(log.item[split.fitted], minlength=len(catalog)).astype(np.float64)
     groups = groups_of(catalog)
     beyond = Beyond(counts, texts.vectors, groups[1] if groups else None, catalog.active)
     result: dict[str, Any] = {
         "dataset": _dataset(catalog, log, protocol.core),
-        "protocol": _protocol(config, part, sampled, log, exclude_seen),
+        "protocol": {**_protocol(config, part, sampled, log, exclude_seen), **candidates},
         "leaks": {
-            "checked": ["split", "popularity", "transitions", "ease", "recipe"]
-            + (["prior of the language model", "adapter"] if lm else []),
-            **leaks.count_duplicates(split, texts.vectors, texts.index).as_dict(),
+            "checked": checked,
+            "unchecked": unchecked,
+            **leaks.count_duplicates(split, sampled, texts.vectors, texts.index),
         },
         "systems": systems.as_dict(),
         "probabilities": systems.probabilities,
@@ -182,7 +193,7 @@ def evaluate(
         "search": typed,
         "recipe": state.recipe.as_dict(),
         "training": training,
-        "latency": _latency(sampled, pipeline, catalog, fresh),
+        "latency": timed,
         "seconds": clock.laps,
         "seconds_expected": expected,
         "cached": cache.found,
@@ -196,28 +207,37 @@ def evaluate(
     return Evaluation(result, systems.ranks, systems.comparisons)
 
 
-def _reported(part: Part, log: EventLog, catalog: Catalog, config: Config) -> tuple[Part, list[Codes] | None]:
-    """The users to report, and the items to rank for each, None for the whole catalogue."""
+def _reported(
+    split: Split, name: str, catalog: Catalog, config: Config, exclude_seen: bool
+) -> tuple[Part, list[Codes] | None, dict[str, Any]]:
+    """The users to report, the items to rank for each (None for all), and what to say of their lists."""
     protocol = config.protocol
-    if protocol.candidates is not None:
-        part, pools = fixed_pools(
-            protocol.candidates,
-            part,
-            log.users,
-            catalog,
-            source=protocol.candidate_source,
-            count=protocol.candidate_count,
-            seed=protocol.seed,
-        )
-        rows = Part(part.users, part.histories, part.targets, np.arange(len(part))).sample(
-            protocol.users, protocol.seed
-        )
-        return part.take(rows.events), [pools[i] for i in rows.events]
+    part = split.test if name == "test" else split.validation
     if protocol.negatives is not None:
         part = part.sample(protocol.users, protocol.seed)
-        exclude_seen = log.repeat_share() < REPEATS
-        return part, drawn_pools(part, protocol.negatives, catalog.active, exclude_seen, protocol.seed)
-    return part, None
+        pools = drawn_pools(part, protocol.negatives, catalog.active, exclude_seen, protocol.seed)
+        return part, pools, {}
+    if protocol.candidates is None:
+        return part, None, {}
+    if protocol.candidate_part not in (name, "any"):
+        raise LeakError(
+            f"{protocol.candidates} was made for {protocol.candidate_part}: what was mined for one part has "
+            f"seen the targets of the other, so {name} cannot be reported on it (candidate_part says this)"
+        )
+    part, pools = fixed_pools(
+        protocol.candidates,
+        part,
+        split.log.users,
+        catalog,
+        source=protocol.candidate_source,
+        count=protocol.candidate_count,
+        seed=protocol.seed,
+    )
+    rows = part.drawn(protocol.users, protocol.seed)
+    part, pools = part.take(rows), [pools[row] for row in rows]
+    held = float(np.mean([target in pool for target, pool in zip(part.targets, pools, strict=True)]))
+    digest = hashlib.sha256(protocol.candidates.read_bytes()).hexdigest()
+    return part, pools, {"candidates_sha256": digest, "target_in_candidates": held, "seen_items": "as listed"}
 
 
 def _dataset(catalog: Catalog, log: EventLog, core: int | None) -> dict[str, Any]:
@@ -274,9 +294,19 @@ def environment() -> dict[str, Any]:
             versions[name] = "not installed"
     return {
         "python": sys.version.split()[0],
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}",
+        "machine": f"{os.cpu_count()} cores, {_processor()}, {platform.system()}",
         "packages": versions,
     }
+
+
+def _processor() -> str:
+    """The processor's name where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return named[0] if named else platform.processor() or platform.machine()
 
 
 class _Clock:

@@ -16,7 +16,6 @@ from llmrec import persistence
 from llmrec.assembly import LIGHT, encode, make_encoder, make_texts
 from llmrec.catalog import Catalog
 from llmrec.config import Config
-from llmrec.evaluation import leaks
 from llmrec.evaluation.cache import StageCache, sources
 from llmrec.evaluation.split import Split
 from llmrec.families import Texts
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
 
 
 FITTING = (
+    "protocols",
     "retrieve",
     "index",
     "encode",
@@ -54,7 +54,7 @@ def cached_texts(
     encoder = make_encoder(config, catalog.lines())
     vectors = cache.get(
         "vectors",
-        [encoder.fingerprint, catalog.fingerprint],
+        [encoder.fingerprint, catalog.fingerprint, sources("encode", "text")],
         lambda: encode(catalog.lines(), config, on_stage).vectors,
         lambda made, place: np.save(place / "vectors.npy", made),
         lambda place: np.load(place / "vectors.npy", allow_pickle=False),
@@ -63,6 +63,7 @@ def cached_texts(
 
 
 def cached_retrievers(
+    catalog: Catalog,
     split: Split,
     held_out: HeldOut,
     texts: Texts,
@@ -83,6 +84,7 @@ def cached_retrievers(
     inputs = [
         hash_histories(split.train),
         split.log.fingerprint,
+        catalog.fingerprint,
         held_out.sha256(),
         texts.encoder.fingerprint,
         config.retrieval.model_dump(),
@@ -120,7 +122,15 @@ def tuned(
     settings = config.training.lasting(minutes)
     with tempfile.TemporaryDirectory(prefix="llmrec-") as temporary:
         # The trainer keeps its own fingerprint, and a finished run is read back.
-        key = [hash_histories(split.train), config.lm.model_dump(), settings.model_dump()]
+        key = [
+            hash_histories(split.train),
+            held_out.sha256(),
+            config.lm.model_dump(),
+            settings.model_dump(),
+            sources("score", "training", "sequences", "language_model", "prompt"),
+        ]
+        place = cache.place("lm", key) if cache.folder else Path(temporary)
+        cache.found["lm"] = (place / "checkpoint.safetensors").is_file()
         model, report, recipe = fine_tune(
             split.train,
             split.training.weights,
@@ -133,10 +143,9 @@ def tuned(
             settings,
             config.retrieval,
             data=split.log.fingerprint,
-            folder=cache.place("lm", key) if cache.folder else Path(temporary),
+            folder=place,
             on_step=on_step,
         )
-    leaks.check_counts(model.model.counts.cpu().numpy(), split)
     card = model.card.training if model.card else {}
     training = {**card, "minutes": settings.minutes, "events_per_second": report.events_per_second}
     return replace(state, recipe=recipe, lm=model), training
@@ -152,7 +161,10 @@ def estimate(
     lm: bool,
     minutes: float | None,
 ) -> dict[str, float]:
-    """Seconds that the long stages will take, from their operations and a probe of this machine."""
+    """Seconds that the long stages take where nothing is kept, from operations and a probe of this machine.
+
+    A language model that trains by steps instead of minutes is left out.
+    """
     n, m = 1024, len(catalog)
     probe = np.random.default_rng(0).random((n, n), dtype=np.float32)
     probe @ probe
@@ -166,17 +178,18 @@ def estimate(
     per_ranking = (time.perf_counter() - begun) / 5
     search = config.retrieval
     inverted = min(m, search.ease.max_items)
-    # Two settings of each of three penalties are solved, about twice n^3 operations each with the rest of
-    # the work on the matrix; some 70 trials rank for every user of the search.
-    fits = 6 * 2 * inverted**3 * per_operation
+    # Three penalties are solved for one or two decays, about twice n^3 operations each with the rest of the
+    # work on the matrix; some 70 trials rank for every user of the search.
+    fits = 3 * len({1.0, search.ease.fit_decay}) * 2 * inverted**3 * per_operation
     trials = 70 * min(len(split.validation), search.search_users) * per_ranking
     expected = {
         "encode": 0.0 if config.encoder.name == LIGHT else m * 128 * 2.2e7 / 4 * per_operation,
-        "fit_retrievers": fits + trials if search.search else fits / 6,
+        "fit_retrievers": fits + trials if search.search else fits / 3,
         "rank": (8 * reported + 8 * sampled * lm) * per_ranking * 2,
     }
-    if lm:
-        expected["finetune"] = 60.0 * (config.training.lasting(minutes).minutes or 0.0)
+    train = config.training.lasting(minutes).minutes
+    if lm and train is not None:
+        expected["finetune"] = 60.0 * train
     return {name: round(seconds, 1) for name, seconds in expected.items()}
 
 

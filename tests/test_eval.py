@@ -183,7 +183,16 @@ def test_amazon_files_are_read_and_a_smaller_log_is_refused(tmp_path):
 
 def test_the_memory_program_writes_what_it_found(folder, tmp_path, capsys):
     program("eval/memory").main(
-        ["--data", str(folder), "--config", str(folder / "c.toml"), "--users", "9", "--out", str(tmp_path)]
+        [
+            "--data",
+            str(folder),
+            "--base",
+            str(tiny_lm(tmp_path / "lm")),
+            "--users",
+            "9",
+            "--out",
+            str(tmp_path),
+        ]
     )
     (path,) = tmp_path.glob("*-memory.json")
     assert json.loads(path.read_text())["gain_nats"]["users"] == 9

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import scipy.stats
 from ir_measures import AP, RR, R, Success, nDCG
+from sklearn.calibration import calibration_curve
 from sklearn.metrics import log_loss
 
 from llmrec.catalog import Catalog
-from llmrec.evaluation.beyond import Beyond, groups_of
+from llmrec.evaluation.beyond import Beyond, attribute_values, groups_of
 from llmrec.evaluation.probability import Probabilities, calibration_error
 from llmrec.evaluation.segments import by_segment, segments
 from llmrec.evaluation.split import Part
@@ -120,8 +121,21 @@ def test_groups_are_the_values_of_the_attribute_that_most_items_have():
     name, shares = groups_of(catalog)
     assert name == "genres" and shares.tolist() == [[0.5, 0.5], [0, 1], [0, 0]]
     assert groups_of(Catalog.load([Item("1", "a"), Item("2", "b")])) is None
-    joined = Catalog.load([Item("1", "a", "", {"g": "x, y"}), Item("2", "b", "", {"g": "y"})])
-    assert groups_of(joined)[1].tolist() == [[0.5, 0.5], [0, 1]]
+    texts = ("x, y", "y", "y, x")
+    joined = Catalog.load([Item(str(n), "a", "", {"g": text}) for n, text in enumerate(texts)])
+    assert groups_of(joined)[1].tolist() == [[0.5, 0.5], [0, 1], [0.5, 0.5]]
+
+
+def test_a_text_with_commas_is_a_list_where_its_parts_are_fewer():
+    genres = ["Comedy, Drama", "Comedy", "Drama, Comedy", "Drama"]
+    firms = ["Acme, Inc.", "Bolt, Ltd.", "Acme, Inc.", "Crane"]
+    items = [
+        Item(str(n), "t", "", {"genres": g, "firm": f})
+        for n, (g, f) in enumerate(zip(genres, firms, strict=True))
+    ]
+    values = attribute_values(Catalog.load(items))
+    assert values["genres"] == [["Comedy", "Drama"], ["Comedy"], ["Drama", "Comedy"], ["Drama"]]
+    assert values["firm"] == [[f] for f in firms]
 
 
 def test_probabilities_equal_scikit_learn_and_their_formulas():
@@ -142,6 +156,11 @@ def test_calibration_error_is_small_where_confidence_is_the_chance_of_being_righ
     confidence = rng.random(20_000)
     right = rng.random(20_000) < confidence
     assert calibration_error(confidence, right) < 0.02
+    bins = np.array_split(np.argsort(confidence), 15)
+    fraction, mean = calibration_curve(right, confidence, n_bins=15, strategy="quantile")
+    weights = [len(b) for b in bins]
+    expected = np.average(np.abs(fraction - mean), weights=weights)
+    assert calibration_error(confidence, right) == pytest.approx(expected, abs=1e-3)
     assert calibration_error(np.full(1000, 0.9), rng.random(1000) < 0.4) == pytest.approx(0.5, abs=0.05)
 
 
@@ -184,6 +203,7 @@ def test_without_a_difference_few_p_values_are_small_and_corrected_ones_fewer():
         )
         wrong += sum(c.p < 0.05 for c in found)
         families += any(c.p_holm < 0.05 for c in found)
+        assert all(c.p_holm >= c.p for c in found)
     assert wrong / 300 < 0.05 + 3 * math.sqrt(0.05 * 0.95 / 300)
     assert families / 60 < 0.05 + 3 * math.sqrt(0.05 * 0.95 / 60)
 
@@ -203,3 +223,4 @@ def test_the_effect_size_is_the_mean_in_standard_deviations():
     difference = RNG.normal(0.2, 1, 50)
     found = compare_values(difference, "a", "b", "m", draws=10)
     assert found.effect == pytest.approx(difference.mean() / difference.std(ddof=1))
+    assert compare_values(np.full(30, 0.1), "a", "b", "m", draws=10).effect is None

@@ -58,6 +58,8 @@ def test_every_split_passes_the_leak_checks_and_holds_what_its_name_says(events,
         assert not held_out & set(log.item[split.fitted].tolist())
         assert {*split.test.targets.tolist(), *split.validation.targets.tolist()} <= held_out
         assert not set(split.test.targets.tolist()) & set(split.validation.targets.tolist())
+        later = set(split.test.targets.tolist())
+        assert not any(later & set(h.tolist()) for h in split.validation.histories)
         first = {i: log.timestamp[log.item == i].min() for i in np.unique(log.item)}
         assert min(first[i] for i in held_out) >= max(first[i] for i in set(first) - held_out)
     if name == "cold-user":
@@ -99,6 +101,8 @@ def test_all_problems_of_a_protocol_are_named_at_once():
         Config.of({"protocol": {"split": "last", "share": 0.7, "users": 0, "tests": 1}})
     for word in ("split", "share", "users", "tests"):
         assert f"protocol.{word}" in str(raised.value)
+    with pytest.raises(ConfigError, match="needs a clock"):
+        Config.of({"protocol": {"split": "time"}, "data": {"clock": "none"}})
     for wrong in (
         {"validation_from": 1},
         {"validation_from": 1, "test_from": 2},
@@ -128,6 +132,11 @@ def test_drawn_pools_hold_the_target_and_unseen_items_and_do_not_depend_on_the_s
         assert len(pool) == len(set(pool.tolist())) == 6 and target in pool
         assert not set(pool.tolist()) - {int(target)} & set(history.tolist())
         assert 0 not in set(pool.tolist()) - {int(target)}
+    repeated = part.targets[:1]
+    histories = [np.append(part.histories[0], repeated), *part.histories[1:]]
+    again = Part(part.users, histories, part.targets, part.events)
+    assert repeated[0] not in drawn_pools(again, 5, active, True, seed=1)[0], "a miss, as in full ranking"
+    assert repeated[0] in drawn_pools(again, 5, active, False, seed=1)[0]
     again = drawn_pools(part.take(np.array([2])), 5, active, True, seed=1)
     assert again[0].tolist() == pools[2].tolist()
 
@@ -149,6 +158,8 @@ def test_fixed_pools_are_read_by_source_and_may_be_made_to_hold_the_target(part,
     assert {CATALOG.ids[i] for i in pools[0]} == {*others[:3], target}
     _, pools = fixed_pools(path, part, users, CATALOG, source="y", count=4)
     assert {CATALOG.ids[i] for i in pools[0]} == {*others[:3], target}
+    with pytest.raises(DataError, match="user 'a' has fewer than 8 candidates"):
+        fixed_pools(path, part, users, CATALOG, source="x", count=9)
     with pytest.raises(DataError, match="known are x, y"):
         fixed_pools(path, part, users, CATALOG, source="z")
     with pytest.raises(DataError, match="more than one list"):

@@ -137,16 +137,11 @@ class Beyond:
 def groups_of(catalog: Catalog, largest: int = 200) -> tuple[str, Floats] | None:
     """The attribute that says most about groups of items, and each item's share in its values.
 
-    It is the attribute of text or lists of text with 2 to `largest` values that most items have; of a text
-    with commas each part is a value. None if there is none.
+    It is the attribute of text or lists of text with 2 to `largest` values that most items have. None if
+    there is none.
     """
     best: tuple[int, str, Floats] | None = None
-    for name, kind in sorted(catalog.attributes.items()):
-        if kind not in ("string", "list of strings"):
-            continue
-        rows: list[list[str]] = [
-            [] if value is None else _parts(value) for value in catalog.column(name).to_list()
-        ]
+    for name, rows in attribute_values(catalog).items():
         values = sorted({part for row in rows for part in row})
         filled = sum(bool(row) for row in rows)
         if not 2 <= len(values) <= largest or (best is not None and filled <= best[0]):
@@ -160,9 +155,25 @@ def groups_of(catalog: Catalog, largest: int = 200) -> tuple[str, Floats] | None
     return None if best is None else best[1:]
 
 
-def _parts(value: str | Sequence[str]) -> list[str]:
-    parts = value.split(",") if isinstance(value, str) else value
-    return [part.strip() for part in parts if part.strip()]
+def attribute_values(catalog: Catalog) -> dict[str, list[list[str]]]:
+    """The values of each item for every attribute of text or lists of text, by code.
+
+    A text with commas is a list written as one where its parts are fewer than the whole texts: genres
+    are, names of firms are not.
+    """
+    found: dict[str, list[list[str]]] = {}
+    for name, kind in sorted(catalog.attributes.items()):
+        if kind not in ("string", "list of strings"):
+            continue
+        rows = [
+            [value] if isinstance(value, str) else value or [] for value in catalog.column(name).to_list()
+        ]
+        if kind == "string":
+            split = [[p.strip() for value in row for p in value.split(",") if p.strip()] for row in rows]
+            if len({p for row in split for p in row}) < len({p for row in rows for p in row}):
+                rows = split
+        found[name] = [list(dict.fromkeys(row)) for row in rows]
+    return found
 
 
 def _mean(values: Sequence[float]) -> float:

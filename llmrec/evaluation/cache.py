@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import shutil
 import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
+
+from llmrec.errors import ConfigError, LLMRecError
+
+logger = logging.getLogger(__name__)
 
 Made = TypeVar("Made")
 
@@ -25,6 +30,11 @@ class StageCache:
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
         self.found: dict[str, bool] = {}
+        if folder is not None:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as refused:
+                raise ConfigError(f"stages cannot be kept in {folder}: {refused.strerror}") from refused
 
     def get(
         self,
@@ -46,7 +56,11 @@ class StageCache:
         target = self.place(name, inputs)
         self.found[name] = (target / "complete").is_file()
         if self.found[name]:
-            return read(target)
+            try:
+                return read(target)
+            except (OSError, ValueError, KeyError, LLMRecError) as damaged:
+                logger.warning("%s is damaged (%s) and is made anew", target, damaged)
+                self.found[name] = False
         made = make()
         draft = self.folder / f".{name}-{uuid.uuid4().hex}"
         draft.mkdir(parents=True)

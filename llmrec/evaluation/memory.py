@@ -1,8 +1,8 @@
-"""Whether a language model knows a log by heart: it is asked to go on with rows of the data file.
+"""Whether a language model knows a data file by heart: it is asked to go on with its rows.
 
-Rows of identifiers carry no meaning. A model that has read the file in its training finds the row that
-follows more probable than the same row with a later item; a model that has not, does not.
-After Bordt et al. 2024, "Elephants Never Forget" (arXiv 2404.06209).
+A model that has read the file in its training finds the row that follows more probable than the same
+row with another item, whose id is as far from the one before. Rows of identifiers carry little else by
+which to tell the two apart. After Bordt et al. 2024, "Elephants Never Forget" (arXiv 2404.06209).
 """
 
 from __future__ import annotations
@@ -14,9 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from llmrec.catalog import Catalog
 from llmrec.errors import DataError
-from llmrec.events import EventLog
 from llmrec.metrics import Comparison, Values, compare_values
 from llmrec.quiet import quiet_transformers
 
@@ -26,7 +24,7 @@ ROWS = 8
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Nats by which the true next row is more probable than a shuffled one, with an interval."""
+    """Nats by which the true next row is more probable than the changed one, with an interval."""
 
     gain: Comparison
     preferred: float
@@ -38,59 +36,91 @@ class Memory:
     def __str__(self) -> str:
         c = self.gain
         said = (
-            "the model seems to know rows of this log by heart"
+            "the model seems to know rows of this file"
             if c.low > 0
-            else "no sign that the model knows this log by heart"
+            else "no sign that the model knows this file"
         )
         return (
-            f"true next row against a shuffled one: {c.difference:+.3f} nats [{c.low:+.3f}, {c.high:+.3f}] "
+            f"true next row against a changed one: {c.difference:+.3f} nats [{c.low:+.3f}, {c.high:+.3f}] "
             f"over {c.users} users, preferred in {self.preferred:.0%}: {said}"
         )
 
 
 def remembered(
-    log: EventLog, catalog: Catalog, base: Path, *, users: int = 200, seed: int = 0, tokens: int = 2048
+    header: str,
+    rows: Sequence[Sequence[str]],
+    base: Path,
+    *,
+    user: int = 0,
+    item: int = 1,
+    users: int = 200,
+    seed: int = 0,
+    tokens: int = 2048,
 ) -> Memory:
-    """Ask a causal LM, as it came, to go on with rows ``user,item,timestamp`` of real users.
-
-    The shuffled row differs in its item alone, which is one that the same user chose later: ids of a
-    user's items are alike, in both.
+    """Ask a causal LM, as it came, to go on with the rows of a file.
 
     Parameters
     ----------
+    header
+        First line of the file.
+    rows
+        Fields of each further line, in the file's order and spelling; those of a user stand together.
     base
         Folder of the causal LM.
+    user, item
+        Position of the user id and of the item id among the fields.
     users
-        Size of the seeded sample.
+        Size of the seeded sample; one place in the rows of each.
     tokens
         Padded positions in one forward.
 
     Raises
     ------
     DataError
-        If no user has enough rows.
+        If fewer than two users have enough rows.
     """
-    known = np.flatnonzero(np.diff(log.offsets) > ROWS + 1)
-    if len(known) < 2:
-        raise DataError(f"this test needs two users with more than {ROWS + 1} events")
+    starts: dict[str, list[int]] = {}
+    for place, fields in enumerate(rows):
+        starts.setdefault(fields[user], []).append(place)
+    able = [places for places in starts.values() if len(places) > ROWS + 1]
+    if len(able) < 2:
+        raise DataError(f"this test needs two users with more than {ROWS + 1} rows")
     rng = np.random.default_rng(seed)
-    prompts, true, shuffled = [], [], []
-    for user in np.sort(rng.choice(known, min(users, len(known)), replace=False)):
-        start = int(rng.integers(log.offsets[user], log.offsets[user + 1] - ROWS - 1))
-        end = start + ROWS
-        other = int(rng.integers(end + 1, log.offsets[user + 1]))
-        rows = "".join(_row(log, catalog, event) for event in range(start, end))
-        prompts.append(f"user_id,item_id,timestamp\n{rows}")
-        true.append(_row(log, catalog, end))
-        shuffled.append(_row(log, catalog, end, int(log.item[other])))
-    gain = _log_likelihoods(base, prompts, true, tokens) - _log_likelihoods(base, prompts, shuffled, tokens)
-    return Memory(compare_values(gain, "true row", "shuffled row", "nats"), float((gain > 0).mean()))
+    prompts, true, changed = [], [], []
+    for which in np.sort(rng.choice(len(able), min(users, len(able)), replace=False)):
+        places = able[which]
+        start = int(rng.integers(0, len(places) - ROWS - 1))
+        shown, target = places[start : start + ROWS], places[start + ROWS]
+        prompts.append("\n".join([header, *(",".join(rows[p]) for p in shown)]) + "\n")
+        true.append(",".join(rows[target]) + "\n")
+        taken = {rows[p][item] for p in places}
+        later = [rows[p][item] for p in places[start + ROWS + 1 :]]
+        other = _as_far(rows[shown[-1]][item], rows[target][item], taken, later, rng)
+        fields = list(rows[target])
+        fields[item] = other
+        changed.append(",".join(fields) + "\n")
+    likely, unlikely = _log_likelihoods(base, [*prompts, *prompts], [*true, *changed], tokens).reshape(2, -1)
+    gain = likely - unlikely
+    return Memory(compare_values(gain, "true row", "changed row", "nats"), float((gain > 0).mean()))
 
 
-def _row(log: EventLog, catalog: Catalog, event: int, item: int | None = None) -> str:
-    code = int(log.item[event]) if item is None else item
-    stamp = "" if log.timestamp is None else f",{log.timestamp[event]}"
-    return f"{log.users[log.user[event]]},{catalog.ids[code]}{stamp}\n"
+def _as_far(before: str, true: str, taken: set[str], later: Sequence[str], rng: np.random.Generator) -> str:
+    """An id that is about as far from the one before as the true one; a later id where ids are no numbers."""
+    if not (before.isdigit() and true.isdigit()):
+        return later[int(rng.integers(0, len(later)))]
+    step = int(true) - int(before)
+    near = [
+        other
+        for delta in range(1, 50)
+        for other in (
+            int(true) + delta,
+            int(true) - delta,
+            int(before) - step + delta,
+            int(before) - step - delta,
+        )
+        if other > 0 and str(other) not in taken and len(str(other)) == len(true)
+    ]
+    return str(near[int(rng.integers(0, min(4, len(near))))]) if near else later[0]
 
 
 def _log_likelihoods(base: Path, prompts: Sequence[str], ends: Sequence[str], tokens: int) -> Values:

@@ -18,7 +18,8 @@ from llmrec.tables import read_table
 def drawn_pools(part: Part, n: int, active: Mask, exclude_seen: bool, seed: int) -> list[Codes]:
     """The target and n other items, drawn uniformly without repetition, for each user; shuffled.
 
-    Seen items are not drawn if `exclude_seen`. A smaller catalogue gives smaller pools.
+    If `exclude_seen`, seen items are not drawn, and a target that repeats an earlier item stays out, which
+    makes it a miss as in full ranking. A smaller catalogue gives smaller pools.
     """
     pools = []
     for user, history, target in zip(part.users, part.histories, part.targets, strict=True):
@@ -29,7 +30,9 @@ def drawn_pools(part: Part, n: int, active: Mask, exclude_seen: bool, seed: int)
         allowed[target] = False
         others = np.flatnonzero(allowed)
         drawn = rng.choice(others, size=min(n, len(others)), replace=False)
-        pools.append(rng.permutation(np.append(drawn, target)).astype(np.int32))
+        if not (exclude_seen and target in history):
+            drawn = np.append(drawn, target)
+        pools.append(rng.permutation(drawn).astype(np.int32))
     return pools
 
 
@@ -78,6 +81,8 @@ def fixed_pools(
             codes = codes[:count]
             if target not in codes:
                 codes = np.append(codes[: count - 1], target)
+            if len(codes) < count:
+                raise DataError(f"{path}: user {user_ids[user]!r} has fewer than {count - 1} candidates")
         pools.append(np.random.default_rng([seed, int(user)]).permutation(codes).astype(np.int32))
     return part, pools
 

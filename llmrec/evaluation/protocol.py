@@ -34,10 +34,16 @@ class ProtocolConfig(BaseModel):
     users: int | None = Field(None, ge=1, description="seeded sample for systems with the language model")
     seed: int = Field(0, ge=0, description="of samples and drawn splits")
     negatives: int | None = Field(
-        None, ge=1, description="rank among so many drawn items instead of all; not comparable"
+        None,
+        ge=1,
+        le=100_000,
+        description="rank among so many drawn items instead of all; not comparable",
     )
     candidates: Path | None = Field(None, description="table user_id, candidates: rank only these")
     candidate_source: str | None = Field(None, description="rows of that table whose source is this")
+    candidate_part: Literal["validation", "test", "any"] = Field(
+        "test", description="part that the lists were made for; 'any' if they were drawn without a model"
+    )
     candidate_count: int | None = Field(
         None, ge=2, description="length of each list, target included; the target replaces the last"
     )

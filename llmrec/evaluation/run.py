@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -98,7 +98,7 @@ def run_systems(
         on_users(len(rows))
     joined = {name: np.concatenate(values) for name, values in ranks.items()}
     probabilities = {LM: predicted.summary()} if predicted.nats else {}
-    return Systems(joined, shown, probabilities, _compared(joined))
+    return Systems(joined, shown, probabilities, _compared(joined, pipeline.history.retrievers))
 
 
 def _only(pool: Codes, n_items: int) -> Mask:
@@ -107,12 +107,14 @@ def _only(pool: Codes, n_items: int) -> Mask:
     return mask
 
 
-def _compared(ranks: dict[str, Ranks]) -> list[Comparison]:
-    """Each stage with the language model against the merge, and the merge against its best part."""
+def _compared(ranks: dict[str, Ranks], weights: Mapping[str, float]) -> list[Comparison]:
+    """Each stage with the language model against the merge, and the merge against its main component.
+
+    That is the one of largest weight: chosen on validation, not by what is reported.
+    """
     stages = [name for name in ("default", LM, "lm_top100") if name in ranks and LM in ranks]
-    alone = [n for n in ranks if n not in ("merge", "default", LM, "lm_top100")]
-    best = max(alone, key=lambda n: summary(ranks[n])["ndcg@10"])
-    pairs = [*((stage, "merge") for stage in stages), ("merge", best)]
+    main = max((n for n in weights if n in ranks), key=lambda n: weights[n], default="popularity")
+    pairs = [*((stage, "merge") for stage in stages), ("merge", main)]
     return holm([compare(ranks, a, b, m) for a, b in pairs for m in ("ndcg@10", "recall@10")])
 
 

@@ -65,7 +65,13 @@ class Part:
         """A seeded sample of at most n users, in the old order; all for None."""
         if n is None or n >= len(self):
             return self
-        return self.take(np.sort(np.random.default_rng(seed).choice(len(self), n, replace=False)))
+        return self.take(self.drawn(n, seed))
+
+    def drawn(self, n: int | None, seed: int) -> Positions:
+        """Rows of a seeded sample of at most n users, ascending; all for None."""
+        if n is None or n >= len(self):
+            return np.arange(len(self))
+        return np.sort(np.random.default_rng(seed).choice(len(self), n, replace=False))
 
     def held_out(self, active: Mask, exclude_seen: bool) -> HeldOut:
         """Queries with masks: the whole catalogue takes part, seen items only if they may come back."""
@@ -179,7 +185,8 @@ def cold_item_split(log: EventLog, share: float, seed: int) -> Split:
     """Hold out all events of some items; a user's first event with one of them is the target.
 
     With a clock the items that appear last are test, those before them validation; without one they are
-    drawn. `share` of the items that have events go to each part.
+    drawn. `share` of the items that have events go to each part. A user who met a test item before their
+    first validation item is not validated.
 
     Raises
     ------
@@ -197,7 +204,12 @@ def cold_item_split(log: EventLog, share: float, seed: int) -> Split:
         np.minimum.at(first, log.item, log.timestamp)
         order = items[np.argsort(first[items], kind="stable")]
     test, validation = np.isin(log.item, order[-n:]), np.isin(log.item, order[-2 * n : -n])
-    parts = [Part.of(log, _first_of_users(log, chosen)) for chosen in (validation, test)]
+    first = _first_of_users(log, validation)
+    # Whoever met a test item before would be validated on a history that holds a test event.
+    met = np.full(log.n_users, len(log))
+    np.minimum.at(met, log.user[test], np.flatnonzero(test))
+    first = first[first < met[log.user[first]]]
+    parts = Part.of(log, first), Part.of(log, _first_of_users(log, test))
     return Split(log, ~(test | validation), *parts)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmrec.catalog import Catalog
+from llmrec.evaluation.beyond import attribute_values
 from llmrec.evaluation.split import Part
 from llmrec.metrics import relevance, summary
 from llmrec.pipeline import Pipeline
@@ -64,13 +65,9 @@ def evaluate_search(
 def attribute_queries(catalog: Catalog, n: int, seed: int) -> list[tuple[str, Codes]]:
     """Up to n values of the catalogue's text attributes, drawn, with the active items that have them."""
     having: dict[str, list[int]] = {}
-    for name, kind in sorted(catalog.attributes.items()):
-        if kind not in ("string", "list of strings"):
-            continue
-        for code, value in enumerate(catalog.column(name).to_list()):
-            if value is None or not catalog.active[code]:
-                continue
-            for text in {value} if isinstance(value, str) else set(value):
+    for of_items in attribute_values(catalog).values():
+        for code, texts in enumerate(of_items):
+            for text in texts if catalog.active[code] else ():
                 having.setdefault(text, []).append(code)
     most = catalog.active.sum() / 2
     values = sorted(text for text, codes in having.items() if 5 <= len(set(codes)) <= most)

@@ -50,6 +50,8 @@ class TrainingConfig(BaseModel):
         """The same for a run of so many minutes; as it is for None."""
         if minutes is None:
             return self
+        if not minutes > 0:
+            raise ConfigError(f"training needs more than 0 minutes, got {minutes:g}")
         return TrainingConfig(**{**self.model_dump(), "minutes": minutes, "steps": None})
 
     def model_post_init(self, _context: Any) -> None:
