@@ -276,10 +276,10 @@ def _latency(
     """Time requests with 20 history items, by the plain merge and with the language model in the blend."""
     histories = [h[-20:] for h in part.histories if len(h) >= 20][:32] or list(part.histories[:32])
     queries = [Query(h, "", catalog.active) for h in histories]
-    plain = replace(pipeline, history=replace(pipeline.history, lm=0.0))
+    plain = replace(pipeline, history=pipeline.history.with_lm(0.0))
     timed = {"merge": latency(plain, queries, fresh)}
     if pipeline.scorer is not None:
-        blended = replace(pipeline, history=replace(pipeline.history, lm=pipeline.history.lm or 1.0))
+        blended = replace(pipeline, history=pipeline.history.with_lm(pipeline.history.lm or 1.0))
         timed["blend"] = latency(blended, queries, fresh)
     return timed
 

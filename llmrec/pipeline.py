@@ -8,8 +8,8 @@ Every candidate keeps which component found it, at which rank, and what that add
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,59 @@ from llmrec.protocols import Codes, Floats, Hits, Query, Retriever, Scorer
 
 LM = "lm"
 """Name of the language model in weights, provenance and reports."""
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """Weights of the components for one kind of request.
+
+    Parameters
+    ----------
+    retrievers
+        Of the normalised scores.
+    lm
+        Of the language model in the blend; 0 leaves it out.
+    found, rank
+        Bonus for an item that a component proposed, whole and discounted by its rank there.
+    longer
+        Weights for histories of at least so many items, ascending; they take the place of these.
+    """
+
+    retrievers: Mapping[str, float]
+    lm: float = 0.0
+    found: Mapping[str, float] = field(default_factory=dict)
+    rank: Mapping[str, float] = field(default_factory=dict)
+    longer: tuple[tuple[int, Weights], ...] = ()
+
+    def uses(self, name: str) -> bool:
+        """Whether a component takes part."""
+        if name == LM:
+            return self.lm > 0
+        return any(weights.get(name, 0.0) for weights in (self.retrievers, self.found, self.rank))
+
+    def for_history(self, n: int) -> Weights:
+        """The weights for a history of n items."""
+        fitting = [weights for least, weights in self.longer if n >= least]
+        return fitting[-1] if fitting else self
+
+    def with_lm(self, weight: float) -> Weights:
+        """The same with another weight of the language model, in all segments."""
+        longer = tuple((least, replace(weights, lm=weight)) for least, weights in self.longer)
+        return replace(self, lm=weight, longer=longer)
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON values; `from_dict` reads them."""
+        values: dict[str, Any] = {"retrievers": dict(self.retrievers), "lm": self.lm}
+        values |= {n: dict(v) for n, v in (("found", self.found), ("rank", self.rank)) if v}
+        if self.longer:
+            values["longer"] = [[least, weights.as_dict()] for least, weights in self.longer]
+        return values
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Weights:
+        """Read `as_dict()`."""
+        longer = tuple((int(least), cls.from_dict(weights)) for least, weights in values.get("longer", ()))
+        return cls(**{**values, "longer": longer})
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,15 +131,28 @@ def gather(hits: Mapping[str, Hits]) -> tuple[Codes, Floats, NDArray[np.int32]]:
     return items.astype(np.int32), scores, ranks
 
 
-def merge(hits: Mapping[str, Hits], weights: Mapping[str, float]) -> Candidates:
-    """Weighted sum of normalised scores over the union of all hits; ties in the order of item codes.
+def merge(hits: Mapping[str, Hits], weights: Weights) -> Candidates:
+    """Weighted sum over the union of all hits; ties in the order of item codes.
 
-    A component without a weight adds candidates and provenance, but no score.
+    A component adds its weight times the normalised score, a bonus for having proposed the item, and one
+    that falls with the rank; without weights it adds candidates and provenance alone.
     """
     items, scores, ranks = gather(hits)
     names = tuple(hits)
-    parts = scores * np.array([weights.get(name, 0.0) for name in names], dtype=np.float32)
-    return _ordered(items, names, parts, ranks)
+    parts = scores * _row(names, weights.retrievers)
+    if weights.found or weights.rank:
+        parts += (ranks > 0) * _row(names, weights.found) + discount(ranks) * _row(names, weights.rank)
+    return _ordered(items, names, parts.astype(np.float32), ranks)
+
+
+def discount(ranks: NDArray[np.int32]) -> Floats:
+    """1 / log2(1 + rank), 0 for rank 0."""
+    values: Floats = np.where(ranks > 0, 1.0 / np.log2(1.0 + np.maximum(ranks, 1)), 0.0).astype(np.float32)
+    return values
+
+
+def _row(names: Sequence[str], weights: Mapping[str, float]) -> Floats:
+    return np.array([weights.get(name, 0.0) for name in names], dtype=np.float32)
 
 
 def blend(candidates: Candidates, lm_scores: Floats, weight: float) -> Candidates:
@@ -109,18 +175,6 @@ def _ordered(items: Codes, names: tuple[str, ...], parts: Floats, ranks: NDArray
     scores: Floats = parts.sum(axis=1, dtype=np.float32)
     order = np.argsort(-scores, kind="stable")
     return Candidates(items[order], scores[order], names, parts[order], ranks[order])
-
-
-@dataclass(frozen=True, slots=True)
-class Weights:
-    """Weights of the components for one kind of request; `lm` is the weight in the blend, 0 leaves it out."""
-
-    retrievers: Mapping[str, float]
-    lm: float = 0.0
-
-    def of(self, name: str) -> float:
-        """The weight of a component."""
-        return self.lm if name == LM else self.retrievers.get(name, 0.0)
 
 
 @dataclass(frozen=True)
@@ -149,7 +203,7 @@ class Pipeline:
 
     def weights_for(self, query: Query) -> Weights:
         """The weights that apply to a query."""
-        return self.query if query.text else self.history
+        return self.query if query.text else self.history.for_history(len(query.history))
 
     def recommend(self, queries: Sequence[Query], k: int) -> list[Candidates]:
         """Return up to k candidates for each query, ranked by the whole pipeline."""
@@ -159,16 +213,16 @@ class Pipeline:
 
     def retrieve(self, queries: Sequence[Query], weights: Sequence[Weights]) -> list[Candidates]:
         """Retrieve and merge, without the language model's score."""
-        wanted = {n for w in weights for n in self.retrievers if w.of(n) > 0}
+        wanted = {n for w in weights for n in self.retrievers if w.uses(n)}
         found = {n: self.retrievers[n].retrieve(queries, self.depth) for n in self.retrievers if n in wanted}
         merged = []
         for row, (query, weight) in enumerate(zip(queries, weights, strict=True)):
-            used = {n: hits[row] for n, hits in found.items() if weight.of(n) > 0}
+            used = {n: hits[row] for n, hits in found.items() if weight.uses(n)}
             if not any(len(h.items) for h in used.values()):
                 used = {self.fallback: self.retrievers[self.fallback].retrieve([query], self.depth)[0]}
-                merged.append(merge(used, {self.fallback: 1.0}))
+                merged.append(merge(used, Weights({self.fallback: 1.0})))
             else:
-                merged.append(merge(used, weight.retrievers))
+                merged.append(merge(used, weight))
         return merged
 
     def rerank(

@@ -124,10 +124,7 @@ class Recipe:
 
     def as_dict(self) -> dict[str, Any]:
         """The form written to the manifest."""
-        weights = {
-            n: {"retrievers": dict(w.retrievers), "lm": w.lm}
-            for n, w in (("history", self.history), ("query", self.query), ("similar", self.similar))
-        }
+        weights = {n: getattr(self, n).as_dict() for n in ("history", "query", "similar")}
         settings = {name: value.model_dump() for name, value in self.settings.items()}
         return {"settings": settings, **weights, "log": self.log}
 
@@ -136,9 +133,9 @@ class Recipe:
         """Read `as_dict()`."""
         return cls(
             settings={name: FAMILIES[name].settings(**value) for name, value in values["settings"].items()},
-            history=Weights(**values["history"]),
-            query=Weights(**values["query"]),
-            similar=Weights(**values["similar"]),
+            history=Weights.from_dict(values["history"]),
+            query=Weights.from_dict(values["query"]),
+            similar=Weights.from_dict(values["similar"]),
             log=list(values["log"]),
         )
 

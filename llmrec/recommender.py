@@ -321,9 +321,7 @@ class Recommender:
         state = self._ready(lm=True)
         pipeline = state.pipeline()
         query = self._query(asked, state)
-        plain = replace(
-            pipeline, history=replace(pipeline.history, lm=0.0), query=replace(pipeline.query, lm=0.0)
-        )
+        plain = replace(pipeline, history=pipeline.history.with_lm(0.0), query=pipeline.query.with_lm(0.0))
         lists = {"retrieval": plain.recommend([query], asked.k)[0]}
         if state.lm is not None:
             only = Weights({}, lm=1.0)

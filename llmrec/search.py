@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,9 +16,10 @@ from numpy.typing import NDArray
 from pydantic import BaseModel
 
 from llmrec.families import FAMILIES, Texts, TrainingLog
+from llmrec.fusion import Choices, fit_logit
 from llmrec.metrics import Ranks, Values, per_user, summary
-from llmrec.pipeline import LM, Weights, gather, normalise
-from llmrec.protocols import Codes, Floats, Hits, Retriever, Scorer
+from llmrec.pipeline import LM, Weights, discount, gather, normalise
+from llmrec.protocols import Floats, Hits, Retriever, Scorer
 from llmrec.recipe import HeldOut, Recipe, RetrievalConfig, fit_retrievers, ranks_in
 from llmrec.retrieve.dense import ProfileConfig, ProfileRetriever
 from llmrec.retrieve.linear import EASERetriever
@@ -27,6 +29,12 @@ GRID = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5)
 """Weights that are tried."""
 
 OBJECTIVE = "ndcg@10"
+
+SEGMENTS = (0, 5, 10, 20, 50)
+"""Shortest history of each segment of users with weights of their own."""
+
+ENOUGH = 100
+"""Users with a found target that a segment needs for that."""
 
 
 class ScoringRetriever(Retriever, Scorer, Protocol):
@@ -75,30 +83,40 @@ class Features:
         Components, m of them.
     scores
         Shape (rows, m).
+    ranks
+        Rank at which each component proposed the candidate, 0 if it did not, shape (rows, m).
     starts
         First row of each query, shape (queries,).
     truth
         Row of the target of each query, -1 where no component found it. Shape (queries,).
+    lengths
+        Length of each query's history, shape (queries,).
     """
 
     names: tuple[str, ...]
     scores: Floats
+    ranks: NDArray[np.int32]
     starts: NDArray[np.int64]
     truth: NDArray[np.int64]
+    lengths: NDArray[np.int64]
 
     @classmethod
-    def of(cls, hits: Mapping[str, Sequence[Hits]], targets: Codes) -> Features:
+    def of(cls, hits: Mapping[str, Sequence[Hits]], held_out: HeldOut) -> Features:
         """Gather the hits of each query."""
-        blocks, starts, truth, row = [], [], [], 0
-        for i, target in enumerate(targets):
-            items, scores, _ = gather({name: found[i] for name, found in hits.items()})
+        blocks, placed, starts, truth, row = [], [], [], [], 0
+        for i, target in enumerate(held_out.targets):
+            items, scores, ranks = gather({name: found[i] for name, found in hits.items()})
             at = int(np.searchsorted(items, target))
             blocks.append(scores)
+            placed.append(ranks)
             starts.append(row)
             truth.append(row + at if at < len(items) and items[at] == target else -1)
             row += len(items)
         scores = np.concatenate([np.zeros((0, len(hits)), np.float32), *blocks])
-        return cls(tuple(hits), scores, np.array(starts, np.int64), np.array(truth, np.int64))
+        ranks = np.concatenate([np.zeros((0, len(hits)), np.int32), *placed])
+        lengths = np.array([len(query.history) for query in held_out.queries], np.int64)
+        where = np.array(starts, np.int64), np.array(truth, np.int64)
+        return cls(tuple(hits), scores, ranks, *where, lengths)
 
     @classmethod
     def with_lm(
@@ -110,16 +128,45 @@ class Features:
     ) -> Features:
         """Gather hits and the language model's own; its column holds its score of every candidate."""
         named = {**hits, LM: proposed}
-        plain = cls.of(named, held_out.targets)
+        plain = cls.of(named, held_out)
         unions = [gather({n: found[i] for n, found in named.items()})[0] for i in range(len(proposed))]
         columns = [normalise(s) for s in scorer.score(held_out.queries, unions)]
         scores = plain.scores.copy()
         scores[:, -1] = np.concatenate([np.zeros(0, np.float32), *columns])
         return replace(plain, scores=scores)
 
-    def ranks(self, weights: Mapping[str, float]) -> Ranks:
+    def take(self, queries: NDArray[np.int64]) -> Features:
+        """Some of the queries, ascending."""
+        ends = np.append(self.starts[1:], len(self.scores))
+        pieces = [np.arange(self.starts[q], ends[q]) for q in queries]
+        rows = np.concatenate([np.empty(0, np.int64), *pieces])
+        starts = np.cumsum([0, *(len(piece) for piece in pieces)])[:-1].astype(np.int64)
+        old, truth = self.starts[queries], self.truth[queries]
+        truth = np.where(truth >= 0, truth - old + starts, -1)
+        return Features(self.names, self.scores[rows], self.ranks[rows], starts, truth, self.lengths[queries])
+
+    def total(self, weights: Weights) -> Floats:
+        """Score of each candidate under these weights, as the pipeline has it, shape (rows,)."""
+        counts = np.diff(np.append(self.starts, len(self.scores)))
+        total = np.zeros(len(self.scores), np.float32)
+        given = [weights.for_history(int(n)) for n in self.lengths]
+        for chosen in {id(w): w for w in given}.values():
+            rows = np.repeat([w is chosen for w in given], counts)
+            row = [np.array([of.get(n, 0.0) for n in self.names], np.float32) for of in _kinds(chosen)]
+            total[rows] = self.scores[rows] @ row[0]
+            if chosen.found or chosen.rank:
+                ranks = self.ranks[rows]
+                total[rows] += (ranks > 0) @ row[1] + discount(ranks) @ row[2]
+        if weights.lm and LM in self.names:
+            total += weights.lm * self.scores[:, self.names.index(LM)]
+        return total
+
+    def of_targets(self, weights: Weights) -> Ranks:
         """Rank of each target under these weights, ties in the order of item codes; 0 if not found."""
-        total = self.scores @ np.array([weights.get(n, 0.0) for n in self.names], dtype=np.float32)
+        return self.targets_in(self.total(weights))
+
+    def targets_in(self, total: Floats) -> Ranks:
+        """Rank of each target under a score of each candidate, shape (rows,)."""
         counts = np.diff(np.append(self.starts, len(total)))
         found = self.truth >= 0
         own = np.full(len(found), np.inf)
@@ -132,6 +179,10 @@ class Features:
         return np.where(found, ranks, 0)
 
 
+def _kinds(weights: Weights) -> tuple[Mapping[str, float], ...]:
+    return weights.retrievers, weights.found, weights.rank
+
+
 def search_weights(
     features: Features, fixed: Mapping[str, float], log: list[dict[str, Any]], kind: str
 ) -> dict[str, float]:
@@ -141,7 +192,7 @@ def search_weights(
     """
 
     def value(weights: Mapping[str, float]) -> float:
-        return float(per_user(features.ranks(weights), OBJECTIVE).mean())
+        return float(per_user(features.of_targets(Weights(weights)), OBJECTIVE).mean())
 
     best: dict[str, float] = dict(fixed)
     if not best:
@@ -166,9 +217,61 @@ def search_weights(
     return {name: w for name, w in best.items() if w > 0}
 
 
-def lm_weight(
-    features: Features, weights: Mapping[str, float], log: list[dict[str, Any]], kind: str
-) -> float:
+def learned_weights(features: Features, l2: float) -> Weights:
+    """Weights of a conditional logit, by segment of history length; scaled so that the largest is 1."""
+    found = np.flatnonzero(features.truth >= 0)
+    bounds = [b for b in SEGMENTS if (features.lengths[found] >= b).sum() >= ENOUGH]
+    segments = np.searchsorted(bounds, features.lengths, side="right") - 1
+    x = np.concatenate(
+        [features.scores, (features.ranks > 0).astype(np.float32), discount(features.ranks)], axis=1
+    )
+    starts, truth = features.starts, np.maximum(features.truth, 0)
+    choices = Choices(x, starts, truth, np.maximum(segments, 0)).take(found)
+    fitted = fit_logit(choices, l2=l2)
+    fitted = fitted / max(float(np.abs(fitted).max()), 1e-9)
+
+    def named(row: NDArray[np.float64]) -> Weights:
+        kinds = row.reshape(3, len(features.names))
+        score, found, rank = (
+            {n: round(float(v), 5) for n, v in zip(features.names, kind, strict=True)} for kind in kinds
+        )
+        return Weights(score, 0.0, found, rank)
+
+    first, *rest = (named(row) for row in fitted)
+    return replace(first, longer=tuple(zip(bounds[1:], rest, strict=True)))
+
+
+def choose_weights(
+    features: Features, fallback: Mapping[str, float], log: list[dict[str, Any]], kind: str, seed: int
+) -> Weights:
+    """The better of searched and learned weights, by cross-fitting over users: each half judges the other's.
+
+    With few users, or where nothing is gained, the searched ones stay: they are fewer.
+    """
+    searched = Weights(search_weights(features, {}, log, kind)) if len(features.truth) else Weights(fallback)
+    if (features.truth >= 0).sum() < 2 * ENOUGH:
+        return searched
+    half = np.random.default_rng(seed).permutation(len(features.truth)) % 2
+    ways: dict[str, Callable[[Features], Weights]] = {
+        "searched": lambda part: Weights(search_weights(part, {}, [], kind)),
+        **{f"learned, l2 {l2:g}": partial(learned_weights, l2=l2) for l2 in (1.0, 10.0)},
+    }
+    values = {}
+    for name, way in ways.items():
+        judged = np.empty(len(half))
+        for side in (0, 1):
+            fitted = way(features.take(np.flatnonzero(half != side)))
+            judged[half == side] = per_user(
+                features.take(np.flatnonzero(half == side)).of_targets(fitted), OBJECTIVE
+            )
+        values[name] = float(judged.mean())
+    best = max(values, key=lambda name: (round(values[name], 5), name == "searched"))
+    rounded = {name: round(value, 5) for name, value in values.items()}
+    log.append({"search": f"{kind} blend, cross-fitted", OBJECTIVE: rounded, "chosen": best})
+    return searched if best == "searched" else ways[best](features)
+
+
+def lm_weight(features: Features, weights: Weights, log: list[dict[str, Any]], kind: str) -> float:
     """Weight of the language model in the blend, fitted on held-out events; 0 leaves it out.
 
     The best weight of a grid wins, but only if its gain in NDCG@10 over weight 0 exceeds twice the
@@ -179,7 +282,7 @@ def lm_weight(
         return 0.0
 
     def values(weight: float) -> Values:
-        return per_user(features.ranks({**weights, LM: weight}), OBJECTIVE)
+        return per_user(features.of_targets(weights.with_lm(weight)), OBJECTIVE)
 
     without = values(0.0)
     trials = {w: values(w) for w in (0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0)}
@@ -217,11 +320,14 @@ def with_language_model(
 
     def weighted(kind: str, weights: Weights, part: HeldOut) -> Weights:
         if len(part.targets) == 0:
-            return replace(weights, lm=0.0)
-        hits = {n: retrievers[n].retrieve(part.queries, config.depth) for n in weights.retrievers}
+            return weights.with_lm(0.0)
+        used = [
+            n for n in recipe.settings if any(w.uses(n) for w in (weights, *(w for _, w in weights.longer)))
+        ]
+        hits = {n: retrievers[n].retrieve(part.queries, config.depth) for n in used}
         proposed = model.retrieve(part.queries, config.depth)
         features = Features.with_lm(hits, proposed, model, part)
-        return replace(weights, lm=lm_weight(features, weights.retrievers, log, kind))
+        return weights.with_lm(lm_weight(features, weights, log, kind))
 
     typed = known_item_queries(held_out, lines, config.seed)
     history = weighted("history", recipe.history, held_out)
@@ -339,9 +445,10 @@ def _with_weights(
 
     def features(names: Sequence[str], part: HeldOut) -> Features:
         hits = {n: retrievers[n].retrieve(part.queries, config.depth) for n in names}
-        return Features.of(hits, part.targets)
+        return Features.of(hits, part)
 
-    history = search_weights(features(recipe.answering("history"), held_out), {}, log, "history")
+    by_history = features(recipe.answering("history"), held_out)
+    history = choose_weights(by_history, recipe.history.retrievers, log, "history", config.seed)
     typed = known_item_queries(held_out, texts.lines, config.seed)
     query = (
         search_weights(features(_of_typed(recipe), typed), {}, log, "query")
@@ -356,7 +463,7 @@ def _with_weights(
         if len(single.targets)
         else recipe.similar.retrievers
     )
-    return replace(recipe, history=Weights(history), query=Weights(query), similar=Weights(similar))
+    return replace(recipe, history=history, query=Weights(query), similar=Weights(similar))
 
 
 def _of_typed(recipe: Recipe) -> list[str]:

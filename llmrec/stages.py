@@ -38,6 +38,7 @@ FITTING = (
     "sequences",
     "recipe",
     "search",
+    "fusion",
     "pipeline",
     "ranking",
     "metrics",

@@ -66,7 +66,7 @@ def tune(
         on_step=on_step,
     )
     tuned = replace(state, retrievers=retrievers, recipe=recipe, lm=lm).pipeline()
-    plain = replace(tuned, history=replace(tuned.history, lm=0.0))
+    plain = replace(tuned, history=tuned.history.with_lm(0.0))
     ranks = {
         name: ranks_in((c.items for c in system.recommend(held_out.queries, 100)), held_out.targets)
         for name, system in (("blend", tuned), ("merge", plain))

@@ -26,7 +26,7 @@ LAYERS = [
     {"catalog"},
     {"rules", "events", "sequences"},
     {"encode", "index", "retrieve", "score", "store"},
-    {"pipeline"},
+    {"pipeline", "fusion"},
     {"families"},
     {"recipe"},
     {"search"},

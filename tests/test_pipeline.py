@@ -93,7 +93,7 @@ def test_the_merge_equals_a_plain_sum_over_dicts_in_any_order_of_components(part
             expected[code] = expected.get(code, 0.0) + weight * scaled
     hits = {name: hits_of(scores) for name, (scores, _) in parts.items()}
     by_name = {name: weight for name, (_, weight) in parts.items()}
-    merged = merge(hits, by_name)
+    merged = merge(hits, Weights(by_name))
     assert score_dict(merged) == pytest.approx(expected, abs=1e-6)
     assert merged.items.tolist() == sorted(expected, key=lambda c: (-score_dict(merged)[c], c))
     np.testing.assert_allclose(merged.parts.sum(axis=1), merged.scores, atol=1e-6)
@@ -102,16 +102,15 @@ def test_the_merge_equals_a_plain_sum_over_dicts_in_any_order_of_components(part
         assert merged.ranks[:, column].tolist() == [ranks.get(int(c), 0) for c in merged.items]
     names = list(hits)
     random.shuffle(names)
-    shuffled = merge({name: hits[name] for name in names}, by_name)
+    shuffled = merge({name: hits[name] for name in names}, Weights(by_name))
     assert score_dict(shuffled) == pytest.approx(score_dict(merged), abs=1e-6)
 
 
 @settings(max_examples=200, deadline=None)
 @given(components, st.data())
 def test_the_blend_adds_the_weighted_scaled_score_and_ties_keep_the_merge_order(parts, data):
-    merged = merge(
-        {n: hits_of(s) for n, (s, _) in parts.items()}, {n: w for n, (_, w) in parts.items() if n != LM}
-    )
+    weights = Weights({n: w for n, (_, w) in parts.items() if n != LM})
+    merged = merge({n: hits_of(s) for n, (s, _) in parts.items()}, weights)
     n = len(merged.items)
     lm = data.draw(st.lists(st.sampled_from([-9.0, -3.0, -1.0]), min_size=n, max_size=n))
     weight = data.draw(st.sampled_from([0.0, 0.5, 3.0]))
@@ -134,7 +133,7 @@ def test_the_blend_adds_the_weighted_scaled_score_and_ties_keep_the_merge_order(
 
 
 def test_a_tie_in_the_blend_is_broken_by_the_merge_and_then_by_code():
-    merged = merge({"a": hits_of({5: 3.0, 2: 2.0, 9: 1.0, 7: 1.0})}, {"a": 1.0})
+    merged = merge({"a": hits_of({5: 3.0, 2: 2.0, 9: 1.0, 7: 1.0})}, Weights({"a": 1.0}))
     assert merged.items.tolist() == [5, 2, 7, 9]
     tied = blend(merged, np.array([-4.0, -2.0, -4.0, -4.0], np.float32), 0.5)
     assert tied.scores.tolist() == [1.0, 1.0, 0.0, 0.0] and tied.items.tolist() == [5, 2, 7, 9]

@@ -109,15 +109,17 @@ def test_ranks_from_features_equal_a_plain_sort(data):
     features = Features(
         tuple("abc"[:m]),
         np.array([r for b in blocks for r in b], np.float32).reshape(-1, m),
+        np.zeros((sum(map(len, blocks)), m), np.int32),
         starts.astype(np.int64),
         np.array([s + t if t >= 0 else -1 for s, t in zip(starts, truth, strict=True)], np.int64),
+        np.ones(len(truth), np.int64),
     )
     expected = []
     for block, target in zip(blocks, truth, strict=True):
         total = [sum(w * x for w, x in zip(weights.values(), r, strict=True)) for r in block]
         order = sorted(range(len(block)), key=lambda i: (-total[i], i))
         expected.append(order.index(target) + 1 if target >= 0 else 0)
-    assert features.ranks(weights).tolist() == expected
+    assert features.of_targets(Weights(weights)).tolist() == expected
 
 
 def test_the_ranks_that_the_search_looks_at_are_those_that_the_pipeline_serves():
@@ -126,7 +128,7 @@ def test_the_ranks_that_the_search_looks_at_are_those_that_the_pipeline_serves()
     pipeline = Pipeline(retrievers, Weights(weights), Weights({}), Weights({}), depth=20)
     served = ranks_in((c.items for c in pipeline.recommend(HELD_OUT.queries, N)), HELD_OUT.targets)
     hits = {name: retrievers[name].retrieve(HELD_OUT.queries, 20) for name in weights}
-    ranks = Features.of(hits, HELD_OUT.targets).ranks(weights)
+    ranks = Features.of(hits, HELD_OUT).of_targets(Weights(weights))
     np.testing.assert_array_equal(ranks, served)
     assert (served == 1).any() and (served == 0).any() and (served > 10).any()
 
@@ -142,11 +144,14 @@ def random_features(seed, informed=0.3):
     for user in range(60):
         scores[user, truth[user]] += rng.random(3) * informed * (rng.random(3) < 0.7)
     rows = np.where(rng.random(60) < 0.1, -1, truth + 12 * np.arange(60))
-    return Features(("a", "b", "c"), scores.reshape(-1, 3), 12 * np.arange(60), rows)
+    no_ranks = np.zeros((720, 3), np.int32)
+    return Features(
+        ("a", "b", "c"), scores.reshape(-1, 3), no_ranks, 12 * np.arange(60), rows, np.ones(60, int)
+    )
 
 
 def value(features, weights):
-    return per_user(features.ranks(weights), "ndcg@10").mean()
+    return per_user(features.of_targets(Weights(weights)), "ndcg@10").mean()
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -174,7 +179,10 @@ def test_a_component_that_helps_only_at_a_small_weight_is_found_beside_the_best_
         truth[user] = tied[0]
         scores[user, tied] = [[0.5, 0.3], [0.5, 0.1], [0.5, 0.2]]
     starts = 10 * np.arange(80)
-    features = Features(("first", "second"), scores.reshape(-1, 2), starts, starts + truth)
+    no_ranks = np.zeros((800, 2), np.int32)
+    features = Features(
+        ("first", "second"), scores.reshape(-1, 2), no_ranks, starts, starts + truth, np.ones(80, int)
+    )
     alone = value(features, {"first": 1.0})
     assert alone > value(features, {"second": 1.0}) + 0.1
     assert value(features, {"first": 1.0, "second": 0.05}) == 1.0 > alone + 0.1
@@ -199,7 +207,7 @@ def test_a_language_model_of_noise_seldom_gets_a_weight(history_hits):
     weights = Recipe.default(CONFIG).history.retrievers
     log: list[dict] = []
     chosen = [
-        lm_weight(lm_features(history_hits, KnowingScorer(False, seed)), weights, log, "history")
+        lm_weight(lm_features(history_hits, KnowingScorer(False, seed)), Weights(weights), log, "history")
         for seed in range(30)
     ]
     assert sum(weight > 0 for weight in chosen) <= 6 and max(chosen) < 0.5
@@ -211,14 +219,14 @@ def test_a_language_model_of_noise_seldom_gets_a_weight(history_hits):
 def test_a_language_model_that_knows_the_target_gets_a_weight_that_pays(history_hits):
     log: list[dict] = []
     features, weights = lm_features(history_hits, KnowingScorer(True)), {"ease": 0.7, "transitions": 1.0}
-    chosen = lm_weight(features, weights, log, "history")
+    chosen = lm_weight(features, Weights(weights), log, "history")
     assert chosen > 0
     assert value(features, {**weights, LM: chosen}) > value(features, weights) + 0.05
     assert log[-1]["gain"] > log[-1]["standard_error"] > 0
     without = replace(features, names=("ease", "transitions", "profile", "popularity", "other"))
-    assert lm_weight(without, weights, [], "history") == 0
-    nobody = Features.of({"ease": [], LM: []}, codes([]))
-    assert lm_weight(nobody, weights, [], "history") == 0
+    assert lm_weight(without, Weights(weights), [], "history") == 0
+    nobody = Features.of({"ease": [], LM: []}, HeldOut([], codes([])))
+    assert lm_weight(nobody, Weights(weights), [], "history") == 0
 
 
 def test_fitting_the_language_model_again_replaces_its_entries_in_the_log(searched):

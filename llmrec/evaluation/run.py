@@ -123,7 +123,7 @@ def _lists(queries: Sequence[Query], pipeline: Pipeline, with_lm: bool) -> dict[
         n: r for n, r in pipeline.retrievers.items() if n not in ("bm25", "text") and (with_lm or n != LM)
     }
     lists = {n: [h.items for h in r.retrieve(queries, LISTED)] for n, r in alone.items()}
-    plain = replace(pipeline, history=replace(pipeline.history, lm=0.0))
+    plain = replace(pipeline, history=pipeline.history.with_lm(0.0))
     merged = plain.recommend(queries, LISTED)
     lists["merge"] = [c.items for c in merged]
     if with_lm and pipeline.scorer is not None:

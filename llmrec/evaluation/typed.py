@@ -35,7 +35,7 @@ def evaluate_search(
     queries
         Most attribute values that are typed.
     """
-    plain = replace(pipeline, query=replace(pipeline.query, lm=0.0))
+    plain = replace(pipeline, query=pipeline.query.with_lm(0.0))
     # Another seed than that of the queries which chose the weights.
     known = known_item_queries(
         part.sample(users, seed).held_out(catalog.active, False), catalog.lines(), seed + 1

@@ -1,0 +1,124 @@
+"""A learned blend: a conditional logit over each user's candidates, fitted on held-out events.
+
+The utility of candidate i is the sum over components c of
+
+    a_c * normalised score + b_c * [c proposed i] + g_c / log2(1 + rank of i by c),
+
+and the probability that i is the next event is the softmax of the utilities over the candidates
+(McFadden 1974). The few weights are regularised; those of a segment of users are drawn towards the ones
+of all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import scipy.optimize
+from numpy.typing import NDArray
+
+from llmrec.protocols import Floats
+
+KINDS = ("score", "found", "rank")
+"""Features of each component."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choices:
+    """Candidates of users, one row a candidate, users one after another; each user has a target.
+
+    Parameters
+    ----------
+    x
+        Features, shape (rows, features).
+    starts
+        First row of each user, ascending, shape (users,).
+    truth
+        Row of the target of each user, shape (users,).
+    segments
+        Segment of each user, from 0, shape (users,).
+    """
+
+    x: Floats
+    starts: NDArray[np.int64]
+    truth: NDArray[np.int64]
+    segments: NDArray[np.int64]
+
+    def take(self, users: NDArray[np.int64]) -> Choices:
+        """Some of the users, ascending."""
+        ends = np.append(self.starts[1:], len(self.x))
+        rows = np.concatenate([np.empty(0, np.int64), *(np.arange(self.starts[u], ends[u]) for u in users)])
+        counts = ends[users] - self.starts[users]
+        starts = np.concatenate([[0], np.cumsum(counts)[:-1]]) if len(users) else np.empty(0, np.int64)
+        truth = starts + self.truth[users] - self.starts[users]
+        return Choices(self.x[rows], starts, truth, self.segments[users])
+
+
+def fit_logit(
+    choices: Choices, l2: float = 1.0, segment_l2: float = 20.0, positive: Sequence[bool] | None = None
+) -> NDArray[np.float64]:
+    """Maximise the penalised log-likelihood of the targets; weights by segment.
+
+    Parameters
+    ----------
+    l2
+        Penalty on the squared weights of all users together, in nats.
+    segment_l2
+        Penalty on the squared deviation of a segment's weights from them.
+    positive
+        Features whose weight may not fall below 0; none if not given.
+
+    Returns
+    -------
+    NDArray
+        Shape (segments, features).
+    """
+    n_features = choices.x.shape[1]
+    n_segments = int(choices.segments.max(initial=0)) + 1
+    x = choices.x.astype(np.float64)
+    counts = np.diff(np.append(choices.starts, len(x)))
+    of_row = np.repeat(choices.segments, counts)
+    user = np.repeat(np.arange(len(counts)), counts)
+    chosen = x[choices.truth]
+    # Deviations in units in which their penalty is l2 too: the problem stays well conditioned.
+    scale = np.sqrt(l2 / segment_l2) if n_segments > 1 else 0.0
+
+    def by_segment(flat: NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.asarray(flat[:n_features] + scale * flat[n_features:].reshape(n_segments, n_features))
+
+    def loss(flat: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+        weights = by_segment(flat)
+        utility = np.einsum("rf,rf->r", x, weights[of_row])
+        utility -= np.maximum.reduceat(utility, choices.starts)[user]
+        e = np.exp(utility)
+        total = np.add.reduceat(e, choices.starts)
+        p = e / total[user]
+        value = -float((utility[choices.truth] - np.log(total)).sum())
+        expected = np.add.reduceat(x * p[:, None], choices.starts, axis=0)
+        gradient = np.zeros((n_segments, n_features))
+        np.add.at(gradient, choices.segments, expected - chosen)
+        whole = np.concatenate([gradient.sum(axis=0), scale * gradient.ravel()])
+        return value + 0.5 * l2 * float(flat @ flat), whole + l2 * flat
+
+    bounds: list[tuple[float | None, float | None]] = [
+        (0.0 if positive is not None and positive[f] else None, None) for f in range(n_features)
+    ]
+    bounds += [(None, None)] * (n_segments * n_features)
+    solved = scipy.optimize.minimize(
+        loss,
+        np.zeros(n_features * (1 + n_segments)),
+        jac=True,
+        method="L-BFGS-B",
+        bounds=bounds,
+        options={"maxiter": 500, "ftol": 1e-10, "gtol": 1e-6},
+    )
+    return by_segment(solved.x)
+
+
+def utilities(choices: Choices, weights: NDArray[np.float64]) -> Floats:
+    """Utility of each candidate under weights by segment, shape (rows,)."""
+    counts = np.diff(np.append(choices.starts, len(choices.x)))
+    of_row = np.repeat(choices.segments, counts)
+    values: Floats = np.einsum("rf,rf->r", choices.x, weights[of_row].astype(np.float32))
+    return values
