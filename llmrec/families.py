@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from llmrec.errors import ConfigError
 from llmrec.protocols import Codes, Encoder, Floats, Retriever, VectorIndex
+from llmrec.retrieve.again import AgainConfig, AgainRetriever
 from llmrec.retrieve.dense import (
     NearestConfig,
     NearestRetriever,
@@ -197,6 +198,12 @@ FAMILIES: Mapping[str, Family] = {
     "profile": _from_texts(ProfileConfig, lambda t, c: ProfileRetriever(t.vectors, t.index, c)),
     "nearest": _from_texts(NearestConfig, lambda t, c: NearestRetriever(t.vectors, t.index, c)),
     "topics": _from_texts(TopicsConfig, _topics),
+    "again": Family(
+        AgainConfig,
+        lambda log, texts, config: AgainRetriever(len(texts.lines), config),
+        lambda arrays, texts, config: AgainRetriever(len(texts.lines), config),
+        learns=False,
+    ),
     "text": _from_texts(NoConfig, lambda t, _: TextQueryRetriever(t.encoder, t.index), asks="words"),
     "bm25": _from_texts(NoConfig, lambda t, _: BM25Retriever(t.lines), asks="words"),
 }

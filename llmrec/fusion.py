@@ -18,6 +18,7 @@ import numpy as np
 import scipy.optimize
 from numpy.typing import NDArray
 
+from llmrec.pipeline import Calibration
 from llmrec.protocols import Floats
 
 KINDS = ("score", "found", "rank")
@@ -122,3 +123,45 @@ def utilities(choices: Choices, weights: NDArray[np.float64]) -> Floats:
     of_row = np.repeat(choices.segments, counts)
     values: Floats = np.einsum("rf,rf->r", choices.x, weights[of_row].astype(np.float32))
     return values
+
+
+def fit_calibration(
+    total: Floats, starts: NDArray[np.int64], truth: NDArray[np.int64], prior: Floats
+) -> tuple[Calibration, float]:
+    """Temperature and mix that make the targets most likely, and the mean nats of a target.
+
+    Parameters
+    ----------
+    total
+        Score of each candidate, users one after another, shape (rows,).
+    starts, truth
+        First row of each user; row of the target, -1 where it is no candidate. Shape (users,).
+    prior
+        Prior probability of each user's target, shape (users,).
+    """
+    if not len(truth):
+        return Calibration(), 0.0
+    counts = np.diff(np.append(starts, len(total)))
+    filled = counts > 0
+    user = np.repeat(np.arange(len(counts)), counts)
+    top = np.zeros(len(counts))
+    top[filled] = np.maximum.reduceat(total.astype(np.float64), starts[filled])
+    shifted = total - top[user]
+    there = np.flatnonzero(truth >= 0)
+    own = total[truth[there]] - top[there]
+
+    def parameters(free: NDArray[np.float64]) -> tuple[float, float]:
+        return float(np.exp(np.clip(free[0], -7, 7))), float(1.0 / (1.0 + np.exp(-np.clip(free[1], -14, 14))))
+
+    def nats(free: NDArray[np.float64]) -> float:
+        temperature, mix = parameters(free)
+        sums = np.zeros(len(counts))
+        np.add.at(sums, user, np.exp(temperature * shifted))
+        chosen = np.zeros(len(counts))
+        chosen[there] = np.exp(temperature * own) / sums[there]
+        return -float(np.log((1.0 - mix) * chosen + mix * prior).mean())
+
+    start, precise = np.array([np.log(5.0), 0.0]), {"xatol": 1e-3, "fatol": 1e-6}
+    solved = scipy.optimize.minimize(nats, start, method="Nelder-Mead", options=precise)
+    temperature, mix = parameters(solved.x)
+    return Calibration(round(temperature, 6), round(mix, 6)), float(solved.fun)

@@ -140,11 +140,11 @@ def evaluate(
     on_stage(f"expected: {in_words(expected)}")
     texts = cached_texts(catalog, config, cache, on_stage)
     clock.lap("encode")
-    search = config.retrieval
+    search = config.retrieval.for_repeats(not exclude_seen)
     held_out = split.validation.sample(search.search_users, search.seed).held_out(
         catalog.active, exclude_seen
     )
-    recipe, retrievers = cached_retrievers(catalog, split, held_out, texts, config, cache, on_stage)
+    recipe, retrievers = cached_retrievers(catalog, split, held_out, texts, search, cache, on_stage)
     fitted, unchecked = leaks.check_retrievers(retrievers, split)
     checked += fitted
     clock.lap("fit_retrievers")

@@ -48,6 +48,10 @@ class Weights:
             return self.lm > 0
         return any(weights.get(name, 0.0) for weights in (self.retrievers, self.found, self.rank))
 
+    def ever_uses(self, name: str) -> bool:
+        """Whether a component takes part for any length of history."""
+        return self.uses(name) or any(weights.uses(name) for _, weights in self.longer)
+
     def for_history(self, n: int) -> Weights:
         """The weights for a history of n items."""
         fitting = [weights for least, weights in self.longer if n >= least]
@@ -177,6 +181,27 @@ def _ordered(items: Codes, names: tuple[str, ...], parts: Floats, ranks: NDArray
     return Candidates(items[order], scores[order], names, parts[order], ranks[order])
 
 
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """Turns scores of candidates into probabilities over the catalogue.
+
+    p(i) = (1 - mix) * softmax(temperature * score)(i) over the candidates + mix * prior(i), so that every
+    item has a probability and they sum to 1.
+    """
+
+    temperature: float = 1.0
+    mix: float = 0.5
+
+    def probabilities(self, found: Candidates, prior: Floats) -> NDArray[np.float64]:
+        """Probability of each item to be the next, shape (items,); `prior` sums to 1, shape (items,)."""
+        p = self.mix * prior.astype(np.float64)
+        if len(found.items) == 0:
+            return p / max(self.mix, 1e-12) if self.mix > 0 else prior.astype(np.float64)
+        e = np.exp(self.temperature * (found.scores.astype(np.float64) - float(found.scores.max())))
+        p[found.items] += (1.0 - self.mix) * e / e.sum()
+        return p
+
+
 @dataclass(frozen=True)
 class Pipeline:
     """The components and their weights.
@@ -191,6 +216,10 @@ class Pipeline:
         The language model, None if there is none.
     depth
         Hits taken from each retriever.
+    calibration
+        For `predict`, fitted for these weights by history.
+    prior
+        Share of each item in the events, shape (items,); sums to 1.
     """
 
     retrievers: Mapping[str, Retriever]
@@ -199,6 +228,8 @@ class Pipeline:
     similar: Weights
     scorer: Scorer | None = None
     depth: int = 200
+    calibration: Calibration = field(default_factory=Calibration)
+    prior: Floats | None = None
     fallback: ClassVar[str] = "popularity"
 
     def weights_for(self, query: Query) -> Weights:
@@ -210,6 +241,16 @@ class Pipeline:
         weights = [self.weights_for(q) for q in queries]
         merged = self.retrieve(queries, weights)
         return [c.top(k) for c in self.rerank(queries, merged, [w.lm for w in weights])]
+
+    def predict(self, queries: Sequence[Query]) -> NDArray[np.float64]:
+        """Probability that the next event is each item, shape (queries, items); rows sum to 1.
+
+        Items that a query's mask rules out keep their share of the prior: they are unlikely, not impossible.
+        """
+        assert self.prior is not None
+        found = self.recommend(queries, len(self.prior))
+        rows = [self.calibration.probabilities(candidates, self.prior) for candidates in found]
+        return np.stack(rows) if rows else np.zeros((0, len(self.prior)))
 
     def retrieve(self, queries: Sequence[Query], weights: Sequence[Weights]) -> list[Candidates]:
         """Retrieve and merge, without the language model's score."""

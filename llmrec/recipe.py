@@ -13,8 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from llmrec.families import FAMILIES, Texts, TopicsConfig, TrainingLog
 from llmrec.metrics import Ranks
-from llmrec.pipeline import Weights
+from llmrec.pipeline import Calibration, Weights
 from llmrec.protocols import Codes, Query, Retriever
+from llmrec.retrieve.again import AgainConfig
 from llmrec.retrieve.dense import NearestConfig, ProfileConfig
 from llmrec.retrieve.factors import ALSConfig
 from llmrec.retrieve.graph import LightGCNConfig
@@ -48,6 +49,7 @@ class RetrievalConfig(BaseModel):
     profile: ProfileConfig = ProfileConfig()
     nearest: NearestConfig = NearestConfig()
     topics: TopicsConfig = TopicsConfig()
+    again: AgainConfig = AgainConfig()
     search: bool = Field(True, description="choose settings and weights on held-out events")
     search_users: int = Field(2000, ge=1, description="held-out users that the search looks at")
     seed: int = 0
@@ -61,6 +63,12 @@ class RetrievalConfig(BaseModel):
                 f"unknown families {', '.join(unknown)}; known are {', '.join(sorted(FAMILIES))}"
             )
         return tuple(dict.fromkeys(names))
+
+    def for_repeats(self, repeats: bool) -> RetrievalConfig:
+        """The same with the family ``again`` where people choose the same items again."""
+        if not repeats or "again" in self.families:
+            return self
+        return self.model_copy(update={"families": (*self.families, "again")})
 
     def settings(self) -> dict[str, BaseModel]:
         """Families that take part, each with its settings."""
@@ -99,6 +107,7 @@ class Recipe:
     query: Weights
     similar: Weights
     log: list[dict[str, Any]] = field(default_factory=list)
+    calibration: Calibration = field(default_factory=Calibration)
 
     @classmethod
     def default(cls, config: RetrievalConfig) -> Recipe:
@@ -126,7 +135,8 @@ class Recipe:
         """The form written to the manifest."""
         weights = {n: getattr(self, n).as_dict() for n in ("history", "query", "similar")}
         settings = {name: value.model_dump() for name, value in self.settings.items()}
-        return {"settings": settings, **weights, "log": self.log}
+        calibration = {"temperature": self.calibration.temperature, "mix": self.calibration.mix}
+        return {"settings": settings, **weights, "calibration": calibration, "log": self.log}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
@@ -137,6 +147,7 @@ class Recipe:
             query=Weights.from_dict(values["query"]),
             similar=Weights.from_dict(values["similar"]),
             log=list(values["log"]),
+            calibration=Calibration(**values["calibration"]),
         )
 
 

@@ -104,7 +104,7 @@ class Recommender:
         texts = encode(catalog.lines(), config, on_stage)
         train, part = tail(log)
         repeats = log.repeat_share() >= REPEATS
-        search = config.retrieval
+        search = config.retrieval.for_repeats(repeats)
         held_out = part.sample(search.search_users, search.seed).held_out(catalog.active, not repeats)
         recipe, _ = search_recipe(train, held_out, texts, search, lambda s: on_stage(f"choosing {s}"))
         on_stage("fitting on all events")
@@ -388,6 +388,29 @@ class Recommender:
         asked = replace(self._query(request, state), mask=mask)
         pipeline = replace(state.pipeline(), depth=len(ids))
         return state.answer(pipeline.order(asked, codes))
+
+    def predict(
+        self,
+        items: Sequence[str],
+        user: str | None = None,
+        history: Sequence[str | Event] | None = None,
+    ) -> dict[str, float]:
+        """Return, for each item, the probability that the next event of a user is this item.
+
+        Over the whole catalogue the probabilities sum to 1, so those of some items to at most 1. They are
+        calibrated on held-out events when the recommender is fitted or fine-tuned.
+
+        Raises
+        ------
+        RequestError
+            If an id is unknown.
+        """
+        ids = list(items)
+        state = self._ready(lm=self._state.recipe.uses_lm)
+        codes = state.catalog.codes(ids)
+        query = self._query(Request(user=user, history=history), state)
+        p = state.pipeline().predict([query])[0]
+        return {item_id: float(p[code]) for item_id, code in zip(ids, codes, strict=True)}
 
     def _query(self, request: Request, state: State) -> Query:
         history = self._history(request, state)

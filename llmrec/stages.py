@@ -21,7 +21,7 @@ from llmrec.evaluation.split import Split
 from llmrec.families import Texts
 from llmrec.fetch import resolve
 from llmrec.protocols import Retriever
-from llmrec.recipe import HeldOut, Recipe, hash_histories, load_retrievers, retriever_arrays
+from llmrec.recipe import HeldOut, Recipe, RetrievalConfig, hash_histories, load_retrievers, retriever_arrays
 from llmrec.search import search_recipe
 from llmrec.state import State
 
@@ -39,6 +39,8 @@ FITTING = (
     "recipe",
     "search",
     "fusion",
+    "features",
+    "blending",
     "pipeline",
     "ranking",
     "metrics",
@@ -68,7 +70,7 @@ def cached_retrievers(
     split: Split,
     held_out: HeldOut,
     texts: Texts,
-    config: Config,
+    config: RetrievalConfig,
     cache: StageCache,
     on_stage: Callable[[str], None],
 ) -> tuple[Recipe, dict[str, Retriever]]:
@@ -88,7 +90,7 @@ def cached_retrievers(
         catalog.fingerprint,
         held_out.sha256(),
         texts.encoder.fingerprint,
-        config.retrieval.model_dump(),
+        config.model_dump(),
         sources(
             "retrieve", "index", "families", "sequences", "recipe", "search", "pipeline", "ranking", "metrics"
         ),
@@ -100,7 +102,7 @@ def cached_retrievers(
             split.training,
             held_out,
             texts,
-            config.retrieval,
+            config,
             lambda stage: on_stage(f"choosing {stage}"),
         ),
         write,

@@ -21,6 +21,7 @@ from llmrec.families import Texts, TrainingLog
 from llmrec.pipeline import LM, Candidates, Pipeline
 from llmrec.protocols import Codes, Mask, Retriever
 from llmrec.recipe import Recipe, fit_retrievers, load_retrievers, retriever_arrays
+from llmrec.retrieve.popularity import PopularityRetriever
 from llmrec.rules import compile_where
 from llmrec.types import Recommendation, Request, Source
 
@@ -62,7 +63,18 @@ class State:
         """The pipeline of these parts."""
         recipe, scorer = self.recipe, self.lm.scorer if self.lm is not None else None
         retrievers = dict(self.retrievers) | ({LM: scorer} if scorer is not None else {})
-        return Pipeline(retrievers, recipe.history, recipe.query, recipe.similar, scorer, self.depth)
+        popularity = self.retrievers["popularity"]
+        assert isinstance(popularity, PopularityRetriever)
+        return Pipeline(
+            retrievers,
+            recipe.history,
+            recipe.query,
+            recipe.similar,
+            scorer,
+            self.depth,
+            recipe.calibration,
+            popularity.shares(),
+        )
 
     def refitted(self, log: EventLog | None) -> State:
         """The same with retrievers fitted on all events of a log, None if it is empty; weights stay."""

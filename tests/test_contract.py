@@ -59,7 +59,8 @@ def test_hits_are_allowed_distinct_finite_and_best_first(retrievers, name):
 
 @pytest.mark.parametrize("name", sorted(FAMILIES))
 def test_what_a_family_asks_for_is_what_it_needs(retrievers, name):
-    history, nothing, words, _ = (len(hits.items) > 0 for hits in retrievers[name].retrieve(ASKED, 7))
+    asked = [Query(HISTORY.history), *ASKED[1:]]
+    history, nothing, words, _ = (len(hits.items) > 0 for hits in retrievers[name].retrieve(asked, 7))
     asks = FAMILIES[name].asks
     assert (history, nothing, words) == {
         "": (True, True, True),
@@ -108,5 +109,5 @@ def test_a_recipe_of_all_families_survives_json():
 
 
 def test_an_unknown_family_names_the_known_ones():
-    with pytest.raises(ValueError, match="unknown families svd; known are als, bm25"):
+    with pytest.raises(ValueError, match="unknown families svd; known are again, als, bm25"):
         RetrievalConfig(families=("ease", "svd"))

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
 
-from llmrec.fusion import Choices, fit_logit, utilities
+from llmrec.fusion import Choices, fit_calibration, fit_logit, utilities
+from llmrec.pipeline import Calibration, Candidates
 
 
 def planted(weights, users=600, candidates=12, seed=0, segments=None):
@@ -78,3 +79,33 @@ def test_some_of_the_users_are_themselves():
     weights = np.array([[1.0, 2.0], [0.0, 1.0]])
     whole = utilities(choices, weights).reshape(30, 12)[some].ravel()
     np.testing.assert_allclose(utilities(part, weights), whole, rtol=1e-6)
+
+
+def test_calibration_finds_the_temperature_and_the_share_that_scores_say_nothing_of():
+    """Targets are drawn from the softmax of 3 times the score, but for a quarter that come from the prior."""
+    rng = np.random.default_rng(1)
+    users, n = 3000, 20
+    prior = rng.dirichlet(np.ones(n)).astype(np.float32)
+    scores = rng.normal(size=(users, n)).astype(np.float32)
+    p = np.exp(3 * scores) / np.exp(3 * scores).sum(axis=1, keepdims=True)
+    mixed = 0.75 * p + 0.25 * prior
+    targets = np.array([rng.choice(n, p=row / row.sum()) for row in mixed])
+    starts = n * np.arange(users)
+    found, nats = fit_calibration(scores.ravel(), starts, starts + targets, prior[targets])
+    assert found.temperature == pytest.approx(3.0, rel=0.1) and found.mix == pytest.approx(0.25, abs=0.03)
+    items = np.arange(n, dtype=np.int32)
+    ranks = np.zeros((n, 1), np.int32)
+    rows = [found.probabilities(Candidates(items, row, ("a",), row[:, None], ranks), prior) for row in scores]
+    np.testing.assert_allclose(np.sum(rows, axis=1), 1.0, atol=1e-6)
+    assert nats == pytest.approx(-np.log(np.stack(rows)[np.arange(users), targets]).mean(), abs=1e-5)
+
+
+def test_calibration_without_candidates_is_the_prior():
+    nothing = Candidates(
+        np.empty(0, np.int32), np.empty(0, np.float32), (), np.empty((0, 0)), np.empty((0, 0))
+    )
+    prior = np.array([0.2, 0.8], np.float32)
+    np.testing.assert_allclose(Calibration(2.0, 0.3).probabilities(nothing, prior), prior, rtol=1e-6)
+    found, nats = fit_calibration(np.empty(0, np.float32), np.zeros(2, int), np.array([-1, -1]), prior)
+    assert nats == pytest.approx(-np.log(prior * found.mix).mean(), rel=1e-4)
+    assert fit_calibration(np.empty(0, np.float32), np.zeros(0, int), np.zeros(0, int), prior[:0])[1] == 0.0

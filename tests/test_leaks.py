@@ -65,6 +65,7 @@ def test_honestly_fitted_retrievers_pass(which, texts, request):
             "ease": EASEConfig(l2=5, fit_decay=0.8, keep=10),
             "transitions": TransitionsConfig(window=2, backward=0),
         },
+        {"ease": {"max_items": 10, "neighbours": 12}},
         {"families": ("ease", "transitions", "als", "gru4rec"), "gru4rec": {"dim": 4, "epochs": 1}},
     ):
         recipe = Recipe.default(RetrievalConfig(**settings))

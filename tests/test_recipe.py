@@ -9,23 +9,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llmrec.blending import lm_weight, search_weights
 from llmrec.encode.light import LightEncoder
 from llmrec.families import Texts, TrainingLog
+from llmrec.features import Features
 from llmrec.index.faiss_index import FaissIndex
 from llmrec.metrics import per_user, summary
 from llmrec.pipeline import LM, Pipeline, Weights
 from llmrec.protocols import Query
 from llmrec.ranking import top
 from llmrec.recipe import HeldOut, Recipe, RetrievalConfig, fit_retrievers, ranks_in, retriever_arrays
-from llmrec.search import (
-    Features,
-    known_item_queries,
-    like_last_item,
-    lm_weight,
-    search_recipe,
-    search_weights,
-    with_language_model,
-)
+from llmrec.search import known_item_queries, like_last_item, search_recipe, with_language_model
 
 N = 60
 CONFIG = RetrievalConfig(depth=100)
@@ -258,7 +252,7 @@ def test_the_search_finds_a_planted_successor_rule(searched):
     merged, popular = quality(HELD_OUT.queries), quality(HELD_OUT.queries, popularity)
     assert merged > 0.7 and popular < 0.3
     assert recipe.history.retrievers.get("transitions", 0) > 0
-    assert recipe.log[-1]["search"].startswith("similar") and recipe.similar.retrievers["profile"] == 1.0
+    assert recipe.log[-1]["search"] == "calibration" and recipe.similar.retrievers["profile"] == 1.0
     typed = known_item_queries(HELD_OUT, TEXTS.lines, CONFIG.seed)
     assert len(typed.targets) == len(HELD_OUT.targets) and quality(typed.queries) > popular + 0.2
 

@@ -276,6 +276,20 @@ def test_a_log_of_repeats_lets_seen_items_come_back():
     rec = Recommender.fit(items, events, LIGHT)
     assert "0" in ids(rec.recommend(user="u1", k=2))
     assert "0" not in ids(rec.recommend(user="u1", k=5, seen="exclude"))
+    assert "again" in rec.recipe.settings, "what was chosen before is a source of its own"
+
+
+def test_probabilities_sum_to_one_over_the_catalogue_and_say_what_is_likely(tuned, data):
+    everything = tuned.catalog.ids
+    for asked in ({"user": "u1"}, {"history": ["i5"]}, {}):
+        p = tuned.predict(everything, **asked)
+        assert list(p) == everything and sum(p.values()) == pytest.approx(1.0, abs=1e-5)
+        assert min(p.values()) > 0
+    after = tuned.predict(["i6", "i20"], history=["i5"])
+    assert after["i6"] > 5 * after["i20"], "after item i comes item i + 1"
+    assert after == {i: tuned.predict(everything, history=["i5"])[i] for i in ("i6", "i20")}
+    with pytest.raises(RequestError, match="unknown"):
+        tuned.predict(["nowhere"], user="u1")
 
 
 def test_bad_data_is_refused_whole_and_dropped_when_asked():

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.linear_model import Ridge
 
 from llmrec.encode.light import LightEncoder
 from llmrec.families import Texts, TrainingLog
@@ -152,16 +153,35 @@ def test_ease_keeps_the_largest_weights_of_each_item():
     np.testing.assert_allclose(full, b, atol=2e-6)
 
 
-def test_ease_covers_the_most_frequent_items_and_scores_no_others():
-    histories = [codes([1, 2, 5]), codes([2, 5]), codes([2, 1]), codes([0, 5, 2])]
-    ease = EASERetriever.fit(histories, 6, EASEConfig(l2=1.0, decay=1.0, max_items=3))
-    assert ease.items.tolist() == [1, 2, 5]
-    inside = {1: 0, 2: 1, 5: 2}
-    small = [codes([inside[i] for i in h if i in inside]) for h in histories]
-    b = naive_ease(small, 3, 1.0, 1.0)
-    expected = np.zeros(6)
-    expected[[1, 2, 5]] = b[0]
-    np.testing.assert_allclose(ease.score(codes([0, 1])), expected, atol=1e-6)
+def test_ease_among_all_neighbours_is_ease():
+    for decay in (1.0, 0.8):
+        whole = EASERetriever.fit(HISTORIES, N, EASEConfig(l2=3.0, fit_decay=decay)).weights.toarray()
+        config = EASEConfig(l2=3.0, fit_decay=decay, max_items=5, neighbours=N)
+        near = EASERetriever.fit(HISTORIES, N, config)
+        # An item that never stood with another has no weight; in EASE it may have one through others.
+        there = near.weights.toarray() != 0
+        assert there.mean() > 0.5
+        gram = user_item_matrix(HISTORIES, N, decay)
+        gram = (gram.T @ gram).toarray()[: N - 4, : N - 4]
+        together = (gram > 0).sum(axis=0) == N - 4
+        for column in np.flatnonzero(together):
+            np.testing.assert_allclose(near.weights.toarray()[:, column], whole[:, column], atol=1e-4)
+
+
+def test_ease_among_few_neighbours_is_ridge_regression_on_them():
+    config = EASEConfig(l2=2.0, max_items=5, neighbours=6)
+    model = EASERetriever.fit(HISTORIES, N, config)
+    x = user_item_matrix(HISTORIES, N, 1.0).toarray()[:, : N - 4]
+    gram = x.T @ x
+    for item in range(0, N - 4, 5):
+        cosine = gram[item] / np.maximum(np.sqrt(np.diag(gram)), 1e-9)
+        cosine[item] = 0
+        near = [i for i in np.argsort(-cosine, kind="stable")[:6] if cosine[i] > 0]
+        column = model.weights.toarray()[:, item]
+        chosen = np.flatnonzero(column)
+        assert cosine[chosen].min(initial=9) >= cosine[near].min(initial=9) - 1e-9
+        ridge = Ridge(alpha=2.0, fit_intercept=False).fit(x[:, chosen], x[:, item])
+        np.testing.assert_allclose(column[chosen], ridge.coef_, atol=1e-4)
 
 
 # Transitions

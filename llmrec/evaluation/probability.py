@@ -32,6 +32,12 @@ class Probabilities:
         self.confidence += p[rows, best].tolist()
         self.correct += (best == targets).tolist()
 
+    def reliability(self) -> list[list[float]]:
+        """Mean confidence and share of hits of each bin of equal size: the reliability curve."""
+        confidence, correct = np.array(self.confidence), np.array(self.correct)
+        chunks = np.array_split(np.argsort(confidence, kind="stable"), min(BINS, max(len(confidence), 1)))
+        return [[float(confidence[c].mean()), float(correct[c].mean())] for c in chunks if len(c)]
+
     def summary(self) -> dict[str, float]:
         """Mean measures.
 

@@ -80,7 +80,8 @@ def run_systems(
     ranks: dict[str, list[Ranks]] = {}
     shown: dict[str, list[Codes]] = {}
     model: object = pipeline.scorer if with_lm else None
-    predicted = Probabilities()
+    served = with_lm or pipeline.history.lm == 0
+    predicted = {name: Probabilities() for name in ("popularity", LM, "default")}
     for start in range(0, len(part), CHUNK):
         rows = np.arange(start, min(start + CHUNK, len(part)))
         chunk = part.take(rows)
@@ -94,10 +95,15 @@ def run_systems(
             ranks.setdefault(name, []).append(ranks_in(lists, chunk.targets))
             shown.setdefault(name, []).extend(items[:SHOWN] for items in lists)
         if isinstance(model, Predictor):
-            predicted.add(model.log_probs(chunk.histories), chunk.targets)
+            predicted[LM].add(model.log_probs(chunk.histories), chunk.targets)
+        if pipeline.prior is not None and pools is None and served:
+            p = pipeline.predict(queries)
+            predicted["default"].add(np.log(np.maximum(p, 1e-30)).astype(np.float32), chunk.targets)
+            prior = np.broadcast_to(np.log(pipeline.prior), p.shape)
+            predicted["popularity"].add(prior, chunk.targets)
         on_users(len(rows))
     joined = {name: np.concatenate(values) for name, values in ranks.items()}
-    probabilities = {LM: predicted.summary()} if predicted.nats else {}
+    probabilities = {name: values.summary() for name, values in predicted.items() if values.nats}
     return Systems(joined, shown, probabilities, _compared(joined, pipeline.history.retrievers))
 
 

@@ -66,21 +66,24 @@ class ALSRetriever:
         """
         try:
             from implicit.als import AlternatingLeastSquares
+            from threadpoolctl import threadpool_limits
         except ImportError as missing:
             raise ImportError('ALS needs: pip install "llmrec[families]"') from missing
 
         matrix = user_item_matrix(histories, n_items, config.fit_decay, weights)
         if matrix.nnz == 0:
             return cls(np.zeros((n_items, config.dim), np.float32), config)
-        model = AlternatingLeastSquares(
-            factors=config.dim,
-            regularization=config.l2,
-            alpha=config.alpha,
-            iterations=config.iterations,
-            random_state=config.seed,
-            use_gpu=False,
-        )
-        model.fit(matrix.astype(np.float32), show_progress=False)
+        # The library has threads of its own, which those of BLAS would slow down.
+        with threadpool_limits(1, "blas"):
+            model = AlternatingLeastSquares(
+                factors=config.dim,
+                regularization=config.l2,
+                alpha=config.alpha,
+                iterations=config.iterations,
+                random_state=config.seed,
+                use_gpu=False,
+            )
+            model.fit(matrix.astype(np.float32), show_progress=False)
         factors = np.array(model.item_factors, dtype=np.float32)
         factors[np.asarray((matrix > 0).sum(axis=0)).ravel() == 0] = 0.0
         return cls(factors, config)

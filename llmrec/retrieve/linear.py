@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from llmrec.protocols import Codes, Floats, Hits, Query
 from llmrec.ranking import NO_HITS, age_weights, top
+from llmrec.retrieve.sparse_linear import sparse_weights
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +27,8 @@ class EASEConfig(BaseModel):
     l2: float = Field(200.0, gt=0, description="ridge penalty")
     fit_decay: float = Field(1.0, gt=0, le=1, description="weight of an event in fitting, per step of age")
     decay: float = Field(0.9, gt=0, le=1, description="weight of a history item, per step of age")
-    max_items: int = Field(20_000, ge=1, description="most items in the model; cost is cubic in it")
+    max_items: int = Field(20_000, ge=1, description="most items solved together; cost is cubic in it")
+    neighbours: int = Field(200, ge=1, description="of each item, where there are more: solved among these")
     keep: int = Field(1000, ge=1, description="largest weights kept for each item")
 
 
@@ -85,17 +87,17 @@ class EASERetriever:
         config: EASEConfig,
         weights: Sequence[Floats] | None = None,
     ) -> EASERetriever:
-        """Solve for B. Items beyond the `max_items` most frequent stay out of the model.
+        """Solve for B; where there are more than `max_items` items, column by column among neighbours.
 
         `weights` are those of the events, one array a history.
         """
         matrix = user_item_matrix(histories, n_items, config.fit_decay, weights)
         counts = np.asarray((matrix > 0).sum(axis=0)).ravel()
         items: Codes = np.flatnonzero(counts).astype(np.int32)
-        if len(items) > config.max_items:
-            logger.warning("EASE covers the %d most frequent of %d items", config.max_items, len(items))
-            items = np.sort(np.argsort(-counts, kind="stable")[: config.max_items]).astype(np.int32)
         matrix = matrix[:, items]
+        if len(items) > config.max_items:
+            logger.info("EASE over %d items is solved among neighbours", len(items))
+            return cls(items, sparse_weights(matrix, config.l2, config.neighbours), n_items, config)
         gram = np.asarray((matrix.T @ matrix).toarray(), dtype=np.float32)
         gram[np.diag_indices_from(gram)] += config.l2
         return cls(items, _prune(_solve(gram), config.keep), n_items, config)

@@ -30,6 +30,12 @@ class PopularityRetriever:
         counted = None if weights is None else np.concatenate([np.empty(0, np.float32), *weights])
         return cls(np.log1p(np.bincount(events, counted, minlength=n_items)).astype(np.float32))
 
+    def shares(self) -> Floats:
+        """Share of each item in the events, with one pseudo-event an item, shape (items,); sums to 1."""
+        smoothed = np.exp(self.scores.astype(np.float64))
+        shares: Floats = (smoothed / smoothed.sum()).astype(np.float32)
+        return shares
+
     def retrieve(self, queries: Sequence[Query], k: int) -> list[Hits]:
         """Return the k most popular allowed items for each query."""
         return [top(self.scores, k, query.mask) for query in queries]

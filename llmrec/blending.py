@@ -1,0 +1,162 @@
+"""Choosing the weights of a blend on held-out events; every trial is logged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmrec.features import Features
+from llmrec.fusion import Choices, fit_calibration, fit_logit
+from llmrec.metrics import Values, per_user
+from llmrec.pipeline import LM, Calibration, Weights, discount
+from llmrec.protocols import Floats
+
+OBJECTIVE = "ndcg@10"
+"""What settings and weights are chosen by."""
+
+GRID = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5)
+"""Weights that are tried."""
+
+SEGMENTS = (0, 5, 10, 20, 50)
+"""Shortest history of each segment of users with weights of their own."""
+
+ENOUGH = 100
+"""Users with a found target that a segment needs for that."""
+
+
+def search_weights(
+    features: Features, fixed: Mapping[str, float], log: list[dict[str, Any]], kind: str
+) -> dict[str, float]:
+    """Coordinate ascent on NDCG@10 over the weights of `GRID`; a tie keeps the smaller weight.
+
+    Starts from `fixed`, or, where that is empty, from the best single component.
+    """
+
+    def value(weights: Mapping[str, float]) -> float:
+        return float(per_user(features.of_targets(Weights(weights)), OBJECTIVE).mean())
+
+    best: dict[str, float] = dict(fixed)
+    if not best:
+        alone = {name: value({name: 1.0}) for name in features.names}
+        best = {max(features.names, key=lambda n: alone[n]): 1.0}
+    score = value(best)
+    for _ in range(3):
+        before = score
+        for name in features.names:
+            # Alone, a component ranks the same at every weight: the tie would shrink it for nothing.
+            if name in fixed or not any(w for n, w in best.items() if n != name):
+                continue
+            trials = {w: value({**best, name: w}) for w in GRID}
+            chosen = max(GRID, key=lambda w: (round(trials[w], 7), -w))
+            if trials[chosen] > score + 1e-7 or (
+                trials[chosen] >= score - 1e-7 and chosen < best.get(name, 0)
+            ):
+                best[name], score = chosen, trials[chosen]
+        log.append({"search": f"{kind} weights", "weights": dict(best), OBJECTIVE: round(score, 5)})
+        if score <= before + 1e-6:
+            break
+    return {name: w for name, w in best.items() if w > 0}
+
+
+def learned_weights(features: Features, l2: float) -> Weights:
+    """Weights of a conditional logit, by segment of history length; scaled so that the largest is 1."""
+    found = np.flatnonzero(features.truth >= 0)
+    bounds = [b for b in SEGMENTS if (features.lengths[found] >= b).sum() >= ENOUGH]
+    segments = np.searchsorted(bounds, features.lengths, side="right") - 1
+    x = np.concatenate(
+        [features.scores, (features.ranks > 0).astype(np.float32), discount(features.ranks)], axis=1
+    )
+    starts, truth = features.starts, np.maximum(features.truth, 0)
+    choices = Choices(x, starts, truth, np.maximum(segments, 0)).take(found)
+    fitted = fit_logit(choices, l2=l2)
+    fitted = fitted / max(float(np.abs(fitted).max()), 1e-9)
+
+    def named(row: NDArray[np.float64]) -> Weights:
+        kinds = row.reshape(3, len(features.names))
+        score, found, rank = (
+            {n: round(float(v), 5) for n, v in zip(features.names, kind, strict=True)} for kind in kinds
+        )
+        return Weights(score, 0.0, found, rank)
+
+    first, *rest = (named(row) for row in fitted)
+    return replace(first, longer=tuple(zip(bounds[1:], rest, strict=True)))
+
+
+def choose_weights(
+    features: Features, fallback: Mapping[str, float], log: list[dict[str, Any]], kind: str, seed: int
+) -> Weights:
+    """The better of searched and learned weights, by cross-fitting over users: each half judges the other's.
+
+    With few users, or where nothing is gained, the searched ones stay: they are fewer.
+    """
+    searched = Weights(search_weights(features, {}, log, kind)) if len(features.truth) else Weights(fallback)
+    if (features.truth >= 0).sum() < 2 * ENOUGH:
+        return searched
+    half = np.random.default_rng(seed).permutation(len(features.truth)) % 2
+    ways: dict[str, Callable[[Features], Weights]] = {
+        "searched": lambda part: Weights(search_weights(part, {}, [], kind)),
+        **{f"learned, l2 {l2:g}": partial(learned_weights, l2=l2) for l2 in (1.0, 10.0)},
+    }
+    values = {}
+    for name, way in ways.items():
+        judged = np.empty(len(half))
+        for side in (0, 1):
+            fitted = way(features.take(np.flatnonzero(half != side)))
+            judged[half == side] = per_user(
+                features.take(np.flatnonzero(half == side)).of_targets(fitted), OBJECTIVE
+            )
+        values[name] = float(judged.mean())
+    best = max(values, key=lambda name: (round(values[name], 5), name == "searched"))
+    rounded = {name: round(value, 5) for name, value in values.items()}
+    log.append({"search": f"{kind} blend, cross-fitted", OBJECTIVE: rounded, "chosen": best})
+    return searched if best == "searched" else ways[best](features)
+
+
+def lm_weight(features: Features, weights: Weights, log: list[dict[str, Any]], kind: str) -> float:
+    """Weight of the language model in the blend, fitted on held-out events; 0 leaves it out.
+
+    The best weight of a grid wins, but only if its gain in NDCG@10 over weight 0 exceeds twice the
+    standard error of that gain over users: a gain within the noise does not pay for the model, and the
+    best of ten noisy ones often exceeds one standard error.
+    """
+    if LM not in features.names or not len(features.truth):
+        return 0.0
+
+    def values(weight: float) -> Values:
+        return per_user(features.of_targets(weights.with_lm(weight)), OBJECTIVE)
+
+    without = values(0.0)
+    trials = {w: values(w) for w in (0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0)}
+    best = max(trials, key=lambda w: float(trials[w].mean()))
+    gain = trials[best] - without
+    error = float(gain.std(ddof=1) / np.sqrt(len(gain))) if len(gain) > 1 else np.inf
+    chosen = best if gain.mean() > 2 * error else 0.0
+    log.append(
+        {
+            "search": f"{kind} weight of the language model",
+            OBJECTIVE: {str(w): round(float(v.mean()), 5) for w, v in {0.0: without, **trials}.items()},
+            "gain": round(float(gain.mean()), 5),
+            "standard_error": round(error, 5),
+            "chosen": chosen,
+        }
+    )
+    return chosen
+
+
+def calibrated(features: Features, weights: Weights, prior: Floats, log: list[dict[str, Any]]) -> Calibration:
+    """Calibrate the probabilities that these weights give by history.
+
+    Parameters
+    ----------
+    prior
+        Popularity of each query's target, shape (queries,).
+    """
+    found, nats = fit_calibration(features.total(weights), features.starts, features.truth, prior)
+    alone = -float(np.log(prior).mean()) if len(prior) else 0.0
+    log.append({"search": "calibration", "nats": round(nats, 4), "nats of popularity": round(alone, 4)})
+    return found

@@ -1,0 +1,124 @@
+"""What a blend is chosen by: the scores and ranks of all candidates of held-out queries."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmrec.metrics import Ranks
+from llmrec.pipeline import LM, Weights, discount, gather, normalise
+from llmrec.protocols import Floats, Hits, Scorer
+from llmrec.recipe import HeldOut
+
+
+@dataclass(frozen=True, slots=True)
+class Features:
+    """Normalised scores of all candidates of all queries, one row a candidate, queries one after another.
+
+    Parameters
+    ----------
+    names
+        Components, m of them.
+    scores
+        Shape (rows, m).
+    ranks
+        Rank at which each component proposed the candidate, 0 if it did not, shape (rows, m).
+    starts
+        First row of each query, shape (queries,).
+    truth
+        Row of the target of each query, -1 where no component found it. Shape (queries,).
+    lengths
+        Length of each query's history, shape (queries,).
+    """
+
+    names: tuple[str, ...]
+    scores: Floats
+    ranks: NDArray[np.int32]
+    starts: NDArray[np.int64]
+    truth: NDArray[np.int64]
+    lengths: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, hits: Mapping[str, Sequence[Hits]], held_out: HeldOut) -> Features:
+        """Gather the hits of each query."""
+        blocks, placed, starts, truth, row = [], [], [], [], 0
+        for i, target in enumerate(held_out.targets):
+            items, scores, ranks = gather({name: found[i] for name, found in hits.items()})
+            at = int(np.searchsorted(items, target))
+            blocks.append(scores)
+            placed.append(ranks)
+            starts.append(row)
+            truth.append(row + at if at < len(items) and items[at] == target else -1)
+            row += len(items)
+        scores = np.concatenate([np.zeros((0, len(hits)), np.float32), *blocks])
+        ranks = np.concatenate([np.zeros((0, len(hits)), np.int32), *placed])
+        lengths = np.array([len(query.history) for query in held_out.queries], np.int64)
+        where = np.array(starts, np.int64), np.array(truth, np.int64)
+        return cls(tuple(hits), scores, ranks, *where, lengths)
+
+    @classmethod
+    def with_lm(
+        cls,
+        hits: Mapping[str, Sequence[Hits]],
+        proposed: Sequence[Hits],
+        scorer: Scorer,
+        held_out: HeldOut,
+    ) -> Features:
+        """Gather hits and the language model's own; its column holds its score of every candidate."""
+        named = {**hits, LM: proposed}
+        plain = cls.of(named, held_out)
+        unions = [gather({n: found[i] for n, found in named.items()})[0] for i in range(len(proposed))]
+        columns = [normalise(s) for s in scorer.score(held_out.queries, unions)]
+        scores = plain.scores.copy()
+        scores[:, -1] = np.concatenate([np.zeros(0, np.float32), *columns])
+        return replace(plain, scores=scores)
+
+    def take(self, queries: NDArray[np.int64]) -> Features:
+        """Some of the queries, ascending."""
+        ends = np.append(self.starts[1:], len(self.scores))
+        pieces = [np.arange(self.starts[q], ends[q]) for q in queries]
+        rows = np.concatenate([np.empty(0, np.int64), *pieces])
+        starts = np.cumsum([0, *(len(piece) for piece in pieces)])[:-1].astype(np.int64)
+        old, truth = self.starts[queries], self.truth[queries]
+        truth = np.where(truth >= 0, truth - old + starts, -1)
+        return Features(self.names, self.scores[rows], self.ranks[rows], starts, truth, self.lengths[queries])
+
+    def total(self, weights: Weights) -> Floats:
+        """Score of each candidate under these weights, as the pipeline has it, shape (rows,)."""
+        counts = np.diff(np.append(self.starts, len(self.scores)))
+        total = np.zeros(len(self.scores), np.float32)
+        given = [weights.for_history(int(n)) for n in self.lengths]
+        for chosen in {id(w): w for w in given}.values():
+            rows = np.repeat([w is chosen for w in given], counts)
+            row = [np.array([of.get(n, 0.0) for n in self.names], np.float32) for of in _kinds(chosen)]
+            total[rows] = self.scores[rows] @ row[0]
+            if chosen.found or chosen.rank:
+                ranks = self.ranks[rows]
+                total[rows] += (ranks > 0) @ row[1] + discount(ranks) @ row[2]
+        if weights.lm and LM in self.names:
+            total += weights.lm * self.scores[:, self.names.index(LM)]
+        return total
+
+    def of_targets(self, weights: Weights) -> Ranks:
+        """Rank of each target under these weights, ties in the order of item codes; 0 if not found."""
+        return self.targets_in(self.total(weights))
+
+    def targets_in(self, total: Floats) -> Ranks:
+        """Rank of each target under a score of each candidate, shape (rows,)."""
+        counts = np.diff(np.append(self.starts, len(total)))
+        found = self.truth >= 0
+        own = np.full(len(found), np.inf)
+        own[found] = total[self.truth[found]]
+        theirs = np.repeat(own, counts)
+        earlier = np.arange(len(total)) < np.repeat(self.truth, counts)
+        ahead = (total > theirs) | ((total == theirs) & earlier)
+        cumulative = np.append(0, np.cumsum(ahead))
+        ranks = cumulative[self.starts + counts] - cumulative[self.starts] + 1
+        return np.where(found, ranks, 0)
+
+
+def _kinds(weights: Weights) -> tuple[Mapping[str, float], ...]:
+    return weights.retrievers, weights.found, weights.rank
