@@ -87,6 +87,17 @@ def learned_weights(features: Features, l2: float) -> Weights:
     return replace(first, longer=tuple(zip(bounds[1:], rest, strict=True)))
 
 
+def cross_fitted(features: Features, way: Callable[[Features], Weights], seed: int) -> Values:
+    """NDCG@10 of each query under weights that were fitted on the other half of the queries."""
+    half = np.random.default_rng(seed).permutation(len(features.truth)) % 2
+    judged = np.empty(len(half))
+    for side in (0, 1):
+        own = np.flatnonzero(half == side)
+        fitted = way(features.take(np.flatnonzero(half != side)))
+        judged[own] = per_user(features.take(own).of_targets(fitted), OBJECTIVE)
+    return judged
+
+
 def choose_weights(
     features: Features, fallback: Mapping[str, float], log: list[dict[str, Any]], kind: str, seed: int
 ) -> Weights:
@@ -97,20 +108,11 @@ def choose_weights(
     searched = Weights(search_weights(features, {}, log, kind)) if len(features.truth) else Weights(fallback)
     if (features.truth >= 0).sum() < 2 * ENOUGH:
         return searched
-    half = np.random.default_rng(seed).permutation(len(features.truth)) % 2
     ways: dict[str, Callable[[Features], Weights]] = {
         "searched": lambda part: Weights(search_weights(part, {}, [], kind)),
         **{f"learned, l2 {l2:g}": partial(learned_weights, l2=l2) for l2 in (1.0, 10.0)},
     }
-    values = {}
-    for name, way in ways.items():
-        judged = np.empty(len(half))
-        for side in (0, 1):
-            fitted = way(features.take(np.flatnonzero(half != side)))
-            judged[half == side] = per_user(
-                features.take(np.flatnonzero(half == side)).of_targets(fitted), OBJECTIVE
-            )
-        values[name] = float(judged.mean())
+    values = {name: float(cross_fitted(features, way, seed).mean()) for name, way in ways.items()}
     best = max(values, key=lambda name: (round(values[name], 5), name == "searched"))
     rounded = {name: round(value, 5) for name, value in values.items()}
     log.append({"search": f"{kind} blend, cross-fitted", OBJECTIVE: rounded, "chosen": best})

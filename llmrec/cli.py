@@ -18,7 +18,7 @@ from typer.core import TyperGroup
 
 from llmrec import __version__
 from llmrec.cli_evaluate import evaluate
-from llmrec.cli_show import say, say_weights, show, show_known, stages, stderr, training_bar
+from llmrec.cli_show import say, say_weights, show, show_families, show_known, stages, stderr, training_bar
 from llmrec.errors import LLMRecError, RequestError
 
 
@@ -90,6 +90,9 @@ def fit(
     policy: Annotated[str | None, typer.Option(help="Bad rows: raise, or drop and count.")] = None,
     ties: Annotated[str | None, typer.Option(help="Equal time stamps: order of input, or item id.")] = None,
     encoder: Annotated[str | None, typer.Option(help="light, a known name, hub id or folder.")] = None,
+    search: Annotated[
+        float | None, typer.Option(help="Try all families for so many minutes; keep those that pay.")
+    ] = None,
 ) -> None:
     """Fit a recommender on a catalogue and a log, and save it."""
     from llmrec.assembly import read_catalog, read_log
@@ -97,7 +100,9 @@ def fit(
     from llmrec.recommender import Recommender
 
     settings = Config.of(config).with_flags(
-        data={"clock": clock, "policy": policy, "ties": ties}, encoder={"name": encoder}
+        data={"clock": clock, "policy": policy, "ties": ties},
+        encoder={"name": encoder},
+        retrieval={"search_minutes": search},
     )
     with stages() as on_stage:
         on_stage("reading items and events")
@@ -108,6 +113,8 @@ def fit(
         rec.save(out)
     say(f"items: {catalog.report}")
     say(f"events: {log.report}")
+    if search is not None:
+        show_families(rec.recipe)
     say_weights(rec.recipe)
     typer.echo(str(out))
 

@@ -98,6 +98,25 @@ def show_known(artifacts: Sequence[Artifact]) -> None:
     print_table(table)
 
 
+def show_families(recipe: Recipe) -> None:
+    """Print what each family finds alone, and which were added to the recipe."""
+    added = [e["best"] for e in recipe.log if e["search"] == "forward selection" and e["added"]]
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for name in ("family", "recall@10", "ndcg@10", "seconds", "in the recipe"):
+        table.add_column(name, justify="left" if name == "family" else "right")
+    for entry in recipe.log:
+        if entry["search"] != "family":
+            continue
+        name = entry["family"]
+        if "left out" in entry:
+            table.add_row(name, "", "", "", Text(entry["left out"]))
+            continue
+        place = f"added {added.index(name) + 1}." if name in added else ""
+        measures = f"{entry['recall@10']:.4f}", f"{entry['ndcg@10']:.4f}", f"{entry['seconds']:.0f}"
+        table.add_row(name, *measures, place)
+    print_table(table)
+
+
 def say_weights(recipe: Recipe) -> None:
     """Print the weights that were chosen for each kind of request."""
     kinds = (("history", recipe.history), ("typed words", recipe.query), ("similar items", recipe.similar))

@@ -164,10 +164,6 @@ class EventLog:
             return None
         return [self.weight[a:b] for a, b in zip(self.offsets[:-1], self.offsets[1:], strict=True)]
 
-    def counts(self, n_items: int) -> Int64s:
-        """Return the number of events of each item code, shape (n_items,)."""
-        return np.bincount(self.item, minlength=n_items).astype(np.int64)
-
     def repeat_share(self) -> float:
         """Return the share of events whose item the same user had before."""
         if not len(self):

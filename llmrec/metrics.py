@@ -14,31 +14,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from llmrec.protocols import Codes, Floats, Mask
+from llmrec.protocols import Codes
 
 Ranks = NDArray[np.int64]
 Values = NDArray[np.float64]
 
 REPORTED = ("recall@5", "ndcg@5", "recall@10", "ndcg@10", "mrr@10", "recall@20", "ndcg@20")
-
-
-def rank_of(scores: Floats, target: int, mask: Mask | None = None) -> int:
-    """Rank of `target` among all allowed items, ties broken by code; 0 if it is not allowed itself.
-
-    Parameters
-    ----------
-    scores
-        Shape (items,), higher is better.
-    mask
-        Shape (items,), True where an item takes part.
-    """
-    if mask is not None:
-        if not mask[target]:
-            return 0
-        scores = np.where(mask, scores, -np.inf)
-    own = scores[target]
-    ahead = np.count_nonzero(scores > own) + np.count_nonzero(scores[:target] == own)
-    return int(ahead) + 1
 
 
 def per_user(ranks: Ranks, metric: str) -> Values:

@@ -51,6 +51,9 @@ class RetrievalConfig(BaseModel):
     topics: TopicsConfig = TopicsConfig()
     again: AgainConfig = AgainConfig()
     search: bool = Field(True, description="choose settings and weights on held-out events")
+    search_minutes: float | None = Field(
+        None, gt=0, description="try all families for so long and keep those that pay, by forward selection"
+    )
     search_users: int = Field(2000, ge=1, description="held-out users that the search looks at")
     seed: int = 0
 

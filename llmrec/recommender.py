@@ -27,7 +27,7 @@ from llmrec.fetch import resolve
 from llmrec.pipeline import Weights
 from llmrec.protocols import Codes, Query
 from llmrec.recipe import Recipe
-from llmrec.search import search_recipe
+from llmrec.selection import choose_recipe
 from llmrec.state import REPEATS, State
 from llmrec.store.sqlite import SQLiteStore
 from llmrec.text import neutralise
@@ -106,7 +106,7 @@ class Recommender:
         repeats = log.repeat_share() >= REPEATS
         search = config.retrieval.for_repeats(repeats)
         held_out = part.sample(search.search_users, search.seed).held_out(catalog.active, not repeats)
-        recipe, _ = search_recipe(train, held_out, texts, search, lambda s: on_stage(f"choosing {s}"))
+        recipe, _ = choose_recipe(train, held_out, texts, search, lambda s: on_stage(f"choosing {s}"))
         on_stage("fitting on all events")
         store = SQLiteStore(":memory:")
         store.append(log.to_events(catalog))

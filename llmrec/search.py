@@ -23,7 +23,13 @@ from llmrec.recipe import HeldOut, Recipe, RetrievalConfig, fit_retrievers, rank
 from llmrec.retrieve.dense import ProfileConfig, ProfileRetriever
 from llmrec.retrieve.linear import EASERetriever
 from llmrec.retrieve.popularity import PopularityRetriever
+from llmrec.retrieve.sequence_config import Kind
 from llmrec.retrieve.transitions import TransitionsConfig, TransitionsRetriever
+
+EPOCH_USERS = 500
+"""Held-out users that judge each epoch of a sequence model."""
+
+Search = Callable[[TrainingLog, Texts, Any, HeldOut, list[dict[str, Any]]], tuple[BaseModel, Retriever]]
 
 
 class ScoringRetriever(Retriever, Scorer, Protocol):
@@ -92,9 +98,7 @@ def with_language_model(
         nonlocal calibration
         if len(part.targets) == 0:
             return weights.with_lm(0.0)
-        used = [
-            n for n in recipe.settings if any(w.uses(n) for w in (weights, *(w for _, w in weights.longer)))
-        ]
+        used = [name for name in recipe.settings if weights.ever_uses(name)]
         hits = {n: retrievers[n].retrieve(part.queries, config.depth) for n in used}
         proposed = model.retrieve(part.queries, config.depth)
         features = Features.with_lm(hits, proposed, model, part)
@@ -141,8 +145,8 @@ def search_recipe(
 ) -> tuple[Recipe, dict[str, Retriever]]:
     """Choose settings and weights, and return them with the retrievers fitted on the log.
 
-    No fitted parameter sees `held_out`. EASE, transitions and profile have their settings searched; the
-    other families of the configuration keep theirs.
+    No fitted parameter sees `held_out`. Families in `SEARCHES` have their settings searched; the others of
+    the configuration keep theirs.
     """
     recipe = Recipe.default(config)
     held_out = held_out.sample(config.search_users, config.seed)
@@ -150,20 +154,29 @@ def search_recipe(
         return recipe, fit_retrievers(log, texts, recipe)
     trials = recipe.log
     trials.append(chosen_on("held-out events", held_out))
-    searches = {"transitions": _search_transitions, "ease": _search_ease, "profile": _search_profile}
     settings: dict[str, BaseModel] = {}
     retrievers: dict[str, Retriever] = {}
     for name, start in recipe.settings.items():
-        if name in searches:
+        if FAMILIES[name].learns or name in SEARCHES:
             on_stage(name)
-            settings[name], retrievers[name] = searches[name](log, texts, start, held_out, trials)
-        else:
-            if FAMILIES[name].learns:
-                on_stage(name)
-            settings[name], retrievers[name] = start, FAMILIES[name].fit(log, texts, start)
+        settings[name], retrievers[name] = fit_family(name, log, texts, start, held_out, trials)
     recipe = replace(recipe, settings=settings)
     on_stage("weights")
-    return _with_weights(recipe, retrievers, held_out, texts, config), retrievers
+    return with_weights(recipe, retrievers, held_out, texts, config), retrievers
+
+
+def fit_family(
+    name: str,
+    log: TrainingLog,
+    texts: Texts,
+    start: BaseModel,
+    held_out: HeldOut,
+    trials: list[dict[str, Any]],
+) -> tuple[BaseModel, Retriever]:
+    """Fit one family, with its settings searched from `start` where it has a search."""
+    if name in SEARCHES:
+        return SEARCHES[name](log, texts, start, held_out, trials)
+    return start, FAMILIES[name].fit(log, texts, start)
 
 
 def _search_transitions(
@@ -210,7 +223,48 @@ def _search_ease(
     return best.config, best
 
 
-def _with_weights(
+def _search_epochs(kind: Kind) -> Search:
+    """Stop a sequence model where held-out events say so; a later fit runs as many epochs."""
+
+    def search(
+        log: TrainingLog, texts: Texts, start: Any, held_out: HeldOut, trials: list[dict[str, Any]]
+    ) -> tuple[BaseModel, Retriever]:
+        from llmrec.retrieve.sequence import SequenceRetriever
+
+        judged, values = held_out.sample(EPOCH_USERS, start.seed), []
+
+        def on_epoch(epoch: int, nats: float, value: float) -> None:
+            values.append(value)
+            trial = {"search": kind, "epoch": epoch + 1, "train_nats": round(nats, 4)}
+            trials.append({**trial, OBJECTIVE: round(value, 5)})
+
+        fitted = SequenceRetriever.fit(
+            kind,
+            log.histories,
+            texts.vectors,
+            start,
+            log.weights,
+            validate=lambda model: quality(model, judged),
+            on_epoch=on_epoch,
+        )
+        best = int(np.argmax(values)) + 1 if values else start.epochs
+        return start.model_copy(update={"epochs": best, "minutes": None}), fitted
+
+    return search
+
+
+SEARCHES: Mapping[str, Search] = {
+    "transitions": _search_transitions,
+    "ease": _search_ease,
+    "profile": _search_profile,
+    "gru4rec": _search_epochs("gru4rec"),
+    "caser": _search_epochs("caser"),
+    "sasrec": _search_epochs("sasrec"),
+}
+"""Families whose settings are searched, and how."""
+
+
+def with_weights(
     recipe: Recipe,
     retrievers: Mapping[str, Retriever],
     held_out: HeldOut,

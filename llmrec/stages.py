@@ -22,7 +22,7 @@ from llmrec.families import Texts
 from llmrec.fetch import resolve
 from llmrec.protocols import Retriever
 from llmrec.recipe import HeldOut, Recipe, RetrievalConfig, hash_histories, load_retrievers, retriever_arrays
-from llmrec.search import search_recipe
+from llmrec.selection import choose_recipe
 from llmrec.state import State
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ FITTING = (
     "sequences",
     "recipe",
     "search",
+    "selection",
     "fusion",
     "features",
     "blending",
@@ -98,7 +99,7 @@ def cached_retrievers(
     return cache.get(
         "retrievers",
         inputs,
-        lambda: search_recipe(
+        lambda: choose_recipe(
             split.training,
             held_out,
             texts,

@@ -176,7 +176,7 @@ def test_an_evaluation_that_fits_on_test_events_fails_loudly(monkeypatch):
     log = EventLog.load(toy_data()[1], Catalog.load(toy_data()[0]))
     last = [log.history(u)[-1] for u in range(log.n_users)]
 
-    monkeypatch.setattr(stages, "search_recipe", leaky)
+    monkeypatch.setattr(stages, "choose_recipe", leaky)
     with pytest.raises(LeakError, match="worthless"):
         evaluate(*toy_data(), LIGHT, lm=False)
     monkeypatch.undo()

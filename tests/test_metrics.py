@@ -4,11 +4,9 @@ import ir_measures
 import numpy as np
 import pytest
 import scipy.stats
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from ir_measures import RR, R, nDCG
 
-from llmrec.metrics import REPORTED, compare, per_user, rank_of, summary
+from llmrec.metrics import REPORTED, compare, per_user, summary
 
 OTHERS = {"recall": R, "ndcg": nDCG, "mrr": RR}
 CUTS = (1, 5, 10, 20)
@@ -44,18 +42,6 @@ def test_a_summary_without_users_is_zero_and_an_unknown_metric_names_the_known_o
             ValueError, match=r"unknown metric '.*'; known: recall@k, hit@k, ndcg@k, mrr@k, map@k"
         ):
             per_user(np.array([1]), metric)
-
-
-@settings(max_examples=200, deadline=None)
-@given(st.data())
-def test_the_rank_of_an_item_equals_its_place_in_a_plain_sort_ties_by_code(data):
-    values = data.draw(st.lists(st.sampled_from([-1.0, 0.0, 0.5, 2.0]), min_size=1, max_size=12))
-    mask = data.draw(st.none() | st.lists(st.booleans(), min_size=len(values), max_size=len(values)))
-    target = data.draw(st.integers(0, len(values) - 1))
-    allowed = [code for code in range(len(values)) if mask is None or mask[code]]
-    ordered = sorted(allowed, key=lambda code: (-values[code], code))
-    rank = rank_of(np.array(values, np.float32), target, None if mask is None else np.array(mask))
-    assert rank == (ordered.index(target) + 1 if target in ordered else 0)
 
 
 def two_systems(n=400, seed=3):

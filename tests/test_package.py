@@ -33,6 +33,7 @@ LAYERS = [
     {"features"},
     {"blending"},
     {"search"},
+    {"selection"},
     {"training", "evaluation", "fetch", "persistence"},
     {"language_model", "config"},
     {"assembly"},
