@@ -22,6 +22,9 @@ OBJECTIVE = "ndcg@10"
 GRID = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5)
 """Weights that are tried."""
 
+LM_GRID = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 8.0, 12.0, 20.0)
+"""Weights of the language model that are tried."""
+
 SEGMENTS = (0, 5, 10, 20, 50)
 """Shortest history of each segment of users with weights of their own."""
 
@@ -105,7 +108,13 @@ def choose_weights(
 
     With few users, or where nothing is gained, the searched ones stay: they are fewer.
     """
-    searched = Weights(search_weights(features, {}, log, kind)) if len(features.truth) else Weights(fallback)
+    if not len(features.truth):
+        return Weights(fallback)
+    alone = {
+        n: float(per_user(features.of_targets(Weights({n: 1.0})), OBJECTIVE).mean()) for n in features.names
+    }
+    log.append({"search": f"{kind}, each alone", OBJECTIVE: {n: round(v, 5) for n, v in alone.items()}})
+    searched = Weights(search_weights(features, {}, log, kind))
     if (features.truth >= 0).sum() < 2 * ENOUGH:
         return searched
     ways: dict[str, Callable[[Features], Weights]] = {
@@ -124,7 +133,7 @@ def lm_weight(features: Features, weights: Weights, log: list[dict[str, Any]], k
 
     The best weight of a grid wins, but only if its gain in NDCG@10 over weight 0 exceeds twice the
     standard error of that gain over users: a gain within the noise does not pay for the model, and the
-    best of ten noisy ones often exceeds one standard error.
+    best of many noisy ones often exceeds one standard error.
     """
     if LM not in features.names or not len(features.truth):
         return 0.0
@@ -133,7 +142,7 @@ def lm_weight(features: Features, weights: Weights, log: list[dict[str, Any]], k
         return per_user(features.of_targets(weights.with_lm(weight)), OBJECTIVE)
 
     without = values(0.0)
-    trials = {w: values(w) for w in (0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0)}
+    trials = {w: values(w) for w in LM_GRID}
     best = max(trials, key=lambda w: float(trials[w].mean()))
     gain = trials[best] - without
     error = float(gain.std(ddof=1) / np.sqrt(len(gain))) if len(gain) > 1 else np.inf

@@ -162,7 +162,8 @@ def evaluate(
     checked += leaks.check_recipe(state.recipe, held_out)
     pipeline = state.pipeline()
     on_stage("ranking for every user")
-    systems = run_systems(sampled, pipeline, catalog.active, exclude_seen, with_lm=lm, pools=pools)
+    best = state.recipe.best_alone
+    systems = run_systems(sampled, pipeline, catalog.active, exclude_seen, with_lm=lm, pools=pools, best=best)
     everyone = systems
     if len(sampled) < len(reported):
         everyone = run_systems(reported, pipeline, catalog.active, exclude_seen, with_lm=False)

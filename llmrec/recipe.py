@@ -130,6 +130,15 @@ class Recipe:
         """Whether the language model takes part in answering any kind of request."""
         return max(self.history.lm, self.query.lm) > 0
 
+    @property
+    def best_alone(self) -> str | None:
+        """The family that was best alone, by history, on the events that chose the recipe, if that is known."""
+        for entry in self.log:
+            if entry["search"] == "history, each alone":
+                alone: dict[str, float] = next(v for v in entry.values() if isinstance(v, dict))
+                return max(alone, key=lambda name: alone[name])
+        return None
+
     def answering(self, *asked: str) -> list[str]:
         """Families that can answer a query that has these: ``history``, ``words``."""
         return [name for name in self.settings if FAMILIES[name].asks in ("", *asked)]

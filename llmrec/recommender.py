@@ -183,7 +183,12 @@ class Recommender:
             )
         part = Part(those, histories, targets, first).sample(users, seed)
         return run_systems(
-            part, state.pipeline(), state.catalog.active, not state.repeats, with_lm=state.lm is not None
+            part,
+            state.pipeline(),
+            state.catalog.active,
+            not state.repeats,
+            with_lm=state.lm is not None,
+            best=state.recipe.best_alone,
         )
 
     def _log(self) -> EventLog:

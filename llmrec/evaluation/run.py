@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -62,6 +62,7 @@ def run_systems(
     *,
     with_lm: bool,
     pools: Sequence[Codes] | None = None,
+    best: str | None = None,
     on_users: Callable[[int], None] = lambda done: None,
 ) -> Systems:
     """Rank items for every user of a part with each system.
@@ -76,6 +77,8 @@ def run_systems(
     pools
         Items to rank for each user, all of them; the whole catalogue if None, seen items excluded if
         `exclude_seen`. In a pool what a system did not find comes last, in the order given.
+    best
+        The retriever that the merge is compared with: the one that was best on validation.
     """
     ranks: dict[str, list[Ranks]] = {}
     shown: dict[str, list[Codes]] = {}
@@ -104,7 +107,7 @@ def run_systems(
         on_users(len(rows))
     joined = {name: np.concatenate(values) for name, values in ranks.items()}
     probabilities = {name: values.summary() for name, values in predicted.items() if values.nats}
-    return Systems(joined, shown, probabilities, _compared(joined, pipeline.history.retrievers))
+    return Systems(joined, shown, probabilities, _compared(joined, best))
 
 
 def _only(pool: Codes, n_items: int) -> Mask:
@@ -113,14 +116,10 @@ def _only(pool: Codes, n_items: int) -> Mask:
     return mask
 
 
-def _compared(ranks: dict[str, Ranks], weights: Mapping[str, float]) -> list[Comparison]:
-    """Each stage with the language model against the merge, and the merge against its main component.
-
-    That is the one of largest weight: chosen on validation, not by what is reported.
-    """
+def _compared(ranks: dict[str, Ranks], best: str | None) -> list[Comparison]:
+    """Each stage with the language model against the merge, and the merge against the best retriever."""
     stages = [name for name in ("default", LM, "lm_top100") if name in ranks and LM in ranks]
-    main = max((n for n in weights if n in ranks), key=lambda n: weights[n], default="popularity")
-    pairs = [*((stage, "merge") for stage in stages), ("merge", main)]
+    pairs = [*((stage, "merge") for stage in stages), ("merge", best if best in ranks else "popularity")]
     return holm([compare(ranks, a, b, m) for a, b in pairs for m in ("ndcg@10", "recall@10")])
 
 
