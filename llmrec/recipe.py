@@ -132,7 +132,7 @@ class Recipe:
 
     @property
     def best_alone(self) -> str | None:
-        """The family that was best alone, by history, on the events that chose the recipe, if that is known."""
+        """The family that was best alone, by history, where the recipe was chosen; None if unknown."""
         for entry in self.log:
             if entry["search"] == "history, each alone":
                 alone: dict[str, float] = next(v for v in entry.values() if isinstance(v, dict))
