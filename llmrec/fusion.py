@@ -150,8 +150,12 @@ def fit_calibration(
     there = np.flatnonzero(truth >= 0)
     own = total[truth[there]] - top[there]
 
+    # That something never happened to n people does not say that it cannot (rule of succession).
+    least = 1.0 / (len(truth) + 2)
+
     def parameters(free: NDArray[np.float64]) -> tuple[float, float]:
-        return float(np.exp(np.clip(free[0], -7, 7))), float(1.0 / (1.0 + np.exp(-np.clip(free[1], -14, 14))))
+        mix = 1.0 / (1.0 + np.exp(-np.clip(free[1], -14, 14)))
+        return float(np.exp(np.clip(free[0], -7, 7))), float(np.clip(mix, least, 1.0 - least))
 
     def nats(free: NDArray[np.float64]) -> float:
         temperature, mix = parameters(free)

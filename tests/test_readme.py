@@ -12,8 +12,9 @@ def test_the_quickstart_runs_and_is_short(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "README.md", "exec"), {})
     printed = [eval(line) for line in capsys.readouterr().out.splitlines()]
-    assert len(printed) == 5
+    assert len(printed) == 6
     assert printed[2][:2] == ["Toy Story", "Toy Story 2"]
+    assert 0 < sum(printed[5].values()) < 1
     assert (tmp_path / "model" / "manifest.json").is_file()
 
 
