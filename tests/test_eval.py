@@ -197,3 +197,17 @@ def test_the_memory_program_writes_what_it_found(folder, tmp_path, capsys):
     (path,) = tmp_path.glob("*-memory.json")
     assert json.loads(path.read_text())["gain_nats"]["users"] == 9
     assert "nats" in capsys.readouterr().out
+
+
+def test_the_encoder_program_trains_and_judges_similar_items(folder, tmp_path, capsys):
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+
+    base = tiny_lm(tmp_path / "lm", layers=1, hidden=32)
+    SentenceTransformer(modules=[Transformer(str(base)), Pooling(32, "mean")]).save(str(tmp_path / "base"))
+    (tmp_path / "c.toml").write_text(f'[encoder]\nname = "{tmp_path / "base"}"\n')
+    arguments = ["--items", str(folder / "items.parquet"), "--events", str(folder / "events.parquet")]
+    arguments += ["--out", str(tmp_path / "out"), "--config", str(tmp_path / "c.toml"), "--steps", "5"]
+    program("finetune/encoder").main(arguments)
+    said = capsys.readouterr().out
+    assert "5 steps" in said and "after - before" in said and (tmp_path / "out").is_dir()

@@ -34,7 +34,7 @@ LAYERS = [
     {"blending"},
     {"search"},
     {"selection"},
-    {"training", "evaluation", "fetch", "persistence"},
+    {"training", "encoder_training", "evaluation", "fetch", "persistence"},
     {"language_model", "config"},
     {"assembly"},
     {"state"},

@@ -1,0 +1,81 @@
+"""Fine-tune the text encoder on a purchase log, and measure similar items before and after.
+
+    python finetune/encoder.py --items items.parquet --events events.parquet --out encoder/ --minutes 10
+
+The last event of each user is held out: items near the one before it, by text, are judged by whether they
+hold it. Use the result by its folder: `llmrec fit ... --encoder encoder/`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from llmrec import LLMRecError
+from llmrec.assembly import make_encoder, make_texts, read_catalog, read_log
+from llmrec.config import Config
+from llmrec.encoder_training import EncoderTrainingConfig, finetune_encoder
+from llmrec.evaluation.split import tail
+from llmrec.fetch import resolve
+from llmrec.metrics import compare, summary
+from llmrec.recipe import HeldOut, ranks_in
+from llmrec.retrieve.dense import NearestConfig, NearestRetriever
+
+console = Console(stderr=True)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--items", required=True, help="items: parquet, csv(.gz), jsonl, .item")
+    parser.add_argument("--events", required=True, help="events: parquet, csv(.gz), jsonl, .inter")
+    parser.add_argument("--out", required=True, type=Path, help="folder of the tuned encoder; a new one")
+    parser.add_argument("--config", help="TOML file; its sections data and encoder count")
+    parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--steps", type=int, default=100_000, help="most steps")
+    parser.add_argument("--lora", action="store_true", help="LoRA matrices, merged, instead of all weights")
+    parser.add_argument("--users", type=int, default=2000, help="held-out users that judge")
+    args = parser.parse_args(argv)
+
+    # 1. Data; the last event of each user is not trained on.
+    config = Config.of(args.config)
+    catalog = read_catalog(args.items, config.data)
+    log = read_log(args.events, catalog, config.data)
+    train, part = tail(log)
+    held_out = part.sample(args.users, 0).held_out(catalog.active, exclude_seen=True)
+
+    # 2. Train.
+    settings = EncoderTrainingConfig(minutes=args.minutes, steps=args.steps, lora=args.lora)
+
+    def on_step(step: int, done: float, loss: float) -> None:
+        if step % 20 == 0:
+            console.print(f"{done:5.0%}  step {step}  loss {loss:.3f}")
+
+    base = resolve(config.encoder.name, allow_hub=config.allow_hub)
+    report = finetune_encoder(train.histories, catalog.lines(), base, args.out, settings, on_step)
+    print(report)
+
+    # 3. Similar items before and after, by what was chosen next.
+    ranks = {}
+    for name, folder in (("before", base), ("after", args.out)):
+        encoder = make_encoder(config.with_flags(encoder={"name": str(folder)}), [])
+        texts = make_texts(catalog.lines(), encoder)
+        similar = NearestRetriever(texts.vectors, texts.index, NearestConfig(last=1))
+        ranks[name] = ranks_of(similar, held_out)
+        print(f"{name}: " + ", ".join(f"{m} {v:.4f}" for m, v in summary(ranks[name]).items()))
+    print(compare(ranks, "after", "before"))
+
+
+def ranks_of(similar: NearestRetriever, held_out: HeldOut) -> object:
+    """Rank of each held-out item among the hundred most like the last one."""
+    return ranks_in((hits.items for hits in similar.retrieve(held_out.queries, 100)), held_out.targets)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except LLMRecError as error:
+        sys.exit(f"error: {error}")

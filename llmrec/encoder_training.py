@@ -1,0 +1,196 @@
+"""Fine-tuning the text encoder on a log: items that are chosen together come closer."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from llmrec.errors import DataError
+from llmrec.protocols import Codes
+from llmrec.quiet import quiet_transformers
+
+
+class EncoderTrainingConfig(BaseModel):
+    """How the text encoder is fine-tuned."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    minutes: float | None = Field(10.0, gt=0, description="time to train; None trains `steps`")
+    steps: int = Field(2000, ge=1, description="most optimiser steps")
+    batch: int = Field(64, ge=2, description="pairs in a step; the others' items are the negatives")
+    learning_rate: float = Field(5e-5, gt=0)
+    scale: float = Field(20.0, gt=0, description="of the cosine in the softmax: the inverse temperature")
+    window: int = Field(3, ge=1, description="furthest step between two events of a pair")
+    history: int = Field(3, ge=0, description="latest items read as one text for the next one; 0 for none")
+    length: int = Field(64, ge=8, description="tokens of a text that are read")
+    lora: bool = Field(False, description="train LoRA matrices and merge them, instead of all weights")
+    rank: int = Field(16, ge=1, description="of the LoRA matrices")
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderReport:
+    """What a run did: pairs in all, steps, seconds, and the mean loss of the last steps."""
+
+    pairs: int
+    steps: int
+    seconds: float
+    loss: float
+
+    def __str__(self) -> str:
+        return f"{self.steps} steps over {self.pairs:,} pairs in {self.seconds:.0f} s, loss {self.loss:.3f}"
+
+
+def pairs_of(
+    histories: Sequence[Codes], lines: Sequence[str], window: int, history: int
+) -> tuple[list[str], list[str]]:
+    """Texts that belong together: items chosen within `window` steps, and a history with its next item.
+
+    A history's text is its latest lines, the latest first, one a line. Pairs of equal texts say nothing and
+    are left out.
+    """
+    anchors, positives = [], []
+    for codes in histories:
+        for place in range(1, len(codes)):
+            target = lines[codes[place]]
+            for step in range(1, min(window, place) + 1):
+                if lines[codes[place - step]] != target:
+                    anchors.append(lines[codes[place - step]])
+                    positives.append(target)
+            latest = codes[max(0, place - history) : place][::-1]
+            if len(latest) > 1 and target not in {lines[code] for code in latest}:
+                anchors.append("\n".join(lines[code] for code in latest))
+                positives.append(target)
+    return anchors, positives
+
+
+def finetune_encoder(
+    histories: Sequence[Codes],
+    lines: Sequence[str],
+    base: Path,
+    out: Path,
+    config: EncoderTrainingConfig,
+    on_step: Callable[[int, float, float], None] = lambda step, done, loss: None,
+) -> EncoderReport:
+    """Train a sentence-transformers model and write it to a new folder, whole or not at all.
+
+    The loss is a softmax over the items of the batch (van den Oord et al. 2018, arXiv 1807.03748;
+    Henderson et al. 2017, arXiv 1705.00652).
+
+    Parameters
+    ----------
+    histories
+        Training histories; those of an evaluation without its held-out events.
+    lines
+        Text of each item, by code.
+    base
+        Folder of the model to start from.
+    out
+        Folder of the tuned model; must not exist or be empty.
+    on_step
+        Called with the step, the finished share, and the mean of the latest losses.
+
+    Raises
+    ------
+    DataError
+        If there is no pair to train on, or `out` holds something.
+    ImportError
+        If the packages of the extra ``lm`` or ``datasets`` are not installed.
+    """
+    try:
+        import torch
+        from datasets import Dataset
+        from sentence_transformers import (
+            SentenceTransformer,
+            SentenceTransformerTrainer,
+            SentenceTransformerTrainingArguments,
+        )
+        from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+        from transformers import PrinterCallback, TrainerCallback
+    except ImportError as missing:
+        raise ImportError('fine-tuning the encoder needs: pip install "llmrec[lm,datasets]"') from missing
+
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise DataError(f"{out} is there already; give a new folder")
+    anchors, positives = pairs_of(histories, lines, config.window, config.history)
+    if len(anchors) < 2:
+        raise DataError("no pairs to train on: no history has two items with different texts")
+    order = np.random.default_rng(config.seed).permutation(len(anchors))
+    table = {"anchor": [anchors[i] for i in order], "positive": [positives[i] for i in order]}
+    with quiet_transformers():
+        model: Any = SentenceTransformer(
+            str(base), trust_remote_code=False, model_kwargs={"use_safetensors": True}
+        )
+    model.max_seq_length = min(config.length, model.max_seq_length or config.length)
+    if config.lora:
+        from peft import LoraConfig, get_peft_model
+
+        settings = LoraConfig(r=config.rank, lora_alpha=2 * config.rank, target_modules="all-linear")
+        # peft puts its matrices into the model itself, and takes them out when they are merged.
+        adapted: Any = get_peft_model(model[0].auto_model, settings)
+    losses: list[float] = []
+    begun = time.monotonic()
+
+    class Watch(TrainerCallback):  # type: ignore[misc]
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+            if logs and "loss" in logs:
+                losses.append(float(logs["loss"]))
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            by_time = (time.monotonic() - begun) / (60 * config.minutes) if config.minutes else 0.0
+            done = max(by_time, state.global_step / state.max_steps)
+            on_step(
+                state.global_step, min(done, 1.0), float(np.mean(losses[-20:])) if losses else float("nan")
+            )
+            control.should_training_stop = control.should_training_stop or done >= 1.0
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as temporary:
+        arguments = SentenceTransformerTrainingArguments(
+            output_dir=str(Path(temporary) / "run"),
+            max_steps=config.steps,
+            per_device_train_batch_size=min(config.batch, len(anchors)),
+            learning_rate=config.learning_rate,
+            warmup_steps=min(50, config.steps // 10),
+            lr_scheduler_type="constant_with_warmup",
+            bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
+            save_strategy="no",
+            logging_steps=1,
+            report_to="none",
+            disable_tqdm=True,
+            seed=config.seed,
+            dataloader_drop_last=True,
+            dataloader_pin_memory=torch.cuda.is_available(),
+        )
+        trainer = SentenceTransformerTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=Dataset.from_dict(table),
+            loss=MultipleNegativesRankingLoss(model, scale=config.scale),
+            callbacks=[Watch()],
+        )
+        # It would print every log line; `on_step` is told of them.
+        trainer.remove_callback(PrinterCallback)
+        with quiet_transformers():
+            trainer.train()
+        steps = int(trainer.state.global_step)
+        if config.lora:
+            adapted.merge_and_unload()
+        draft = Path(temporary) / "model"
+        model.save(str(draft), safe_serialization=True)
+        if out.exists():
+            out.rmdir()
+        shutil.move(str(draft), str(out))
+    return EncoderReport(len(anchors), steps, time.monotonic() - begun, _recent(losses))
+
+
+def _recent(losses: Sequence[float]) -> float:
+    return float(np.mean(losses[-20:])) if losses else float("nan")
