@@ -2,8 +2,9 @@
 
     python finetune/encoder.py --items items.parquet --events events.parquet --out encoder/ --minutes 10
 
-The last event of each user is held out: items near the one before it, by text, are judged by whether they
-hold it. Use the result by its folder: `llmrec fit ... --encoder encoder/`.
+It trains on the training part of the configuration's protocol (by default all but the last two events of each
+user), so an evaluation by the same protocol is not spoilt. Validation judges: items near the one before the
+target, by text, are searched for the target. Use the result by its folder: `llmrec fit --encoder encoder/`.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from llmrec import LLMRecError
 from llmrec.assembly import make_encoder, make_texts, read_catalog, read_log
 from llmrec.config import Config
 from llmrec.encoder_training import EncoderTrainingConfig, finetune_encoder
-from llmrec.evaluation.split import tail
+from llmrec.evaluation.protocol import make_split
 from llmrec.fetch import resolve
-from llmrec.metrics import compare, summary
+from llmrec.metrics import Ranks, compare, summary
 from llmrec.recipe import HeldOut, ranks_in
 from llmrec.retrieve.dense import NearestConfig, NearestRetriever
 
@@ -33,19 +34,19 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--items", required=True, help="items: parquet, csv(.gz), jsonl, .item")
     parser.add_argument("--events", required=True, help="events: parquet, csv(.gz), jsonl, .inter")
     parser.add_argument("--out", required=True, type=Path, help="folder of the tuned encoder; a new one")
-    parser.add_argument("--config", help="TOML file; its sections data and encoder count")
+    parser.add_argument("--config", help="TOML file; its sections data, encoder and protocol count")
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--steps", type=int, default=100_000, help="most steps")
     parser.add_argument("--lora", action="store_true", help="LoRA matrices, merged, instead of all weights")
     parser.add_argument("--users", type=int, default=2000, help="held-out users that judge")
     args = parser.parse_args(argv)
 
-    # 1. Data; the last event of each user is not trained on.
+    # 1. Data; neither validation nor test events are trained on.
     config = Config.of(args.config)
     catalog = read_catalog(args.items, config.data)
     log = read_log(args.events, catalog, config.data)
-    train, part = tail(log)
-    held_out = part.sample(args.users, 0).held_out(catalog.active, exclude_seen=True)
+    split = make_split(log, config.protocol)
+    held_out = split.validation.sample(args.users, 0).held_out(catalog.active, exclude_seen=True)
 
     # 2. Train.
     settings = EncoderTrainingConfig(minutes=args.minutes, steps=args.steps, lora=args.lora)
@@ -55,7 +56,7 @@ def main(argv: list[str] | None = None) -> None:
             console.print(f"{done:5.0%}  step {step}  loss {loss:.3f}")
 
     base = resolve(config.encoder.name, allow_hub=config.allow_hub)
-    report = finetune_encoder(train.histories, catalog.lines(), base, args.out, settings, on_step)
+    report = finetune_encoder(split.train, catalog.lines(), base, args.out, settings, on_step)
     print(report)
 
     # 3. Similar items before and after, by what was chosen next.
@@ -69,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
     print(compare(ranks, "after", "before"))
 
 
-def ranks_of(similar: NearestRetriever, held_out: HeldOut) -> object:
+def ranks_of(similar: NearestRetriever, held_out: HeldOut) -> Ranks:
     """Rank of each held-out item among the hundred most like the last one."""
     return ranks_in((hits.items for hits in similar.retrieve(held_out.queries, 100)), held_out.targets)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -69,14 +70,18 @@ def search_weights(
 def learned_weights(features: Features, l2: float) -> Weights:
     """Weights of a conditional logit, by segment of history length; scaled so that the largest is 1."""
     found = np.flatnonzero(features.truth >= 0)
-    bounds = [b for b in SEGMENTS if (features.lengths[found] >= b).sum() >= ENOUGH]
+    bounds = _bounds(features.lengths[found])
     segments = np.searchsorted(bounds, features.lengths, side="right") - 1
     x = np.concatenate(
         [features.scores, (features.ranks > 0).astype(np.float32), discount(features.ranks)], axis=1
     )
     starts, truth = features.starts, np.maximum(features.truth, 0)
     choices = Choices(x, starts, truth, np.maximum(segments, 0)).take(found)
-    fitted = fit_logit(choices, l2=l2)
+    # A better score or rank must not count against an item; having been proposed at all may.
+    n = len(features.names)
+    kinds = np.repeat(["score", "found", "rank"], n)
+    fitted = fit_logit(choices, l2=l2, positive=(kinds != "found").tolist())
+    fitted[:, kinds != "found"] = np.maximum(fitted[:, kinds != "found"], 0.0)
     fitted = fitted / max(float(np.abs(fitted).max()), 1e-9)
 
     def named(row: NDArray[np.float64]) -> Weights:
@@ -99,6 +104,15 @@ def cross_fitted(features: Features, way: Callable[[Features], Weights], seed: i
         fitted = way(features.take(np.flatnonzero(half != side)))
         judged[own] = per_user(features.take(own).of_targets(fitted), OBJECTIVE)
     return judged
+
+
+def _bounds(lengths: NDArray[np.int64]) -> list[int]:
+    """Shortest history of each segment; one with too few users joins the one below."""
+    kept = [0]
+    for least, most in itertools.pairwise((*SEGMENTS[1:], np.inf)):
+        if ((lengths >= least) & (lengths < most)).sum() >= ENOUGH:
+            kept.append(int(least))
+    return kept
 
 
 def choose_weights(

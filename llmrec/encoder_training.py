@@ -29,7 +29,7 @@ class EncoderTrainingConfig(BaseModel):
     learning_rate: float = Field(5e-5, gt=0)
     scale: float = Field(20.0, gt=0, description="of the cosine in the softmax: the inverse temperature")
     window: int = Field(3, ge=1, description="furthest step between two events of a pair")
-    history: int = Field(3, ge=0, description="latest items read as one text for the next one; 0 for none")
+    history: int = Field(0, ge=0, description="latest items read as one text for the next one; 0 for none")
     length: int = Field(64, ge=8, description="tokens of a text that are read")
     lora: bool = Field(False, description="train LoRA matrices and merge them, instead of all weights")
     rank: int = Field(16, ge=1, description="of the LoRA matrices")
@@ -50,26 +50,29 @@ class EncoderReport:
 
 
 def pairs_of(
-    histories: Sequence[Codes], lines: Sequence[str], window: int, history: int
-) -> tuple[list[str], list[str]]:
+    histories: Sequence[Codes], lines: Sequence[str], window: int, history: int, most: int, seed: int
+) -> list[tuple[str, str]]:
     """Texts that belong together: items chosen within `window` steps, and a history with its next item.
 
-    A history's text is its latest lines, the latest first, one a line. Pairs of equal texts say nothing and
-    are left out.
+    A history's text is its latest `history` lines, the latest first, one a line; 0 makes no such pairs. Pairs
+    of equal texts say nothing and are left out. Of more than `most` events a seeded sample is used, in an
+    order drawn.
     """
-    anchors, positives = [], []
-    for codes in histories:
-        for place in range(1, len(codes)):
-            target = lines[codes[place]]
-            for step in range(1, min(window, place) + 1):
-                if lines[codes[place - step]] != target:
-                    anchors.append(lines[codes[place - step]])
-                    positives.append(target)
-            latest = codes[max(0, place - history) : place][::-1]
-            if len(latest) > 1 and target not in {lines[code] for code in latest}:
-                anchors.append("\n".join(lines[code] for code in latest))
-                positives.append(target)
-    return anchors, positives
+    places = np.array([(u, p) for u, h in enumerate(histories) for p in range(1, len(h))], dtype=np.int64)
+    pairs: list[tuple[str, str]] = []
+    for row in np.random.default_rng(seed).permutation(len(places)):
+        user, place = places[row]
+        codes = histories[user]
+        target = lines[codes[place]]
+        for step in range(1, min(window, int(place)) + 1):
+            if lines[codes[place - step]] != target:
+                pairs.append((lines[codes[place - step]], target))
+        latest = codes[max(0, place - history) : place][::-1] if history else codes[:0]
+        if len(latest) > 1 and target not in {lines[code] for code in latest}:
+            pairs.append(("\n".join(lines[code] for code in latest), target))
+        if len(pairs) >= most:
+            break
+    return pairs[:most]
 
 
 def finetune_encoder(
@@ -106,30 +109,50 @@ def finetune_encoder(
         If the packages of the extra ``lm`` or ``datasets`` are not installed.
     """
     try:
+        import datasets  # noqa: F401
+        import sentence_transformers  # noqa: F401
         import torch
-        from datasets import Dataset
-        from sentence_transformers import (
-            SentenceTransformer,
-            SentenceTransformerTrainer,
-            SentenceTransformerTrainingArguments,
-        )
-        from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
-        from transformers import PrinterCallback, TrainerCallback
     except ImportError as missing:
         raise ImportError('fine-tuning the encoder needs: pip install "llmrec[lm,datasets]"') from missing
 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DataError(f"{out} is there already; give a new folder")
-    anchors, positives = pairs_of(histories, lines, config.window, config.history)
-    if len(anchors) < 2:
+    most = config.steps * config.batch
+    pairs = pairs_of(histories, lines, config.window, config.history, most, config.seed)
+    if len(pairs) < 2:
         raise DataError("no pairs to train on: no history has two items with different texts")
-    order = np.random.default_rng(config.seed).permutation(len(anchors))
-    table = {"anchor": [anchors[i] for i in order], "positive": [positives[i] for i in order]}
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        return _train(pairs, base, out, config, on_step)
+
+
+def _train(
+    pairs: Sequence[tuple[str, str]],
+    base: Path,
+    out: Path,
+    config: EncoderTrainingConfig,
+    on_step: Callable[[int, float, float], None],
+) -> EncoderReport:
+    import torch
+    from datasets import Dataset
+    from sentence_transformers import (
+        SentenceTransformer,
+        SentenceTransformerTrainer,
+        SentenceTransformerTrainingArguments,
+    )
+    from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+    from sentence_transformers.sentence_transformer.training_args import BatchSamplers
+    from transformers import PrinterCallback, TrainerCallback
+
+    table = {"anchor": [a for a, _ in pairs], "positive": [p for _, p in pairs]}
     with quiet_transformers():
         model: Any = SentenceTransformer(
             str(base), trust_remote_code=False, model_kwargs={"use_safetensors": True}
         )
-    model.max_seq_length = min(config.length, model.max_seq_length or config.length)
+    # No text is in a batch twice, which a small catalogue could not fill.
+    distinct = len({text for pair in pairs for text in pair})
+    longest = model.max_seq_length
+    model.max_seq_length = min(config.length, longest or config.length)
     if config.lora:
         from peft import LoraConfig, get_peft_model
 
@@ -157,7 +180,7 @@ def finetune_encoder(
         arguments = SentenceTransformerTrainingArguments(
             output_dir=str(Path(temporary) / "run"),
             max_steps=config.steps,
-            per_device_train_batch_size=min(config.batch, len(anchors)),
+            per_device_train_batch_size=min(config.batch, max(2, distinct // 4), len(pairs)),
             learning_rate=config.learning_rate,
             warmup_steps=min(50, config.steps // 10),
             lr_scheduler_type="constant_with_warmup",
@@ -167,6 +190,8 @@ def finetune_encoder(
             report_to="none",
             disable_tqdm=True,
             seed=config.seed,
+            # An item that is there twice would be its own negative.
+            batch_sampler=BatchSamplers.NO_DUPLICATES,
             dataloader_drop_last=True,
             dataloader_pin_memory=torch.cuda.is_available(),
         )
@@ -184,12 +209,14 @@ def finetune_encoder(
         steps = int(trainer.state.global_step)
         if config.lora:
             adapted.merge_and_unload()
+        # What is served reads texts as long as before.
+        model.max_seq_length = longest
         draft = Path(temporary) / "model"
         model.save(str(draft), safe_serialization=True)
         if out.exists():
             out.rmdir()
         shutil.move(str(draft), str(out))
-    return EncoderReport(len(anchors), steps, time.monotonic() - begun, _recent(losses))
+    return EncoderReport(len(pairs), steps, time.monotonic() - begun, _recent(losses))
 
 
 def _recent(losses: Sequence[float]) -> float:

@@ -10,7 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
+from llmrec.encode.topics import TopicEncoder
 from llmrec.errors import ConfigError
+from llmrec.index.faiss_index import FaissIndex
 from llmrec.protocols import Codes, Encoder, Floats, Retriever, VectorIndex
 from llmrec.retrieve.again import AgainConfig, AgainRetriever
 from llmrec.retrieve.dense import (
@@ -84,8 +86,6 @@ class Family:
         Whether fitting needs time stamps.
     new_items
         Whether it can propose items without events.
-    extra
-        The extra of the package that it needs, as in ``pip install "llmrec[extra]"``; empty for none.
     """
 
     settings: type[BaseModel]
@@ -95,7 +95,6 @@ class Family:
     learns: bool = True
     clock: bool = False
     new_items: bool = False
-    extra: str = ""
 
 
 def _popularity(log: TrainingLog, texts: Texts, _: NoConfig) -> Retriever:
@@ -106,17 +105,17 @@ def _recent(trend: bool) -> Family:
     def fit(log: TrainingLog, texts: Texts, config: RecentConfig) -> Retriever:
         if log.stamps is None:
             raise ConfigError("recent and trending popularity need time stamps; the log has no clock")
-        config = config.model_copy(update={"trend": trend})
-        return RecentRetriever.fit(log.histories, log.stamps, len(texts.lines), config, log.weights)
+        return RecentRetriever.fit(
+            log.histories, log.stamps, len(texts.lines), config, log.weights, trend=trend
+        )
 
     def load(arrays: Arrays, texts: Texts, config: RecentConfig) -> Retriever:
-        config = config.model_copy(update={"trend": trend})
-        return RecentRetriever.from_arrays(arrays, config).grown(len(texts.lines))
+        return RecentRetriever(arrays["scores"], config, trend=trend).grown(len(texts.lines))
 
     return Family(RecentConfig, fit, load, asks="", clock=True)
 
 
-def _counted(retriever: Any, settings: type[BaseModel], extra: str = "") -> Family:
+def _counted(retriever: Any, settings: type[BaseModel]) -> Family:
     """A family that learns from histories alone."""
 
     def fit(log: TrainingLog, texts: Texts, config: Any) -> Retriever:
@@ -127,21 +126,26 @@ def _counted(retriever: Any, settings: type[BaseModel], extra: str = "") -> Fami
         made: Retriever = retriever.from_arrays(arrays, config).grown(len(texts.lines))
         return made
 
-    return Family(settings, fit, load, extra=extra)
+    return Family(settings, fit, load)
 
 
 def _sequence(kind: Kind) -> Family:
-    def fit(log: TrainingLog, texts: Texts, config: SequenceConfig) -> Retriever:
-        from llmrec.retrieve.sequence import SequenceRetriever
+    def retriever() -> Any:
+        try:
+            from llmrec.retrieve.sequence import SequenceRetriever
+        except ImportError as missing:
+            raise ImportError(f'{kind} needs: pip install "llmrec[lm]"') from missing
+        return SequenceRetriever
 
-        return SequenceRetriever.fit(kind, log.histories, texts.vectors, config, log.weights)
+    def fit(log: TrainingLog, texts: Texts, config: SequenceConfig) -> Retriever:
+        made: Retriever = retriever().fit(kind, log.histories, texts.vectors, config, log.weights)
+        return made
 
     def load(arrays: Arrays, texts: Texts, config: SequenceConfig) -> Retriever:
-        from llmrec.retrieve.sequence import SequenceRetriever
+        made: Retriever = retriever().from_arrays(kind, arrays, texts.vectors, config)
+        return made
 
-        return SequenceRetriever.from_arrays(kind, arrays, texts.vectors, config)
-
-    return Family(SequenceConfig, fit, load, new_items=True, extra="lm")
+    return Family(SequenceConfig, fit, load, new_items=True)
 
 
 def _from_texts(
@@ -167,16 +171,20 @@ class TopicsConfig(BaseModel):
     decay: float = Field(0.8, gt=0, le=1, description="weight of a history item, per step of age")
 
 
-def _topics(texts: Texts, config: TopicsConfig) -> Retriever:
-    from llmrec.encode.topics import TopicEncoder
-    from llmrec.index.faiss_index import FaissIndex
+class TopicsRetriever(ProfileRetriever):
+    """Items whose topics are those of the history."""
 
-    vectors = TopicEncoder.fit(texts.lines, config.dim).encode(texts.lines)
-    index = FaissIndex(vectors.shape[1])
-    index.add(vectors)
-    made = ProfileRetriever(vectors, index, ProfileConfig(decay=config.decay))
-    made.name = "topics"
-    return made
+    name = "topics"
+
+    def __init__(self, encoder: TopicEncoder, lines: Sequence[str], config: TopicsConfig) -> None:
+        vectors, index = encoder.encode(lines), FaissIndex(encoder.dim)
+        index.add(vectors)
+        super().__init__(vectors, index, ProfileConfig(decay=config.decay))
+        self.encoder = encoder
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """The topics: items that are added later are placed among them."""
+        return self.encoder.arrays()
 
 
 FAMILIES: Mapping[str, Family] = {
@@ -185,19 +193,27 @@ FAMILIES: Mapping[str, Family] = {
         _popularity,
         lambda arrays, texts, _: PopularityRetriever.from_arrays(arrays).grown(len(texts.lines)),
         asks="",
+        new_items=True,
     ),
     "recent": _recent(trend=False),
     "trending": _recent(trend=True),
     "ease": _counted(EASERetriever, EASEConfig),
     "transitions": _counted(TransitionsRetriever, TransitionsConfig),
-    "als": _counted(ALSRetriever, ALSConfig, extra="families"),
-    "lightgcn": _counted(LightGCNRetriever, LightGCNConfig, extra="families"),
+    "als": _counted(ALSRetriever, ALSConfig),
+    "lightgcn": _counted(LightGCNRetriever, LightGCNConfig),
     "gru4rec": _sequence("gru4rec"),
     "caser": _sequence("caser"),
     "sasrec": _sequence("sasrec"),
     "profile": _from_texts(ProfileConfig, lambda t, c: ProfileRetriever(t.vectors, t.index, c)),
     "nearest": _from_texts(NearestConfig, lambda t, c: NearestRetriever(t.vectors, t.index, c)),
-    "topics": _from_texts(TopicsConfig, _topics),
+    "topics": Family(
+        TopicsConfig,
+        lambda log, texts, config: TopicsRetriever(
+            TopicEncoder.fit(texts.lines, config.dim), texts.lines, config
+        ),
+        lambda arrays, texts, config: TopicsRetriever(TopicEncoder.from_arrays(arrays), texts.lines, config),
+        new_items=True,
+    ),
     "again": Family(
         AgainConfig,
         lambda log, texts, config: AgainRetriever(len(texts.lines), config),

@@ -21,9 +21,6 @@ from numpy.typing import NDArray
 from llmrec.pipeline import Calibration
 from llmrec.protocols import Floats
 
-KINDS = ("score", "found", "rank")
-"""Features of each component."""
-
 
 @dataclass(frozen=True, slots=True)
 class Choices:
@@ -88,17 +85,23 @@ def fit_logit(
     def by_segment(flat: NDArray[np.float64]) -> NDArray[np.float64]:
         return np.asarray(flat[:n_features] + scale * flat[n_features:].reshape(n_segments, n_features))
 
+    rows_of = [np.flatnonzero(of_row == segment) for segment in range(n_segments)]
+    parts = [x[rows] for rows in rows_of]
+    reached = np.zeros((n_segments, n_features))
+    np.add.at(reached, choices.segments, chosen)
+
     def loss(flat: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
         weights = by_segment(flat)
-        utility = np.einsum("rf,rf->r", x, weights[of_row])
+        utility = np.empty(len(x))
+        for rows, part, weight in zip(rows_of, parts, weights, strict=True):
+            utility[rows] = part @ weight
         utility -= np.maximum.reduceat(utility, choices.starts)[user]
         e = np.exp(utility)
         total = np.add.reduceat(e, choices.starts)
-        p = e / total[user]
         value = -float((utility[choices.truth] - np.log(total)).sum())
-        expected = np.add.reduceat(x * p[:, None], choices.starts, axis=0)
-        gradient = np.zeros((n_segments, n_features))
-        np.add.at(gradient, choices.segments, expected - chosen)
+        p = e / total[user]
+        expected = np.stack([part.T @ p[rows] for rows, part in zip(rows_of, parts, strict=True)])
+        gradient = expected - reached
         whole = np.concatenate([gradient.sum(axis=0), scale * gradient.ravel()])
         return value + 0.5 * l2 * float(flat @ flat), whole + l2 * flat
 
@@ -115,14 +118,6 @@ def fit_logit(
         options={"maxiter": 500, "ftol": 1e-10, "gtol": 1e-6},
     )
     return by_segment(solved.x)
-
-
-def utilities(choices: Choices, weights: NDArray[np.float64]) -> Floats:
-    """Utility of each candidate under weights by segment, shape (rows,)."""
-    counts = np.diff(np.append(choices.starts, len(choices.x)))
-    of_row = np.repeat(choices.segments, counts)
-    values: Floats = np.einsum("rf,rf->r", choices.x, weights[of_row].astype(np.float32))
-    return values
 
 
 def fit_calibration(

@@ -34,7 +34,7 @@ from llmrec.metrics import Comparison, Ranks
 from llmrec.pipeline import Pipeline
 from llmrec.protocols import Codes, Query
 from llmrec.stages import cached_retrievers, cached_texts, estimate, in_words, tuned
-from llmrec.state import REPEATS, State
+from llmrec.state import State
 
 if TYPE_CHECKING:
     from llmrec.training import Progress
@@ -130,7 +130,7 @@ def evaluate(
     split = make_split(log, protocol)
     checked = leaks.check_split(split)
     # Decided by what may be fitted on.
-    exclude_seen = log.select(split.fitted).repeat_share() < REPEATS
+    exclude_seen = not config.retrieval.has_repeats(log.select(split.fitted).repeat_share())
     reported, pools, candidates = _reported(split, part, catalog, config, exclude_seen)
     sampled = (
         reported if pools is not None else reported.sample(protocol.users if lm else None, protocol.seed)
@@ -187,6 +187,7 @@ def evaluate(
         },
         "systems": systems.as_dict(),
         "probabilities": systems.probabilities,
+        "reliability": systems.reliability,
         "beyond": {name: beyond.measure(lists, sampled) for name, lists in systems.shown.items()},
         "groups": groups[0] if groups else None,
         "segments": by_segment(systems.ranks, segments(sampled, counts)),

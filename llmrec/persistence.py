@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from llmrec.errors import ModelError
 
-FORMAT = 2
+FORMAT = 3
 """Version of the directory; raised when an older llmrec could not read it."""
 
 MANIFEST = "manifest.json"

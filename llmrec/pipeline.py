@@ -249,7 +249,10 @@ class Pipeline:
         """
         assert self.prior is not None
         found = self.recommend(queries, len(self.prior))
-        rows = [self.calibration.probabilities(candidates, self.prior) for candidates in found]
+        prior, rows = self.prior.astype(np.float64), []
+        for candidates in found:
+            alone = candidates.names == (self.fallback,)
+            rows.append(prior if alone else self.calibration.probabilities(candidates, self.prior))
         return np.stack(rows) if rows else np.zeros((0, len(self.prior)))
 
     def retrieve(self, queries: Sequence[Query], weights: Sequence[Weights]) -> list[Candidates]:
@@ -259,7 +262,9 @@ class Pipeline:
         merged = []
         for row, (query, weight) in enumerate(zip(queries, weights, strict=True)):
             used = {n: hits[row] for n, hits in found.items() if weight.uses(n)}
-            if not any(len(h.items) for h in used.values()):
+            nothing_asked = not len(query.history) and not query.text
+            if nothing_asked or not any(len(h.items) for h in used.values()):
+                # Weights of a blend say nothing of a list that rests on popularity alone.
                 used = {self.fallback: self.retrievers[self.fallback].retrieve([query], self.depth)[0]}
                 merged.append(merge(used, Weights({self.fallback: 1.0})))
             else:

@@ -28,6 +28,10 @@ ALWAYS = ("popularity", "profile", "text", "bm25")
 """Families that every recipe has: the fallback, and those that the catalogue gives for nothing."""
 
 
+REPEATS = 0.05
+"""Share of repeated items in a log from which on seen items may come back."""
+
+
 class RetrievalConfig(BaseModel):
     """Which retrievers there are, where their settings start, and how they are searched."""
 
@@ -50,6 +54,10 @@ class RetrievalConfig(BaseModel):
     nearest: NearestConfig = NearestConfig()
     topics: TopicsConfig = TopicsConfig()
     again: AgainConfig = AgainConfig()
+    repeats: bool | None = Field(
+        None,
+        description="people choose the same items again; None decides by the share of repeats in the log",
+    )
     search: bool = Field(True, description="choose settings and weights on held-out events")
     search_minutes: float | None = Field(
         None, gt=0, description="try all families for so long and keep those that pay, by forward selection"
@@ -66,6 +74,10 @@ class RetrievalConfig(BaseModel):
                 f"unknown families {', '.join(unknown)}; known are {', '.join(sorted(FAMILIES))}"
             )
         return tuple(dict.fromkeys(names))
+
+    def has_repeats(self, share: float) -> bool:
+        """Whether seen items may come back, for a log with this share of repeats."""
+        return share >= REPEATS if self.repeats is None else self.repeats
 
     def for_repeats(self, repeats: bool) -> RetrievalConfig:
         """The same with the family ``again`` where people choose the same items again."""
@@ -117,7 +129,8 @@ class Recipe:
         """The recipe where nothing can be searched: too few held-out events, or search switched off."""
         settings = config.settings()
         start = {"ease": 0.7, "transitions": 1.0, "profile": 0.05}
-        by_history = {name: weight for name, weight in start.items() if name in settings}
+        asked = [name for name in config.families if FAMILIES[name].asks == "history"]
+        by_history = {name: start.get(name, 1.0) for name in settings if name in start or name in asked}
         return cls(
             settings,
             history=Weights(by_history),

@@ -28,7 +28,7 @@ from llmrec.pipeline import Weights
 from llmrec.protocols import Codes, Query
 from llmrec.recipe import Recipe
 from llmrec.selection import choose_recipe
-from llmrec.state import REPEATS, State
+from llmrec.state import State
 from llmrec.store.sqlite import SQLiteStore
 from llmrec.text import neutralise
 from llmrec.types import Event, Item, Recommendation, Request
@@ -103,7 +103,7 @@ class Recommender:
         log = read_log(events, catalog, config.data)
         texts = encode(catalog.lines(), config, on_stage)
         train, part = tail(log)
-        repeats = log.repeat_share() >= REPEATS
+        repeats = config.retrieval.has_repeats(log.repeat_share())
         search = config.retrieval.for_repeats(repeats)
         held_out = part.sample(search.search_users, search.seed).held_out(catalog.active, not repeats)
         recipe, _ = choose_recipe(train, held_out, texts, search, lambda s: on_stage(f"choosing {s}"))

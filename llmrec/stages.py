@@ -92,9 +92,7 @@ def cached_retrievers(
         held_out.sha256(),
         texts.encoder.fingerprint,
         config.model_dump(),
-        sources(
-            "retrieve", "index", "families", "sequences", "recipe", "search", "pipeline", "ranking", "metrics"
-        ),
+        sources(*FITTING),
     ]
     return cache.get(
         "retrievers",

@@ -28,9 +28,6 @@ from llmrec.types import Recommendation, Request, Source
 if TYPE_CHECKING:
     from llmrec.language_model import LanguageModel
 
-REPEATS = 0.05
-"""Share of repeated items in the log from which on `seen="auto"` lets seen items come back."""
-
 
 @dataclass(frozen=True)
 class State:
@@ -79,10 +76,11 @@ class State:
     def refitted(self, log: EventLog | None) -> State:
         """The same with retrievers fitted on all events of a log, None if it is empty; weights stay."""
         if log is None:
-            return replace(self, retrievers=fit_retrievers(TrainingLog([]), self.texts, self.recipe), log="")
+            return replace(
+                self, retrievers=fit_retrievers(TrainingLog([], None, []), self.texts, self.recipe), log=""
+            )
         retrievers = fit_retrievers(training_log(log), self.texts, self.recipe)
-        repeats = log.repeat_share() >= REPEATS
-        return replace(self, retrievers=retrievers, repeats=repeats, log=log.fingerprint)
+        return replace(self, retrievers=retrievers, log=log.fingerprint)
 
     def with_catalog(self, catalog: Catalog) -> State:
         """The same over a catalogue in which items were added or replaced."""
@@ -155,7 +153,12 @@ class State:
                 f"the items in {folder} are not those that were saved: {manifest['catalog'][:12]}... then, "
                 f"{catalog.fingerprint[:12]}... now; the directory is damaged, or read by a changed renderer"
             )
-        recipe = Recipe.from_dict(manifest["recipe"])
+        try:
+            recipe = Recipe.from_dict(manifest["recipe"])
+        except (KeyError, TypeError, ValueError) as broken:
+            raise ModelError(
+                f"the recipe in {folder.parent} cannot be read: {broken!r}; fit again"
+            ) from broken
         light = folder / "encoder.npz"
         arrays = persistence.load_arrays(light)["light"] if light.exists() else None
         encoder = make_encoder(config, [], arrays)
@@ -169,6 +172,10 @@ class State:
         except (OSError, ValueError) as broken:
             raise ModelError(f"{folder / 'vectors.npy'} is missing or damaged: {broken}") from broken
         texts = make_texts(catalog.lines(), encoder, vectors)
-        retrievers = load_retrievers(persistence.load_arrays(folder / "retrievers.npz"), texts, recipe)
+        fitted = persistence.load_arrays(folder / "retrievers.npz")
+        try:
+            retrievers = load_retrievers(fitted, texts, recipe)
+        except (KeyError, ValueError, RuntimeError) as broken:
+            raise ModelError(f"{folder / 'retrievers.npz'} does not hold this recipe: {broken!r}") from broken
         repeats, depth = bool(manifest["repeats"]), config.retrieval.depth
         return cls(catalog, texts, recipe, retrievers, repeats, depth, manifest["log"])

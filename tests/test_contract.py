@@ -1,5 +1,7 @@
 """What every family of retrievers must do, and that its flags tell the truth."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -74,9 +76,7 @@ def test_new_items_are_proposed_where_the_family_says_so(retrievers, name):
     new = CATALOG.code("zz")
     only = np.arange(len(CATALOG)) == new
     query = Query(LOG.histories[3], "Amber Bridge", only)
-    assert (new in retrievers[name].retrieve([query], 3)[0].items) == (
-        FAMILIES[name].new_items or name == "popularity"
-    )
+    assert (new in retrievers[name].retrieve([query], 3)[0].items) == FAMILIES[name].new_items
 
 
 @pytest.mark.parametrize("name", sorted(FAMILIES))
@@ -105,7 +105,17 @@ def test_fitting_needs_a_clock_where_the_family_says_so_and_an_empty_log_is_defi
 
 
 def test_a_recipe_of_all_families_survives_json():
-    assert Recipe.from_dict(RECIPE.as_dict()) == RECIPE
+    assert Recipe.from_dict(json.loads(json.dumps(RECIPE.as_dict()))) == RECIPE
+
+
+def test_without_a_search_every_configured_family_has_a_weight():
+    recipe = Recipe.default(RetrievalConfig(families=("als", "recent", "sasrec"), search=False))
+    assert set(recipe.history.retrievers) == {"als", "sasrec", "profile"}
+
+
+def test_heads_that_do_not_divide_are_a_clear_error():
+    with pytest.raises(ValueError, match="heads must divide dim, got 2 and 9"):
+        RetrievalConfig(sasrec={"dim": 9})
 
 
 def test_an_unknown_family_names_the_known_ones():

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from sentence_transformers import SentenceTransformer
 
 from llmrec.encode.sentence import SentenceEncoder
 from llmrec.encoder_training import EncoderTrainingConfig, finetune_encoder, pairs_of
@@ -13,23 +14,17 @@ def codes(*values):
     return np.array(values, dtype=np.int32)
 
 
-LINES = [
-    "red shoe",
-    "green boat",
-    "blue lamp",
-    "old piano",
-    "new tower",
-    "tall river",
-    "warm garden",
-    "cold mirror",
-]
+COLOURS, THINGS = (
+    ("red", "green", "blue"),
+    ("shoe", "boat", "lamp", "piano", "tower", "river", "garden", "pan"),
+)
+LINES = [f"{colour} {thing}" for colour in COLOURS for thing in THINGS]
 # Even items belong together, and odd ones, whatever their words.
-TOGETHER = [codes(*np.random.default_rng(u).permutation(4) * 2 + u % 2) for u in range(60)]
+TOGETHER = [codes(*np.random.default_rng(u).permutation(12)[:5] * 2 + u % 2) for u in range(60)]
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 
     folder = tmp_path_factory.mktemp("base")
@@ -39,21 +34,23 @@ def base(tmp_path_factory):
 
 
 def test_pairs_are_near_in_time_and_histories_are_read_latest_first():
-    anchors, positives = pairs_of([codes(0, 1, 2), codes(3), codes(4, 4)], LINES, window=1, history=2)
-    assert list(zip(anchors, positives, strict=True)) == [
-        ("red shoe", "green boat"),
-        ("green boat", "blue lamp"),
-        ("green boat\nred shoe", "blue lamp"),
+    pairs = pairs_of([codes(0, 1, 2), codes(3), codes(4, 4)], LINES, 1, 2, most=99, seed=0)
+    assert sorted(pairs) == [
+        ("red boat", "red lamp"),
+        ("red boat\nred shoe", "red lamp"),
+        ("red shoe", "red boat"),
     ]
-    wide, _ = pairs_of([codes(0, 1, 2)], LINES, window=5, history=0)
-    assert wide == ["red shoe", "green boat", "red shoe"]
+    wide = pairs_of([codes(0, 1, 2)], LINES, 5, 0, most=99, seed=0)
+    assert sorted(a for a, _ in wide) == ["red boat", "red shoe", "red shoe"]
+    assert len(pairs_of(TOGETHER, LINES, 3, 0, most=7, seed=0)) == 7
 
 
 def closeness(folder):
     vectors = SentenceEncoder(folder).encode(LINES)
     cosine = vectors @ vectors.T
-    same = (np.arange(8)[:, None] + np.arange(8)) % 2 == 0
-    return cosine[same & ~np.eye(8, dtype=bool)].mean() - cosine[~same].mean()
+    n = len(LINES)
+    same = (np.arange(n)[:, None] + np.arange(n)) % 2 == 0
+    return cosine[same & ~np.eye(n, dtype=bool)].mean() - cosine[~same].mean()
 
 
 @pytest.mark.parametrize("lora", [False, True])
@@ -65,6 +62,8 @@ def test_items_of_one_taste_come_closer_whatever_their_words(base, tmp_path, lor
     )
     assert report.steps == 60 == len(steps) and steps[-1] == 1.0 and report.pairs > 100
     assert closeness(tmp_path / "out") > closeness(base) + 0.1
+    one, two = (SentenceTransformer(str(f)).max_seq_length for f in (base, tmp_path / "out"))
+    assert one == two
     assert not list(tmp_path.glob(".out*")), "no draft is left"
     assert not list((tmp_path / "out").rglob("*.bin"))
 

@@ -121,8 +121,8 @@ def test_recent_and_trending_follow_their_formulas():
     recent = RecentRetriever.fit(histories, stamps, 4, RecentConfig(half_life_days=10), weights)
     expected = [1 / 4 + 2 / 2 + 0.5**1.5, 1, 3, 0]
     np.testing.assert_allclose(recent.scores, expected, rtol=1e-6)
-    config = RecentConfig(half_life_days=10, trend=True, smoothing=2)
-    trending = RecentRetriever.fit(histories, stamps, 4, config, weights)
+    config = RecentConfig(half_life_days=10, smoothing=2)
+    trending = RecentRetriever.fit(histories, stamps, 4, config, weights, trend=True)
     np.testing.assert_allclose(trending.scores, np.array(expected) / [6, 3, 5, 2], rtol=1e-6)
     assert (recent.name, trending.name) == ("recent", "trending")
     assert trending.retrieve([Query()], 5)[0].items.tolist() == [2, 1, 0]

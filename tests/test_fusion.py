@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
 
-from llmrec.fusion import Choices, fit_calibration, fit_logit, utilities
+from llmrec.fusion import Choices, fit_calibration, fit_logit
 from llmrec.pipeline import Calibration, Candidates
 
 
@@ -76,9 +76,6 @@ def test_some_of_the_users_are_themselves():
     for row, user in enumerate(some):
         np.testing.assert_array_equal(part.x[12 * row : 12 * row + 12], choices.x[12 * user : 12 * user + 12])
         assert part.truth[row] - 12 * row == choices.truth[user] - 12 * user
-    weights = np.array([[1.0, 2.0], [0.0, 1.0]])
-    whole = utilities(choices, weights).reshape(30, 12)[some].ravel()
-    np.testing.assert_allclose(utilities(part, weights), whole, rtol=1e-6)
 
 
 def test_calibration_finds_the_temperature_and_the_share_that_scores_say_nothing_of():

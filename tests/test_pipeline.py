@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from llmrec.encode.light import LightEncoder
 from llmrec.families import Texts, TrainingLog
 from llmrec.index.faiss_index import FaissIndex
-from llmrec.pipeline import LM, Pipeline, Weights, blend, merge
+from llmrec.pipeline import LM, Calibration, Pipeline, Weights, blend, merge
 from llmrec.protocols import Hits, Query
 from llmrec.ranking import top
 from llmrec.recipe import Recipe, RetrievalConfig, fit_retrievers
@@ -229,3 +229,26 @@ def test_order_returns_every_given_item_once(weight, history, text):
             Query(codes(history), "", mask | (np.arange(N) == 3)), codes([29, 3, 28, 27])
         )
         assert unknown.items.tolist() == [3, 29, 28, 27], "what no component found comes last, as given"
+
+
+def test_weights_follow_the_length_of_the_history_and_a_new_user_gets_what_is_popular():
+    long = Weights({"ease": 1.0})
+    weights = Weights({"popularity": 1.0, "profile": 0.1}, rank={"popularity": -5.0}, longer=((3, long),))
+    pipeline = Pipeline(RETRIEVERS, weights, weights, weights)
+    asked = [Query(), Query(codes([1, 2])), Query(codes([1, 2, 3]))]
+    nobody, short, more = pipeline.recommend(asked, 5)
+    assert nobody.names == ("popularity",) and (np.diff(nobody.scores) <= 0).all()
+    assert nobody.items.tolist() == RETRIEVERS["popularity"].retrieve([Query()], 5)[0].items.tolist()
+    assert set(short.names) == {"popularity", "profile"} and more.names == ("ease",)
+
+
+def test_predictions_sum_to_one_and_are_the_prior_where_nothing_is_known():
+    prior = RETRIEVERS["popularity"].shares()
+    weights = Weights({"ease": 1.0, "profile": 0.5})
+    calibration = Calibration(temperature=10.0, mix=0.2)
+    pipeline = Pipeline(RETRIEVERS, weights, weights, weights, prior=prior, calibration=calibration)
+    p = pipeline.predict([Query(), Query(codes([1, 2, 3]))])
+    np.testing.assert_allclose(p.sum(axis=1), 1.0, atol=1e-5)
+    np.testing.assert_allclose(p[0], prior, atol=1e-7)
+    best = pipeline.recommend([Query(codes([1, 2, 3]))], 1)[0].items[0]
+    assert p[1, best] > 1.5 * prior[best]

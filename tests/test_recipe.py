@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmrec.blending import lm_weight, search_weights
+from llmrec.blending import choose_weights, cross_fitted, learned_weights, lm_weight, search_weights
 from llmrec.encode.light import LightEncoder
 from llmrec.families import Texts, TrainingLog
 from llmrec.features import Features
@@ -125,6 +125,38 @@ def test_the_ranks_that_the_search_looks_at_are_those_that_the_pipeline_serves()
     ranks = Features.of(hits, HELD_OUT).of_targets(Weights(weights))
     np.testing.assert_array_equal(ranks, served)
     assert (served == 1).any() and (served == 0).any() and (served > 10).any()
+
+
+def test_bonuses_and_segments_are_searched_as_they_are_served():
+    retrievers = fit_retrievers(TrainingLog(TRAIN), TEXTS, Recipe.default(CONFIG))
+    longer = Weights({"transitions": 1.0}, found={"ease": 0.3}, rank={"transitions": 0.7, "profile": 0.2})
+    weights = Weights({"ease": 1.0}, rank={"popularity": 0.4}, longer=((6, longer),))
+    pipeline = Pipeline(retrievers, weights, Weights({}), Weights({}), depth=30)
+    served = ranks_in((c.items for c in pipeline.recommend(HELD_OUT.queries, N)), HELD_OUT.targets)
+    names = [name for name in retrievers if weights.ever_uses(name)]
+    features = Features.of({n: retrievers[n].retrieve(HELD_OUT.queries, 30) for n in names}, HELD_OUT)
+    # A component that a segment does not use proposes nothing there: compare where the target is found.
+    ours = features.of_targets(weights)
+    np.testing.assert_array_equal(ours[served > 0], served[served > 0])
+    assert len({len(q.history) >= 6 for q in HELD_OUT.queries}) == 2
+
+
+def test_the_learned_blend_beats_its_parts_and_never_counts_a_better_score_against_an_item():
+    train, held_out = planted(users=600, seed=5)
+    retrievers = fit_retrievers(TrainingLog(train), TEXTS, Recipe.default(CONFIG))
+    names = Recipe.default(CONFIG).answering("history")
+    features = Features.of({n: retrievers[n].retrieve(held_out.queries, 30) for n in names}, held_out)
+    learned = learned_weights(features, 1.0)
+    for segment in (learned, *(w for _, w in learned.longer)):
+        assert min(segment.retrievers.values()) >= 0 and min(segment.rank.values()) >= 0
+    judged = cross_fitted(features, lambda part: learned_weights(part, 1.0), seed=0)
+    alone = max(value(features, {name: 1.0}) for name in names)
+    assert judged.mean() > alone - 0.02
+    log: list[dict] = []
+    choose_weights(features, {}, log, "toy", seed=0)
+    assert {"searched", "learned, l2 1"} <= set(log[-1]["ndcg@10"]) and log[-1]["chosen"] in log[-1][
+        "ndcg@10"
+    ]
 
 
 # Weights

@@ -204,7 +204,7 @@ def test_a_directory_of_another_version_or_damaged_says_so(rec, tmp_path):
     path = tmp_path / "model" / "manifest.json"
     manifest = json.loads(path.read_text())
     path.write_text(json.dumps({**manifest, "format": 99, "llmrec": "7.0"}))
-    with pytest.raises(ModelError, match=r"format 99.*format 2.*7\.0"):
+    with pytest.raises(ModelError, match=r"format 99.*format 3.*7\.0"):
         Recommender.load(tmp_path / "model")
     path.write_text(json.dumps(manifest)[:50])
     with pytest.raises(ModelError, match="damaged"):
@@ -265,7 +265,7 @@ def test_one_user_or_one_item_is_enough_to_fit_and_ask(n_users, n_items):
     items = [Item(str(i), f"Title {i}") for i in range(n_items)]
     events = [Event(f"u{u}", str(i), 10 * u + i) for u in range(n_users) for i in range(n_items)]
     rec = Recommender.fit(items, events, LIGHT)
-    assert rec.recommend(user="u0") == [] or rec.recommend(user="u0")
+    assert rec.recommend(user="u0") == [], "every item is seen"
     assert ids(rec.recommend(user="u0", k=9, seen="include"))
     assert ids(rec.search("title"))
 
@@ -318,6 +318,24 @@ def test_all_configuration_problems_are_named_at_once(data):
         Recommender.fit(*data, {"encodr": {}, "lm": {"rank": 0}, "training": {"minutes": -1}})
     for name in ("encodr", "lm.rank", "training.minutes"):
         assert name in str(caught.value)
+
+
+def test_a_recipe_with_a_clock_survives_forgetting_everybody(data):
+    rec = Recommender.fit(*data, {**LIGHT, "retrieval": {"families": ["recent", "trending"]}})
+    for user in {e.user_id for e in data[1]}:
+        rec.forget(user)
+    rec.refit()
+    assert rec.recommend(user="u1")
+
+
+def test_a_recipe_that_cannot_be_read_is_a_clear_error(rec, tmp_path):
+    rec.save(tmp_path / "model")
+    path = tmp_path / "model" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["recipe"]["calibration"]
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(ModelError, match=r"recipe in .* is damaged"):
+        Recommender.load(tmp_path / "model")
 
 
 def test_when_everyone_is_forgotten_refit_clears_the_aggregates(data):

@@ -77,6 +77,16 @@ def test_the_window_of_convolutions_equals_filters_applied_by_hand():
             torch.testing.assert_close(states[0, t], expected)
 
 
+def test_every_position_that_is_served_is_trained():
+    long = [np.resize(RULE[s], 30) for s in range(ITEMS)]
+    config = CONFIG.model_copy(update={"epochs": 2, "weight_decay": 0.0})
+    torch.manual_seed(config.seed)
+    fresh = SequenceModel("sasrec", config, np.ones(ITEMS, np.float32), TEXT).encoder.position.weight.detach()
+    trained = SequenceRetriever.fit("sasrec", long, TEXT, config).model.encoder.position.weight.detach()
+    assert len(trained) == config.window + 1
+    assert float((trained - fresh).abs().amax(dim=1).min()) > 1e-3
+
+
 def test_queries_without_a_history_get_nothing_and_masks_hold(trained):
     mask = np.zeros(ITEMS, dtype=bool)
     mask[[3, 7]] = True

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import digamma
 
 from llmrec.errors import DataError
 from llmrec.protocols import Floats
@@ -37,12 +38,9 @@ class TopicEncoder:
         self._words: Any = CountVectorizer(**self._settings(), vocabulary=self.vocabulary)
         self._model: Any = LatentDirichletAllocation(self.dim, random_state=0)
         # What the library needs to infer mixtures: the weights, and their expectation under Dirichlet.
-        self._model.components_ = topics
         self._model.n_features_in_ = topics.shape[1]
         self._model._init_latent_vars(topics.shape[1], dtype=topics.dtype)
         self._model.components_ = topics
-        from scipy.special import digamma
-
         expected = digamma(topics) - digamma(topics.sum(axis=1, keepdims=True))
         self._model.exp_dirichlet_component_ = np.exp(expected)
         digest = hashlib.sha256(json.dumps(self.vocabulary, sort_keys=True).encode())

@@ -13,6 +13,7 @@ import numpy as np
 from llmrec.evaluation.pools import complete
 from llmrec.evaluation.probability import Probabilities
 from llmrec.evaluation.split import Part
+from llmrec.families import FAMILIES
 from llmrec.metrics import Comparison, Ranks, compare, holm, summary
 from llmrec.pipeline import LM, Pipeline
 from llmrec.protocols import Codes, Mask, Predictor, Query
@@ -38,8 +39,9 @@ class Systems:
         Rank of the target of each user, 0 if it is not in the list, by system.
     shown
         The first `SHOWN` items of each list, by system.
-    probabilities
-        Log-loss, Brier score and calibration error of what gives probabilities, by system.
+    probabilities, reliability
+        Log-loss, Brier score and calibration error of what gives probabilities, by system; and the mean
+        confidence and share of hits of each bin.
     comparisons
         Paired differences, corrected for their number.
     """
@@ -47,6 +49,7 @@ class Systems:
     ranks: dict[str, Ranks]
     shown: dict[str, list[Codes]] = field(default_factory=dict)
     probabilities: dict[str, dict[str, float]] = field(default_factory=dict)
+    reliability: dict[str, list[list[float]]] = field(default_factory=dict)
     comparisons: list[Comparison] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, dict[str, float]]:
@@ -107,7 +110,8 @@ def run_systems(
         on_users(len(rows))
     joined = {name: np.concatenate(values) for name, values in ranks.items()}
     probabilities = {name: values.summary() for name, values in predicted.items() if values.nats}
-    return Systems(joined, shown, probabilities, _compared(joined, best))
+    reliability = {name: values.reliability() for name, values in predicted.items() if values.nats}
+    return Systems(joined, shown, probabilities, reliability, _compared(joined, best))
 
 
 def _only(pool: Codes, n_items: int) -> Mask:
@@ -125,7 +129,9 @@ def _compared(ranks: dict[str, Ranks], best: str | None) -> list[Comparison]:
 
 def _lists(queries: Sequence[Query], pipeline: Pipeline, with_lm: bool) -> dict[str, list[Codes]]:
     alone = {
-        n: r for n, r in pipeline.retrievers.items() if n not in ("bm25", "text") and (with_lm or n != LM)
+        n: r
+        for n, r in pipeline.retrievers.items()
+        if not (n in FAMILIES and FAMILIES[n].asks == "words") and (with_lm or n != LM)
     }
     lists = {n: [h.items for h in r.retrieve(queries, LISTED)] for n, r in alone.items()}
     plain = replace(pipeline, history=pipeline.history.with_lm(0.0))

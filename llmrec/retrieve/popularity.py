@@ -60,20 +60,20 @@ class RecentConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     half_life_days: float = Field(14.0, gt=0, description="age at which an event counts half")
-    trend: bool = Field(False, description="divide by the long-run rate: what rises, not what is large")
-    smoothing: float = Field(5.0, gt=0, description="events added to the long-run count of each item")
+    smoothing: float = Field(5.0, gt=0, description="of trends: events added to an item's long-run count")
 
 
 class RecentRetriever:
     """What is popular now, or on the rise, the same for everybody; needs a clock.
 
     An event of age a days counts 2 ** (-a / half life) times its weight; age 0 is the latest event of the
-    log. With `trend` the sum is divided by the item's undecayed count plus `smoothing`.
+    log. With `trend` the sum is divided by the item's undecayed count plus `smoothing`: what rises, not what
+    is large.
     """
 
-    def __init__(self, scores: Floats, config: RecentConfig) -> None:
-        self.scores, self.config = scores, config
-        self.name = "trending" if config.trend else "recent"
+    def __init__(self, scores: Floats, config: RecentConfig, *, trend: bool) -> None:
+        self.scores, self.config, self.trend = scores, config, trend
+        self.name = "trending" if trend else "recent"
 
     @classmethod
     def fit(
@@ -83,6 +83,8 @@ class RecentRetriever:
         n_items: int,
         config: RecentConfig,
         weights: Sequence[Floats] | None = None,
+        *,
+        trend: bool = False,
     ) -> RecentRetriever:
         """Count events by age; `stamps` are seconds, one array a history."""
         events = np.concatenate([np.empty(0, np.int32), *histories])
@@ -90,9 +92,9 @@ class RecentRetriever:
         value = np.ones(len(events)) if weights is None else np.concatenate(weights).astype(np.float64)
         days = (seconds.max(initial=0) - seconds) / 86_400
         recent = np.bincount(events, value * 0.5 ** (days / config.half_life_days), minlength=n_items)
-        if config.trend:
+        if trend:
             recent = recent / (np.bincount(events, value, minlength=n_items) + config.smoothing)
-        return cls(recent.astype(np.float32), config)
+        return cls(recent.astype(np.float32), config, trend=trend)
 
     def retrieve(self, queries: Sequence[Query], k: int) -> list[Hits]:
         """Return the k best allowed items for each query."""
@@ -100,13 +102,9 @@ class RecentRetriever:
 
     def grown(self, n_items: int) -> RecentRetriever:
         """The same for a catalogue that has grown to `n_items`; new items have no events."""
-        return RecentRetriever(np.pad(self.scores, (0, n_items - len(self.scores))), self.config)
+        scores = np.pad(self.scores, (0, n_items - len(self.scores)))
+        return RecentRetriever(scores, self.config, trend=self.trend)
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """State as arrays."""
         return {"scores": self.scores}
-
-    @classmethod
-    def from_arrays(cls, arrays: Mapping[str, NDArray[Any]], config: RecentConfig) -> RecentRetriever:
-        """Make the retriever from `arrays()`."""
-        return cls(arrays["scores"], config)

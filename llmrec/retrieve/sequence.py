@@ -76,7 +76,7 @@ class SequenceModel(nn.Module):
 
     def before(self, codes: Tensor) -> Tensor:
         """State before each item: (batch, n) -> (batch, n, dim)."""
-        return self.after(codes)[:, :-1]
+        return self.after(codes[:, :-1])
 
     def logits(self, states: Tensor, outputs: Tensor, popularity: Tensor) -> Tensor:
         """Unnormalised log-probabilities: (..., dim) and (items, dim) -> (..., items)."""
@@ -158,7 +158,8 @@ class SequenceRetriever:
         kept: dict[str, Tensor] = {}
         for epoch in range(config.epochs):
             rng = np.random.default_rng([config.seed, epoch])
-            pieces = windows(histories, config.window, rng, weights)
+            # The last item of a window is only asked for, so that the state after a full one is trained too.
+            pieces = windows(histories, config.window + 1, rng, weights)
             losses = []
             model.train()
             for batch in batches(pieces, 1, config.tokens_per_step, rng):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Kind = Literal["gru4rec", "caser", "sasrec"]
 
@@ -29,3 +29,9 @@ class SequenceConfig(BaseModel):
     tokens_per_step: int = Field(4096, ge=1, description="padded positions in one step")
     negatives: int = Field(4096, ge=1, description="drawn items a step in a catalogue above 50,000")
     seed: int = 0
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> SequenceConfig:
+        if self.dim % self.heads:
+            raise ValueError(f"heads must divide dim, got {self.heads} and {self.dim}")
+        return self
