@@ -334,7 +334,7 @@ def test_a_recipe_that_cannot_be_read_is_a_clear_error(rec, tmp_path):
     manifest = json.loads(path.read_text())
     del manifest["recipe"]["calibration"]
     path.write_text(json.dumps(manifest))
-    with pytest.raises(ModelError, match=r"recipe in .* is damaged"):
+    with pytest.raises(ModelError, match=r"recipe in .* cannot be read"):
         Recommender.load(tmp_path / "model")
 
 
