@@ -110,6 +110,8 @@ def main(argv: list[str] | None = None) -> None:
         what += f"-{protocol.negatives}drawn"
     name = args.name or f"{folder.name}{what}-{part}-{budget}"
     path = Path(args.out) / f"{name}.json"
+    # Before the log of readings changes the tree.
+    commit = git_sha()
     if args.final:
         # Before they are read: a run that fails has read them too.
         log(f"test events read: `{path.name}`")
@@ -126,7 +128,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     command = "python eval/run.py " + " ".join(argv if argv is not None else sys.argv[1:])
     registry = not Path(args.data).is_dir()
-    evaluation.write(path, {"data": folder.name, "registry": registry, "command": command, "git": git_sha()})
+    evaluation.write(path, {"data": folder.name, "registry": registry, "command": command, "git": commit})
     ranks = path.with_suffix(".ranks.npz")
     if ranks.stat().st_size > 1_000_000:
         shutil.move(ranks, HERE.parent / "runs" / ranks.name)
