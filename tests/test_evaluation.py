@@ -250,7 +250,7 @@ def test_a_model_that_has_read_the_rows_is_found_out_and_one_that_has_not_is_not
     ids = torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True, padding_value=0)
     labels = torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True, padding_value=-100)
     optimiser = torch.optim.AdamW(model.parameters(), lr=4e-3)
-    for _ in range(100):
+    for _ in range(220):
         optimiser.zero_grad()
         model(ids, labels=labels).loss.backward()
         optimiser.step()

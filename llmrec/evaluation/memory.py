@@ -1,7 +1,7 @@
 """Whether a language model knows a data file by heart: it is asked to go on with its rows.
 
 A model that has read the file in its training finds the row that follows more probable than the same
-row with another item, whose id is as far from the one before. Rows of identifiers carry little else by
+row with another item of the file, whose id is near the true one. Rows of identifiers carry little else by
 which to tell the two apart. After Bordt et al. 2024, "Elephants Never Forget" (arXiv 2404.06209).
 """
 
@@ -85,6 +85,7 @@ def remembered(
     able = [places for places in starts.values() if len(places) > ROWS + 1]
     if len(able) < 2:
         raise DataError(f"this test needs two users with more than {ROWS + 1} rows")
+    numbers = [(int(i), i) for i in sorted({fields[item] for fields in rows}) if i.isdigit()]
     rng = np.random.default_rng(seed)
     prompts, true, changed = [], [], []
     for which in np.sort(rng.choice(len(able), min(users, len(able)), replace=False)):
@@ -94,8 +95,9 @@ def remembered(
         prompts.append("\n".join([header, *(",".join(rows[p]) for p in shown)]) + "\n")
         true.append(",".join(rows[target]) + "\n")
         taken = {rows[p][item] for p in places}
+        others = [number for number, identity in numbers if identity not in taken]
         later = [rows[p][item] for p in places[start + ROWS + 1 :]]
-        other = _as_far(rows[shown[-1]][item], rows[target][item], taken, later, rng)
+        other = _as_far(rows[shown[-1]][item], rows[target][item], others, later, rng)
         fields = list(rows[target])
         fields[item] = other
         changed.append(",".join(fields) + "\n")
@@ -104,23 +106,20 @@ def remembered(
     return Memory(compare_values(gain, "true row", "changed row", "nats"), float((gain > 0).mean()))
 
 
-def _as_far(before: str, true: str, taken: set[str], later: Sequence[str], rng: np.random.Generator) -> str:
-    """An id that is about as far from the one before as the true one; a later id where ids are no numbers."""
+def _as_far(
+    before: str, true: str, others: Sequence[int], later: Sequence[str], rng: np.random.Generator
+) -> str:
+    """Another item's id near the true one, on the same side of the one before, so that order tells nothing.
+
+    `others` are the ids in the file that the user does not have; a later id of the user where ids are no
+    numbers, or none is near.
+    """
     if not (before.isdigit() and true.isdigit()):
         return later[int(rng.integers(0, len(later)))]
-    step = int(true) - int(before)
-    near = [
-        other
-        for delta in range(1, 50)
-        for other in (
-            int(true) + delta,
-            int(true) - delta,
-            int(before) - step + delta,
-            int(before) - step - delta,
-        )
-        if other > 0 and str(other) not in taken and len(str(other)) == len(true)
-    ]
-    return str(near[int(rng.integers(0, min(4, len(near))))]) if near else later[0]
+    last, own = int(before), int(true)
+    same = [o for o in others if (o > last) == (own > last) and len(str(o)) == len(true)]
+    near = sorted(same, key=lambda other: abs(other - own))[:4]
+    return str(near[int(rng.integers(0, len(near)))]) if near else later[0]
 
 
 def _log_likelihoods(base: Path, prompts: Sequence[str], ends: Sequence[str], tokens: int) -> Values:
