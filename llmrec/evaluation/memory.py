@@ -1,8 +1,9 @@
 """Whether a language model knows a data file by heart: it is asked to go on with its rows.
 
 A model that has read the file in its training finds the row that follows more probable than the same
-row with another item of the file, whose id is near the true one. Rows of identifiers carry little else by
-which to tell the two apart. After Bordt et al. 2024, "Elephants Never Forget" (arXiv 2404.06209).
+row with another item of the file, whose id is near the true one. What the two rows differ in besides is
+how popular their items are: a small gain may come from that. After Bordt et al. 2024, "Elephants Never
+Forget" (arXiv 2404.06209).
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ def remembered(
         taken = {rows[p][item] for p in places}
         others = [number for number, identity in numbers if identity not in taken]
         later = [rows[p][item] for p in places[start + ROWS + 1 :]]
-        other = _as_far(rows[shown[-1]][item], rows[target][item], others, later, rng)
+        other = _near_true(rows[shown[-1]][item], rows[target][item], others, later, rng)
         fields = list(rows[target])
         fields[item] = other
         changed.append(",".join(fields) + "\n")
@@ -106,7 +107,7 @@ def remembered(
     return Memory(compare_values(gain, "true row", "changed row", "nats"), float((gain > 0).mean()))
 
 
-def _as_far(
+def _near_true(
     before: str, true: str, others: Sequence[int], later: Sequence[str], rng: np.random.Generator
 ) -> str:
     """Another item's id near the true one, on the same side of the one before, so that order tells nothing.
