@@ -150,15 +150,16 @@ class Catalog:
 
     def item(self, code: int) -> Item:
         """Return an item with the attributes that it has."""
-        if not 0 <= code < len(self):
-            raise RequestError(f"item code {code} is not between 0 and {len(self) - 1}")
-        row = self._frame.row(int(code), named=True)
-        attributes = {
-            name: tuple(value) if isinstance(value, list) else value
-            for name, value in row.items()
-            if name not in CONTRACT and value is not None
-        }
-        return Item(row["item_id"], row["title"], row["text"], attributes)
+        return self.items([code])[0]
+
+    def items(self, codes: Sequence[int] | Codes) -> list[Item]:
+        """Return items, in the order of their codes as given."""
+        rows = np.asarray(codes, dtype=np.int64)
+        outside = rows[(rows < 0) | (rows >= len(self))]
+        if len(outside):
+            raise RequestError(f"item code {outside[0]} is not between 0 and {len(self) - 1}")
+        names = self._frame.columns
+        return [_as_item(dict(zip(names, row, strict=True))) for row in self._frame[rows].rows()]
 
     def id_ranks(self) -> NDArray[np.int64]:
         """Return the position of each code in the order of ids, digits as integers, shape (n,)."""
@@ -275,6 +276,15 @@ class Catalog:
             near = (i for i in self.ids if abs(len(i) - len(word)) <= 2 and i.lower().startswith(start))
             pool |= dict.fromkeys(itertools.islice(near, 300))
         return difflib.get_close_matches(item_id, pool, n=3, cutoff=0.5)
+
+
+def _as_item(row: Mapping[str, Any]) -> Item:
+    attributes = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in row.items()
+        if name not in CONTRACT and value is not None
+    }
+    return Item(row["item_id"], row["title"], row["text"], attributes)
 
 
 def _render(frame: pl.DataFrame) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -129,6 +129,10 @@ def _counted(retriever: Any, settings: type[BaseModel]) -> Family:
     return Family(settings, fit, load)
 
 
+def _ease(log: TrainingLog, texts: Texts, config: EASEConfig) -> Retriever:
+    return EASERetriever.fit(log.histories, len(texts.lines), config, log.weights, texts.vectors)
+
+
 def _sequence(kind: Kind) -> Family:
     def retriever() -> Any:
         try:
@@ -197,7 +201,7 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "recent": _recent(trend=False),
     "trending": _recent(trend=True),
-    "ease": _counted(EASERetriever, EASEConfig),
+    "ease": replace(_counted(EASERetriever, EASEConfig), fit=_ease, new_items=True),
     "transitions": _counted(TransitionsRetriever, TransitionsConfig),
     "als": _counted(ALSRetriever, ALSConfig),
     "lightgcn": _counted(LightGCNRetriever, LightGCNConfig),

@@ -145,7 +145,7 @@ def evaluate(
         catalog.active, exclude_seen
     )
     recipe, retrievers = cached_retrievers(catalog, split, held_out, texts, search, cache, on_stage)
-    fitted, unchecked = leaks.check_retrievers(retrievers, split)
+    fitted, unchecked = leaks.check_retrievers(retrievers, split, texts.vectors)
     checked += fitted
     clock.lap("fit_retrievers")
     state = State(catalog, texts, recipe, retrievers, not exclude_seen, search.depth)

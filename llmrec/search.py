@@ -21,7 +21,7 @@ from llmrec.pipeline import Weights
 from llmrec.protocols import Floats, Retriever, Scorer
 from llmrec.recipe import HeldOut, Recipe, RetrievalConfig, fit_retrievers, ranks_in
 from llmrec.retrieve.dense import ProfileConfig, ProfileRetriever
-from llmrec.retrieve.linear import EASERetriever
+from llmrec.retrieve.linear import CoOccurrence, EASEConfig, EASERetriever
 from llmrec.retrieve.popularity import PopularityRetriever
 from llmrec.retrieve.sequence_config import Kind
 from llmrec.retrieve.transitions import TransitionsConfig, TransitionsRetriever
@@ -207,20 +207,38 @@ def _search_profile(
 def _search_ease(
     log: TrainingLog, texts: Texts, start: Any, held_out: HeldOut, trials: list[dict[str, Any]]
 ) -> tuple[BaseModel, Retriever]:
-    """Try penalties and decays; solving is the costly part, decays of the history come for nothing after."""
-    best, best_score = None, -1.0
-    for l2 in (start.l2 / 4, start.l2, start.l2 * 4):
-        for fit_decay in {1.0, start.fit_decay}:
-            config = start.model_copy(update={"l2": l2, "fit_decay": fit_decay})
-            model = EASERetriever.fit(log.histories, len(texts.lines), config, log.weights)
-            for decay in (0.7, 0.8, 0.9, 0.95, 1.0):
-                value = quality(model.with_decay(decay), held_out)
-                trial = {"search": "ease", "l2": l2, "fit_decay": fit_decay, "decay": decay}
-                trials.append({**trial, OBJECTIVE: round(value, 5)})
-                if value > best_score:
-                    best, best_score = model.with_decay(decay), value
-    assert best is not None
-    return best.config, best
+    """Walk over ages, penalties and the weight of the texts; each model is tried with all decays.
+
+    Where the items are too many to be solved together, one model takes as long as all of this: then only
+    the decays are tried.
+    """
+    n_items, value = len(texts.lines), -1.0
+    model: EASERetriever | None = None
+    shared: dict[float, CoOccurrence] = {}
+
+    def trial(config: EASEConfig) -> float:
+        nonlocal value, model
+        if config.fit_decay not in shared:
+            shared.clear()
+            shared[config.fit_decay] = CoOccurrence.of(
+                log.histories, n_items, config, log.weights, texts.vectors
+            )
+        solved = shared[config.fit_decay].solve(config)
+        values = {d: quality(solved.with_decay(d), held_out) for d in (0.6, 0.7, 0.8, 0.9, 1.0)}
+        decay = max(values, key=lambda d: values[d])
+        if values[decay] > value:
+            value, model = values[decay], solved.with_decay(decay)
+        return values[decay]
+
+    space: dict[str, Sequence[float]] = {
+        "fit_decay": (0.98, 0.9, 0.8),
+        "l2": (start.l2 / 4, start.l2 * 4),
+        "text": (0.0, start.text / 4, start.text * 4) if start.text else (),
+    }
+    _walk("ease", start, space if n_items <= start.max_items else {}, trial, trials)
+    assert model is not None
+    trials.append({"search": "ease", "decay": model.config.decay, OBJECTIVE: round(value, 5)})
+    return model.config, model
 
 
 def _search_epochs(kind: Kind) -> Search:

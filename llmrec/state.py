@@ -110,16 +110,16 @@ class State:
     def answer(self, found: Candidates) -> list[Recommendation]:
         """Candidates as recommendations, each with the components that proposed it or moved its score."""
         answer = []
-        for row, code in enumerate(found.items):
-            ranks, parts = found.ranks[row].tolist(), found.parts[row].tolist()
+        items, scores = self.catalog.items(found.items), found.scores.tolist()
+        provenance = zip(found.ranks.tolist(), found.parts.tolist(), strict=True)
+        for row, (item, (ranks, parts)) in enumerate(zip(items, provenance, strict=True)):
             sources = [
                 Source(name, rank, part)
                 for name, rank, part in zip(found.names, ranks, parts, strict=True)
                 if rank > 0 or part > 0
             ]
             sources.sort(key=lambda source: -source.score)
-            item = self.catalog.item(int(code))
-            answer.append(Recommendation(item, row + 1, float(found.scores[row]), tuple(sources)))
+            answer.append(Recommendation(item, row + 1, scores[row], tuple(sources)))
         return answer
 
     def write(self, folder: Path, adapter: Path | None) -> None:

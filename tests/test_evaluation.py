@@ -142,7 +142,9 @@ def test_every_protocol_runs_to_a_report_without_leaks(config, split):
     assert result["leaks"]["unchecked"] == []
     if split == "cold-item":
         assert set(result["segments"]) >= {"target new"} and "target head" not in result["segments"]
-        assert result["systems"]["ease"]["recall@20"] == 0, "no linear model knows an item without events"
+        recall = {name: values["recall@20"] for name, values in result["systems"].items()}
+        # Counts know nothing of an item without events; texts do.
+        assert recall["transitions"] == 0 and recall["ease"] > 0
     assert result["probabilities"]["lm"]["nats"] > 0
 
 

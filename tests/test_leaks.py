@@ -69,7 +69,8 @@ def test_honestly_fitted_retrievers_pass(which, texts, request):
         {"families": ("ease", "transitions", "als", "gru4rec"), "gru4rec": {"dim": 4, "epochs": 1}},
     ):
         recipe = Recipe.default(RetrievalConfig(**settings))
-        checked, unchecked = check_retrievers(fit_retrievers(split.training, texts, recipe), split)
+        fitted = fit_retrievers(split.training, texts, recipe)
+        checked, unchecked = check_retrievers(fitted, split, texts.vectors)
         learning = {"popularity", "ease", "transitions", "gru4rec"} & set(recipe.settings)
         assert set(checked) == learning and unchecked == [n for n in recipe.settings if n == "als"]
 

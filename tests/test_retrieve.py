@@ -153,6 +153,26 @@ def test_ease_keeps_the_largest_weights_of_each_item():
     np.testing.assert_allclose(full, b, atol=2e-6)
 
 
+@pytest.mark.parametrize("max_items", [N, 5])
+def test_texts_count_in_ease_like_users_that_have_every_item_to_some_degree(max_items):
+    rng = np.random.default_rng(3)
+    vectors = rng.normal(size=(N, 6)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    config = EASEConfig(l2=3.0, text=4.0, max_items=max_items, neighbours=N)
+    model = EASERetriever.fit(HISTORIES, N, config, vectors=vectors)
+    x = np.concatenate([user_item_matrix(HISTORIES, N, 1.0).toarray(), 2.0 * vectors.T])
+    # The last four items have no events: solved together they have weights by their texts alone.
+    assert model.items.tolist() == list(range(N if max_items == N else N - 4))
+    kept = model.weights.toarray()
+    for item in range(0, len(model.items), 3):
+        on = np.delete(model.items, item) if max_items == N else np.flatnonzero(kept[:, item])
+        ridge = Ridge(alpha=3.0, fit_intercept=False).fit(x[:, on], x[:, item])
+        np.testing.assert_allclose(kept[on, item], ridge.coef_, atol=1e-4)
+    without = EASERetriever.fit(HISTORIES, N, config.model_copy(update={"text": 0.0}), vectors=vectors)
+    plain = EASERetriever.fit(HISTORIES, N, config)
+    np.testing.assert_array_equal(without.weights.toarray(), plain.weights.toarray())
+
+
 def test_ease_among_all_neighbours_is_ease():
     for decay in (1.0, 0.8):
         whole = EASERetriever.fit(HISTORIES, N, EASEConfig(l2=3.0, fit_decay=decay)).weights.toarray()

@@ -68,12 +68,19 @@ def check_split(split: Split) -> list[str]:
     return ["split"]
 
 
-def check_retrievers(retrievers: Mapping[str, Retriever], split: Split) -> tuple[list[str], list[str]]:
+def check_retrievers(
+    retrievers: Mapping[str, Retriever], split: Split, vectors: Floats | None = None
+) -> tuple[list[str], list[str]]:
     """Popularity, transitions and EASE hold what the training events give, and nothing else.
 
     Popularity: equal counts. Transitions: rows of items that precede held-out targets, counted anew by a
     plain loop. EASE: columns of held-out targets, solved anew by another method. Any other that learns
     from the log and keeps counts of it: equal counts.
+
+    Parameters
+    ----------
+    vectors
+        Text vectors that the retrievers were fitted with, shape (items, dim); None if with none.
 
     Returns
     -------
@@ -93,7 +100,7 @@ def check_retrievers(retrievers: Mapping[str, Retriever], split: Split) -> tuple
         elif isinstance(retriever, TransitionsRetriever):
             _check_transitions(retriever, split)
         elif isinstance(retriever, EASERetriever):
-            _check_ease(retriever, split)
+            _check_ease(retriever, split, vectors)
         elif kept is not None:
             _check_counts(kept.cpu().numpy(), split, name)
         elif name not in FAMILIES or FAMILIES[name].learns:
@@ -213,10 +220,14 @@ def _check_transitions(retriever: TransitionsRetriever, split: Split) -> None:
         )
 
 
-def _check_ease(retriever: EASERetriever, split: Split) -> None:
+def _check_ease(retriever: EASERetriever, split: Split, vectors: Floats | None) -> None:
     """Solve some columns anew by conjugate gradients and compare them with the weights that were kept."""
     config, items = retriever.config, retriever.items
-    matrix = _user_item(split, config.fit_decay)[:, items].tocsc()
+    matrix = _user_item(split, config.fit_decay, retriever.n_items)[:, items].tocsc()
+    if vectors is not None:
+        # A text dimension is one more user.
+        texts = scipy.sparse.csc_matrix(np.sqrt(config.text) * vectors[items].T.astype(np.float64))
+        matrix = scipy.sparse.vstack([matrix, texts]).tocsc()
     # A leak moves the columns of held-out targets first.
     held_out: Codes = np.union1d(split.validation.targets, split.test.targets)
     targets = np.flatnonzero(np.isin(items, held_out))
@@ -253,7 +264,7 @@ def _regressed(
     return np.asarray(solved)
 
 
-def _user_item(split: Split, decay: float) -> scipy.sparse.csr_matrix:
+def _user_item(split: Split, decay: float, n_items: int) -> scipy.sparse.csr_matrix:
     """Training events by user and item: decay ** age times the weight; the largest of repeated ones."""
     best: dict[tuple[int, int], float] = {}
     weights = split.training.weights
@@ -264,8 +275,8 @@ def _user_item(split: Split, decay: float) -> scipy.sparse.csr_matrix:
             )
             best[user, code] = max(best.get((user, code), 0.0), value)
     rows, columns = np.array(list(best), dtype=np.int64).reshape(-1, 2).T
-    shape = (split.log.n_users, int(split.log.item.max()) + 1)
-    return scipy.sparse.csr_matrix((np.array(list(best.values())), (rows, columns)), shape=shape)
+    values = np.array(list(best.values()))
+    return scipy.sparse.csr_matrix((values, (rows, columns)), shape=(split.log.n_users, n_items))
 
 
 def _same(what: str, found: str, expected: str) -> None:

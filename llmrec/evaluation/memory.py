@@ -1,9 +1,9 @@
 """Whether a language model knows a data file by heart: it is asked to go on with its rows.
 
 A model that has read the file in its training finds the row that follows more probable than the same
-row with another item of the file, whose id is near the true one. What the two rows differ in besides is
-how popular their items are: a small gain may come from that. After Bordt et al. 2024, "Elephants Never
-Forget" (arXiv 2404.06209).
+row with another item of the file, whose id is near the true one. It may also have learned which ids are
+frequent: so only counts by how much more it prefers the true row here than after the rows of another user.
+After Bordt et al. 2024, "Elephants Never Forget" (arXiv 2404.06209).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ROWS = 8
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Nats by which the true next row is more probable than the changed one, with an interval."""
+    """Nats by which a user's own rows raise the true next row over a changed one, with an interval."""
 
     gain: Comparison
     preferred: float
@@ -42,8 +42,9 @@ class Memory:
             else "no sign that the model knows this file"
         )
         return (
-            f"true next row against a changed one: {c.difference:+.3f} nats [{c.low:+.3f}, {c.high:+.3f}] "
-            f"over {c.users} users, preferred in {self.preferred:.0%}: {said}"
+            f"own rows raise the true next one over a changed one by {c.difference:+.3f} nats "
+            f"[{c.low:+.3f}, {c.high:+.3f}] more than those of another user do, over {c.users} users, "
+            f"above 0 for {self.preferred:.0%}: {said}"
         )
 
 
@@ -102,9 +103,13 @@ def remembered(
         fields = list(rows[target])
         fields[item] = other
         changed.append(",".join(fields) + "\n")
-    likely, unlikely = _log_likelihoods(base, [*prompts, *prompts], [*true, *changed], tokens).reshape(2, -1)
-    gain = likely - unlikely
-    return Memory(compare_values(gain, "true row", "changed row", "nats"), float((gain > 0).mean()))
+    strange = [*prompts[1:], prompts[0]]
+    contexts, ends = [*prompts, *prompts, *strange, *strange], [*true, *changed] * 2
+    likely, unlikely, likely_elsewhere, unlikely_elsewhere = _log_likelihoods(
+        base, contexts, ends, tokens
+    ).reshape(4, -1)
+    gain = (likely - unlikely) - (likely_elsewhere - unlikely_elsewhere)
+    return Memory(compare_values(gain, "own rows", "rows of another user", "nats"), float((gain > 0).mean()))
 
 
 def _near_true(

@@ -16,6 +16,10 @@ FEW_ALLOWED = 0.1
 """Share of allowed items below which the graph is not walked: most of its edges lead to forbidden ones."""
 
 
+FEW_RULED_OUT = 1000
+"""Forbidden items up to which exact search takes so many more instead of filtering each query by itself."""
+
+
 class FaissIndex:
     """Inner-product search with FAISS; filters are pushed down into the search.
 
@@ -58,9 +62,15 @@ class FaissIndex:
         k = min(k, len(self))
         if k == 0 or len(vectors) == 0:
             return [Hits(np.empty(0, np.int32), np.empty(0, np.float32)) for _ in range(len(vectors))]
-        if all(mask is None for mask in masks):
-            scores, codes = self._index.search(np.ascontiguousarray(vectors), k)
-            return [self._hits(c, s) for c, s in zip(codes, scores, strict=True)]
+        ruled_out = [0 if mask is None else len(mask) - int(np.count_nonzero(mask)) for mask in masks]
+        if all(mask is None for mask in masks) or (self.exact and max(ruled_out) <= FEW_RULED_OUT):
+            # All at once, with so many more that enough are left.
+            wide = min(k + max(ruled_out), len(self))
+            scores, codes = self._index.search(np.ascontiguousarray(vectors), wide)
+            return [
+                self._hits(c if mask is None else np.where(mask[c], c, -1), s, k)
+                for c, s, mask in zip(codes, scores, masks, strict=True)
+            ]
         return [self._search_one(v, k, m) for v, m in zip(vectors, masks, strict=True)]
 
     def _search_one(self, vector: Floats, k: int, mask: Mask | None) -> Hits:
@@ -77,9 +87,9 @@ class FaissIndex:
             if not exact:
                 parameters.efSearch = max(128, 2 * k)
         scores, codes = index.search(np.ascontiguousarray(vector[None]), k, params=parameters)
-        return self._hits(codes[0], scores[0])
+        return self._hits(codes[0], scores[0], k)
 
     @staticmethod
-    def _hits(codes: Any, scores: Any) -> Hits:
-        found = codes >= 0
+    def _hits(codes: Any, scores: Any, k: int) -> Hits:
+        found = np.flatnonzero(codes >= 0)[:k]
         return Hits(codes[found].astype(np.int32), scores[found].astype(np.float32))

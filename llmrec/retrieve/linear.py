@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,12 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from llmrec.protocols import Codes, Floats, Hits, Query
 from llmrec.ranking import NO_HITS, age_weights, top
-from llmrec.retrieve.sparse_linear import sparse_weights
+from llmrec.retrieve.sparse_linear import Neighbourhood
 
 logger = logging.getLogger(__name__)
+
+BLOCK = 1024
+"""Rows of the item-item matrix that are worked on at once."""
 
 
 class EASEConfig(BaseModel):
@@ -26,7 +30,8 @@ class EASEConfig(BaseModel):
 
     l2: float = Field(200.0, gt=0, description="ridge penalty")
     fit_decay: float = Field(1.0, gt=0, le=1, description="weight of an event in fitting, per step of age")
-    decay: float = Field(0.9, gt=0, le=1, description="weight of a history item, per step of age")
+    decay: float = Field(0.8, gt=0, le=1, description="weight of a history item, per step of age")
+    text: float = Field(50.0, ge=0, description="how many users one text dimension counts like")
     max_items: int = Field(20_000, ge=1, description="most items solved together; cost is cubic in it")
     neighbours: int = Field(200, ge=1, description="of each item, where there are more: solved among these")
     keep: int = Field(1000, ge=1, description="largest weights kept for each item")
@@ -54,11 +59,76 @@ def user_item_matrix(
     return scipy.sparse.csr_matrix((matrix.data[kept], (rows[kept], columns[kept])), shape=matrix.shape)
 
 
-class EASERetriever:
-    """Embarrassingly shallow autoencoder (Steck 2019, arXiv 1905.03375).
+@dataclass(frozen=True, slots=True)
+class CoOccurrence:
+    """All that EASE is solved from, whatever the penalty: events and texts of the items.
 
-    With P = (X'X + l2 I)^-1 the item-item weights are B = -P / diag(P) by column, with zero diagonal;
-    the score of item j is the sum over the history of decay ** age times B[i, j].
+    Parameters
+    ----------
+    n_items
+        Size of the catalogue.
+    items
+        Catalogue codes of the items in the model, ascending, shape (m,).
+    events
+        Users by those items, shape (users, m).
+    texts
+        Unit text vectors of those items, shape (m, dim); dim may be 0.
+    near
+        Neighbours of each item, where the items are too many to be solved together.
+    """
+
+    n_items: int
+    items: Codes
+    events: scipy.sparse.csr_matrix
+    texts: Floats
+    near: Neighbourhood | None
+
+    @classmethod
+    def of(
+        cls,
+        histories: Sequence[Codes],
+        n_items: int,
+        config: EASEConfig,
+        weights: Sequence[Floats] | None = None,
+        vectors: Floats | None = None,
+    ) -> CoOccurrence:
+        """Collect it from a log and from text vectors, shape (n_items, dim).
+
+        An item without events takes part by its text, unless the catalogue has more than `max_items` items.
+        """
+        matrix = user_item_matrix(histories, n_items, config.fit_decay, weights)
+        texts = np.zeros((n_items, 0), np.float32) if vectors is None else vectors
+        taking = np.asarray((matrix > 0).sum(axis=0)).ravel() > 0
+        if n_items <= config.max_items and config.text > 0:
+            taking |= texts.any(axis=1)
+        items: Codes = np.flatnonzero(taking).astype(np.int32)
+        events, near = matrix[:, items], None
+        if len(items) > config.max_items:
+            logger.info("EASE over %d items is solved among neighbours", len(items))
+            near = Neighbourhood.of(events, config.neighbours)
+        return cls(n_items, items, events, texts[items], near)
+
+    def solve(self, config: EASEConfig) -> EASERetriever:
+        """Item-item weights under the penalty and the text weight of `config`."""
+        if self.near is not None:
+            weights = self.near.solve(config.l2, config.text, self.texts)
+        else:
+            gram = np.asarray((self.events.T @ self.events).toarray(), dtype=np.float32)
+            for start in range(0, len(gram) if config.text else 0, BLOCK):
+                rows = slice(start, start + BLOCK)
+                gram[rows] += config.text * (self.texts[rows] @ self.texts.T)
+            gram[np.diag_indices_from(gram)] += config.l2
+            weights = _prune(_solve(gram), config.keep)
+        return EASERetriever(self.items, weights, self.n_items, config)
+
+
+class EASERetriever:
+    """Embarrassingly shallow autoencoder (Steck 2019, arXiv 1905.03375) over events and texts.
+
+    With P = (X'X + text * VV' + l2 I)^-1 the item-item weights are B = -P / diag(P) by column, with zero
+    diagonal; the score of item j is the sum over the history of decay ** age times B[i, j]. The rows of V
+    are the items' unit text vectors: a text dimension is one more user, who has every item to some degree
+    (side information as in CEASE; Jeunen, Van Balen and Goethals 2020).
 
     Parameters
     ----------
@@ -86,21 +156,14 @@ class EASERetriever:
         n_items: int,
         config: EASEConfig,
         weights: Sequence[Floats] | None = None,
+        vectors: Floats | None = None,
     ) -> EASERetriever:
         """Solve for B; where there are more than `max_items` items, column by column among neighbours.
 
-        `weights` are those of the events, one array a history.
+        `weights` are those of the events, one array a history. Without text vectors, shape (n_items, dim),
+        `text` has no effect.
         """
-        matrix = user_item_matrix(histories, n_items, config.fit_decay, weights)
-        counts = np.asarray((matrix > 0).sum(axis=0)).ravel()
-        items: Codes = np.flatnonzero(counts).astype(np.int32)
-        matrix = matrix[:, items]
-        if len(items) > config.max_items:
-            logger.info("EASE over %d items is solved among neighbours", len(items))
-            return cls(items, sparse_weights(matrix, config.l2, config.neighbours), n_items, config)
-        gram = np.asarray((matrix.T @ matrix).toarray(), dtype=np.float32)
-        gram[np.diag_indices_from(gram)] += config.l2
-        return cls(items, _prune(_solve(gram), config.keep), n_items, config)
+        return CoOccurrence.of(histories, n_items, config, weights, vectors).solve(config)
 
     def with_decay(self, decay: float) -> EASERetriever:
         """The same weights with another decay of the history; costs nothing."""
@@ -164,8 +227,8 @@ def _prune(weights: Floats, keep: int) -> scipy.sparse.csr_matrix:
     """Keep the `keep` largest weights by size in each row."""
     m = len(weights)
     if keep < m:
-        for start in range(0, m, 1024):
-            block = weights[start : start + 1024]
+        for start in range(0, m, BLOCK):
+            block = weights[start : start + BLOCK]
             cut = np.partition(np.abs(block), m - keep, axis=1)[:, m - keep, None]
             block[np.abs(block) < cut] = 0.0
     return scipy.sparse.csr_matrix(weights)

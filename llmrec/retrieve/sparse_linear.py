@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import numpy as np
 import scipy.sparse
 from numpy.typing import NDArray
@@ -11,58 +14,87 @@ from llmrec.protocols import Codes, Floats
 BLOCK = 512
 """Rows of the Gram matrix that are computed at once."""
 
+PAIRS = 1000
+"""Largest entries of the Gram matrix that are kept of each row, at least."""
 
-def sparse_weights(matrix: scipy.sparse.csr_matrix, l2: float, neighbours: int) -> scipy.sparse.csr_matrix:
-    """Weights of EASE, each column restricted to the items that stand most with its item.
 
-    The column of item j minimises |X_N b - x_j|^2 + l2 |b|^2 over the weights b of its `neighbours` items of
-    largest cosine, N (as SLIM with a neighbourhood; Ning and Karypis 2011): b = (G_NN + l2 I)^-1 G_Nj. With
-    all items as neighbours that is EASE itself (Steck 2019): a zero diagonal and this ridge regression.
+@dataclass(frozen=True, slots=True)
+class Neighbourhood:
+    """The neighbours of each item, and what they have in common.
 
     Parameters
     ----------
-    matrix
-        Users by items, shape (users, items).
-
-    Returns
-    -------
-    scipy.sparse.csr_matrix
-        Weights, shape (items, items).
+    gram
+        The largest entries of X'X, the diagonal among them, symmetric, shape (items, items).
+    near
+        Codes of the neighbours of each item, ascending.
     """
-    by_item = scipy.sparse.csr_matrix(matrix.T)
-    length = np.sqrt(np.asarray(matrix.power(2).sum(axis=0)).ravel())
-    rows: list[Codes] = []
-    values: list[Floats] = []
-    for start in range(0, by_item.shape[0], BLOCK):
-        together = scipy.sparse.csr_matrix(by_item[start : start + BLOCK] @ matrix)
-        for row in range(together.shape[0]):
-            a, b = together.indptr[row], together.indptr[row + 1]
-            near = _nearest(start + row, together.indices[a:b], together.data[a:b], length, neighbours)
-            rows.append(near)
-            values.append(_solve(by_item, start + row, near, l2))
-    where = np.concatenate([np.empty(0, np.int32), *rows]), np.cumsum([0, *map(len, rows)])
-    data = np.concatenate([np.empty(0, np.float32), *values])
-    shape = (by_item.shape[0], by_item.shape[0])
-    return scipy.sparse.csr_matrix(scipy.sparse.csc_matrix((data, *where), shape=shape))
+
+    gram: scipy.sparse.csr_matrix
+    near: Sequence[Codes]
+
+    @classmethod
+    def of(cls, matrix: scipy.sparse.csr_matrix, neighbours: int) -> Neighbourhood:
+        """Take the items of largest cosine of a matrix of users by items, shape (users, items)."""
+        n = matrix.shape[1]
+        by_item = scipy.sparse.csr_matrix(matrix.T)
+        length = np.sqrt(np.asarray(matrix.power(2).sum(axis=0)).ravel())
+        near: list[Codes] = []
+        rows, columns, values = [], [], []
+        for start in range(0, n, BLOCK):
+            block = scipy.sparse.csr_matrix(by_item[start : start + BLOCK] @ matrix)
+            for row in range(block.shape[0]):
+                a, b = block.indptr[row], block.indptr[row + 1]
+                codes, together = block.indices[a:b], block.data[a:b]
+                near.append(_nearest(start + row, codes, together, length, neighbours))
+                kept = _largest(together, max(PAIRS, neighbours))
+                rows.append(np.full(len(kept), start + row, np.int32))
+                columns.append(codes[kept].astype(np.int32))
+                values.append(together[kept].astype(np.float32))
+        where = [np.concatenate([np.empty(0, np.int32), *part]) for part in (rows, columns)]
+        data = np.concatenate([np.empty(0, np.float32), *values])
+        gram = scipy.sparse.csr_matrix((data, (where[0], where[1])), shape=(n, n))
+        # A pair that is small for one of its items may be large for the other.
+        return cls(scipy.sparse.csr_matrix(gram.maximum(gram.T)), near)
+
+    def solve(self, l2: float, text: float, texts: Floats) -> scipy.sparse.csr_matrix:
+        """Weights of EASE, each column restricted to the neighbours of its item, shape (items, items).
+
+        The column of item j minimises |X_N b - x_j|^2 + text |V_N' b - v_j|^2 + l2 |b|^2 over the weights b
+        of its neighbours N (as SLIM with a neighbourhood; Ning and Karypis 2011). With all items as
+        neighbours that is EASE itself (Steck 2019): a zero diagonal and this ridge regression.
+
+        Parameters
+        ----------
+        texts
+            Unit text vectors V, shape (items, dim).
+        """
+        values = [np.empty(0, np.float32)]
+        for item, near in enumerate(self.near):
+            among = np.append(near, item)
+            block = self.gram[among][:, among].toarray().astype(np.float64)
+            if text:
+                own = texts[among]
+                block += text * (own @ own.T)
+            block[np.diag_indices_from(block)] += l2
+            values.append(np.linalg.solve(block[:-1, :-1], block[:-1, -1]).astype(np.float32))
+        shape = self.gram.shape
+        rows = np.concatenate([np.empty(0, np.int32), *self.near])
+        starts = np.cumsum([0, *map(len, self.near)])
+        weights = scipy.sparse.csc_matrix((np.concatenate(values), rows, starts), shape=shape)
+        return scipy.sparse.csr_matrix(weights)
 
 
 def _nearest(item: int, codes: Codes, values: Floats, length: NDArray[np.float64], neighbours: int) -> Codes:
     """The items of largest cosine with one, from its row of the Gram matrix; ascending."""
     other = (codes != item) & (values > 0)
-    codes, values = codes[other], values[other]
-    if len(codes) > neighbours:
-        codes = codes[np.argpartition(-values / length[codes], neighbours)[:neighbours]]
-    nearest: Codes = np.sort(codes).astype(np.int32)
+    codes = codes[other]
+    nearest: Codes = np.sort(codes[_largest(values[other] / length[codes], neighbours)]).astype(np.int32)
     return nearest
 
 
-def _solve(by_item: scipy.sparse.csr_matrix, item: int, near: Codes, l2: float) -> Floats:
-    """Ridge regression of one item on its neighbours, shape (len(near),)."""
-    if not len(near):
-        return np.empty(0, np.float32)
-    rows = by_item[near]
-    block = (rows @ rows.T).toarray().astype(np.float64)
-    block[np.diag_indices_from(block)] += l2
-    target = np.asarray((rows @ by_item[item].T).toarray()).ravel()
-    solved: Floats = np.linalg.solve(block, target).astype(np.float32)
-    return solved
+def _largest(values: NDArray[np.floating], k: int) -> NDArray[np.int64]:
+    """Places of the k largest values, in no order."""
+    if len(values) <= k:
+        return np.arange(len(values))
+    return np.argpartition(-values, k)[:k]
