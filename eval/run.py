@@ -40,6 +40,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, help="of the sample of users and of drawn splits")
     parser.add_argument("--minutes", type=float, help="training time of the language model")
     parser.add_argument("--no-lm", action="store_true", help="retrievers and merge only")
+    parser.add_argument("--search", type=float, help="minutes to try all families for, keeping what pays")
     parser.add_argument("--final", action="store_true", help="report on test instead of validation")
     parser.add_argument("--name", help="of the results file; data set, part and minutes if not given")
     parser.add_argument("--out", default=str(HERE / "results"), help="folder of the results file")
@@ -89,7 +90,14 @@ def main(argv: list[str] | None = None) -> None:
     args = arguments(argv)
     folder = Path(args.data) if Path(args.data).is_dir() else resolve(args.data)
     part = "test" if args.final else "validation"
-    budget = "no-lm" if args.no_lm else f"{args.minutes:g}min" if args.minutes else "default"
+    search = f"search{args.search:g}min-" if args.search else ""
+    budget = (
+        search + "no-lm"
+        if args.no_lm
+        else f"{search}{args.minutes:g}min"
+        if args.minutes
+        else f"{search}default"
+    )
 
     def on_step(progress: Progress, done: float) -> None:
         if progress.step % 50 == 0:
@@ -97,7 +105,8 @@ def main(argv: list[str] | None = None) -> None:
             console.print(f"  {done:4.0%}  {speed:.0f} events/s  {progress.loss:.3f} nats")
 
     config = Config.of(args.config).with_flags(
-        protocol={"core": args.core, "users": args.users, "seed": args.seed}
+        protocol={"core": args.core, "users": args.users, "seed": args.seed},
+        retrieval={"search_minutes": args.search},
     )
     listed = config.protocol.candidates
     if listed is not None and not listed.is_absolute():

@@ -45,7 +45,7 @@ class RetrievalConfig(BaseModel):
     transitions: TransitionsConfig = TransitionsConfig()
     als: ALSConfig = ALSConfig()
     lightgcn: LightGCNConfig = LightGCNConfig()
-    gru4rec: SequenceConfig = SequenceConfig()
+    gru4rec: SequenceConfig = SequenceConfig(dim=128, layers=1, dropout=0.5, learning_rate=5e-3)
     caser: SequenceConfig = SequenceConfig()
     sasrec: SequenceConfig = SequenceConfig()
     recent: RecentConfig = RecentConfig()

@@ -32,6 +32,10 @@ class NextItemModel(Protocol):
         """State before each item: (batch, n) -> (batch, n, dim)."""
         ...
 
+    def outputs_of(self, codes: Tensor) -> Tensor:
+        """Output vectors of some items: (n,) -> (n, dim)."""
+        ...
+
     def item_outputs(self) -> Tensor:
         """Output vectors of all items, shape (items, dim)."""
         ...
@@ -118,30 +122,26 @@ def next_item_loss(model: NextItemModel, batch: Sequence[Window], negatives: int
     codes, lengths = codes.to(device), lengths.to(device)
     real = torch.arange(codes.shape[1], device=device)[None, :] < lengths[:, None]
     states, targets = model.before(codes)[real], codes[real]
-    outputs, popularity = model.item_outputs(), model.popularity()
-    if len(outputs) <= FULL_SOFTMAX_UP_TO:
-        nats = functional.cross_entropy(model.logits(states, outputs, popularity), targets, reduction="none")
+    popularity = model.popularity()
+    if len(popularity) <= FULL_SOFTMAX_UP_TO:
+        logits = model.logits(states, model.item_outputs(), popularity)
+        nats = functional.cross_entropy(logits, targets, reduction="none")
     else:
-        nats = _sampled_nats(model, states, targets, outputs, popularity, negatives)
+        nats = _sampled_nats(model, states, targets, popularity, negatives)
     weights = torch.from_numpy(np.concatenate([window.weights for window in batch])).to(device)
     return (weights * nats).sum() / weights.sum()
 
 
 def _sampled_nats(
-    model: NextItemModel,
-    states: Tensor,
-    targets: Tensor,
-    outputs: Tensor,
-    popularity: Tensor,
-    negatives: int,
+    model: NextItemModel, states: Tensor, targets: Tensor, popularity: Tensor, negatives: int
 ) -> Tensor:
     """Estimate the nats of each target, shape (targets,), from items drawn by popularity."""
     drawn = torch.multinomial(popularity.exp(), negatives, replacement=True)
-    shared = model.logits(states, outputs[drawn], popularity[drawn])
+    shared = model.logits(states, model.outputs_of(drawn), popularity[drawn])
     # Draws repeat, so dividing by their expected number, negatives * q, makes the sum of exponentials an
     # unbiased estimate of the full one; a draw that equals the target would count it twice.
     shared = shared - popularity[drawn] - math.log(negatives)
     shared = shared.masked_fill(drawn[None, :] == targets[:, None], -torch.inf)
-    own = model.own_logits(states, outputs[targets], popularity[targets])[:, None]
+    own = model.own_logits(states, model.outputs_of(targets), popularity[targets])[:, None]
     first = torch.zeros(len(targets), dtype=torch.long, device=targets.device)
     return functional.cross_entropy(torch.cat([own, shared], dim=1), first, reduction="none")

@@ -158,6 +158,12 @@ def _train(
     import torch
 
     users, items, value = events
+    # How likely an item is among those that a step offers: asked for in the batch, or drawn.
+    share = np.bincount(items, minlength=n_items) / len(items)
+    offering = -np.expm1(
+        config.batch * np.log1p(-np.minimum(share, 1 - 1e-9)) - config.negatives / max(n_items, 1)
+    )
+    log_q = torch.from_numpy(np.log(offering).astype(np.float32))
     rng = np.random.default_rng(config.seed)
     optimiser = torch.optim.Adam(model.parameters(), config.learning_rate)
     for step in range(config.steps):
@@ -173,6 +179,9 @@ def _train(
         optimiser.zero_grad(set_to_none=True)
         final = model.get_embedding(edges)
         logits = final[asked] @ final[torch.from_numpy(offered) + n_users].T
+        if len(offered) < n_items:
+            # Popular items are offered more often: without this they would be pushed down.
+            logits = logits - log_q[torch.from_numpy(offered)]
         nats = torch.nn.functional.cross_entropy(logits, target, reduction="none")
         loss = (nats * weight).sum() / weight.sum()
         first = model.embedding.weight[torch.cat([asked, torch.from_numpy(items[rows]) + n_users])]

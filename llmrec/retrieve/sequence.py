@@ -57,9 +57,10 @@ class SequenceModel(nn.Module):
 
     def item_outputs(self) -> Tensor:
         """Vectors of all items, shape (items, dim)."""
-        return self._vectors(torch.arange(len(self.counts), device=self.counts.device))
+        return self.outputs_of(torch.arange(len(self.counts), device=self.counts.device))
 
-    def _vectors(self, codes: Tensor) -> Tensor:
+    def outputs_of(self, codes: Tensor) -> Tensor:
+        """Vectors of some items, of any shape: (...) -> (..., dim)."""
         vectors: Tensor = self.ids(codes) * (self.counts[codes] > 0).unsqueeze(-1)
         return vectors if self.projection is None else vectors + self.projection(self.text_vectors[codes])
 
@@ -71,7 +72,7 @@ class SequenceModel(nn.Module):
     def after(self, codes: Tensor) -> Tensor:
         """State before the first item and after each: (batch, n) -> (batch, n + 1, dim)."""
         start = self.start.expand(len(codes), 1, -1)
-        states: Tensor = self.encoder(self.dropout(torch.cat([start, self._vectors(codes)], dim=1)))
+        states: Tensor = self.encoder(self.dropout(torch.cat([start, self.outputs_of(codes)], dim=1)))
         return states
 
     def before(self, codes: Tensor) -> Tensor:

@@ -24,9 +24,9 @@ class SequenceConfig(BaseModel):
     epochs: int = Field(30, ge=1, description="most passes over the events")
     patience: int = Field(4, ge=1, description="epochs without a better validation before it stops")
     minutes: float | None = Field(None, gt=0, description="most minutes of training")
-    learning_rate: float = Field(2e-3, gt=0)
+    learning_rate: float = Field(3e-3, gt=0)
     weight_decay: float = Field(0.01, ge=0)
-    tokens_per_step: int = Field(4096, ge=1, description="padded positions in one step")
+    tokens_per_step: int = Field(2048, ge=1, description="padded positions in one step")
     negatives: int = Field(4096, ge=1, description="drawn items a step in a catalogue above 50,000")
     seed: int = 0
 

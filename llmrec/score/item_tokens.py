@@ -154,9 +154,13 @@ class ItemTokenModel(nn.Module):
 
     def item_outputs(self) -> Tensor:
         """Output vectors of all items, shape (items, head_dim)."""
-        known = (self.counts > 0).unsqueeze(-1)
+        return self.outputs_of(torch.arange(len(self.counts), device=self.counts.device))
+
+    def outputs_of(self, codes: Tensor) -> Tensor:
+        """Output vectors of some items: (n,) -> (n, head_dim)."""
+        known = (self.counts[codes] > 0).unsqueeze(-1)
         with torch.autocast(known.device.type, enabled=False):
-            vectors: Tensor = self.text_out(self.text_vectors) + self.id_out.weight * known
+            vectors: Tensor = self.text_out(self.text_vectors[codes]) + self.id_out(codes) * known
         return vectors
 
     def popularity(self) -> Tensor:
