@@ -199,6 +199,21 @@ def test_the_memory_program_writes_what_it_found(folder, tmp_path, capsys):
     assert "nats" in capsys.readouterr().out
 
 
+def test_the_scale_program_fits_a_skewed_log_and_times_requests(tmp_path, capsys):
+    scale = program("eval/scale")
+    items, events = scale.synthetic(events=4000, items=120, users=150, seed=1)
+    counts = events["item_id"].value_counts()["count"].sort(descending=True)
+    assert counts[0] > 20 * counts.median() and events["user_id"].n_unique() == 150
+    assert set(events["item_id"]) <= set(items["item_id"]) and 3000 < len(events) < 5000
+    again = scale.synthetic(events=4000, items=120, users=150, seed=1)
+    assert items.equals(again[0]) and events.equals(again[1])
+    out = tmp_path / "scale.json"
+    scale.main(["--events", "4000", "--items", "120", "--users", "150", "--out", str(out)])
+    found = json.loads(out.read_text())
+    assert found["fit_seconds"] > 0 and found["batch_ms"] > 0 and found["single_ms"] <= found["single_p95_ms"]
+    assert "fitting on all events" in capsys.readouterr().out
+
+
 def test_the_encoder_program_trains_and_judges_similar_items(folder, tmp_path, capsys):
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Pooling, Transformer

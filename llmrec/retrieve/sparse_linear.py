@@ -14,7 +14,7 @@ from llmrec.protocols import Codes, Floats
 BLOCK = 512
 """Rows of the Gram matrix that are computed at once."""
 
-PAIRS = 1000
+PAIRS = 500
 """Largest entries of the Gram matrix that are kept of each row, at least."""
 
 
@@ -40,7 +40,7 @@ class Neighbourhood:
         by_item = scipy.sparse.csr_matrix(matrix.T)
         length = np.sqrt(np.asarray(matrix.power(2).sum(axis=0)).ravel())
         near: list[Codes] = []
-        rows, columns, values = [], [], []
+        columns, values = [np.empty(0, np.int32)], [np.empty(0, np.float32)]
         for start in range(0, n, BLOCK):
             block = scipy.sparse.csr_matrix(by_item[start : start + BLOCK] @ matrix)
             for row in range(block.shape[0]):
@@ -48,12 +48,11 @@ class Neighbourhood:
                 codes, together = block.indices[a:b], block.data[a:b]
                 near.append(_nearest(start + row, codes, together, length, neighbours))
                 kept = _largest(together, max(PAIRS, neighbours))
-                rows.append(np.full(len(kept), start + row, np.int32))
                 columns.append(codes[kept].astype(np.int32))
                 values.append(together[kept].astype(np.float32))
-        where = [np.concatenate([np.empty(0, np.int32), *part]) for part in (rows, columns)]
-        data = np.concatenate([np.empty(0, np.float32), *values])
-        gram = scipy.sparse.csr_matrix((data, (where[0], where[1])), shape=(n, n))
+        starts = np.cumsum([len(part) for part in columns])
+        parts = np.concatenate(values), np.concatenate(columns), starts
+        gram = scipy.sparse.csr_matrix(parts, shape=(n, n))
         # A pair that is small for one of its items may be large for the other.
         return cls(scipy.sparse.csr_matrix(gram.maximum(gram.T)), near)
 
