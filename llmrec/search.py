@@ -231,7 +231,7 @@ def _search_ease(
         return values[decay]
 
     space: dict[str, Sequence[float]] = {
-        "fit_decay": (0.98, 0.9, 0.8),
+        "fit_decay": (1.0, 0.98, 0.9, 0.8),
         "l2": (start.l2 / 4, start.l2 * 4),
         "text": (0.0, start.text / 4, start.text * 4) if start.text else (),
     }

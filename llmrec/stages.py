@@ -179,14 +179,14 @@ def estimate(
         np.argsort(-np.partition(scores, m - min(m, 200)))
     per_ranking = (time.perf_counter() - begun) / 5
     search = config.retrieval
-    inverted = min(m, search.ease.max_items)
-    # Three penalties are solved for one or two decays, about twice n^3 operations each with the rest of the
-    # work on the matrix; some 70 trials rank for every user of the search.
-    fits = 3 * len({1.0, search.ease.fit_decay}) * 2 * inverted**3 * per_operation
-    trials = 70 * min(len(split.validation), search.search_users) * per_ranking
+    # Some nine models are solved, each about twice n^3 operations with the rest of the work on the matrix;
+    # as many decays and settings of the others again rank for every user of the search.
+    fits = 9 * 2 * m**3 * per_operation if m <= search.ease.max_items else 0.0
+    trials = 75 * min(len(split.validation), search.search_users) * per_ranking
+    chosen = 60.0 * search.search_minutes if search.search_minutes else fits + trials
     expected = {
         "encode": 0.0 if config.encoder.name == LIGHT else m * 128 * 2.2e7 / 4 * per_operation,
-        "fit_retrievers": fits + trials if search.search else fits / 3,
+        "fit_retrievers": chosen if search.search else fits / 9,
         "rank": (8 * reported + 8 * sampled * lm) * per_ranking * 2,
     }
     train = config.training.lasting(minutes).minutes
