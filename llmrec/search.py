@@ -16,18 +16,21 @@ from pydantic import BaseModel
 from llmrec.blending import OBJECTIVE, calibrated, choose_weights, lm_weight, search_weights
 from llmrec.families import FAMILIES, Texts, TrainingLog
 from llmrec.features import Features
-from llmrec.metrics import summary
+from llmrec.metrics import per_user, summary
 from llmrec.pipeline import Weights
 from llmrec.protocols import Floats, Retriever, Scorer
 from llmrec.recipe import HeldOut, Recipe, RetrievalConfig, fit_retrievers, ranks_in
 from llmrec.retrieve.dense import ProfileConfig, ProfileRetriever
-from llmrec.retrieve.linear import CoOccurrence, EASEConfig, EASERetriever
+from llmrec.retrieve.linear import CoOccurrence, EASEConfig, user_item_matrix
 from llmrec.retrieve.popularity import PopularityRetriever
 from llmrec.retrieve.sequence_config import Kind
 from llmrec.retrieve.transitions import TransitionsConfig, TransitionsRetriever
 
 EPOCH_USERS = 500
 """Held-out users that judge each epoch of a sequence model."""
+
+DECAYS = (0.6, 0.7, 0.8, 0.9, 1.0)
+"""Decays of the history that are tried with each model of EASE."""
 
 Search = Callable[[TrainingLog, Texts, Any, HeldOut, list[dict[str, Any]]], tuple[BaseModel, Retriever]]
 
@@ -212,33 +215,63 @@ def _search_ease(
     Where the items are too many to be solved together, one model takes as long as all of this: then only
     the decays are tried.
     """
-    n_items, value = len(texts.lines), -1.0
-    model: EASERetriever | None = None
-    shared: dict[float, CoOccurrence] = {}
+    n_items = len(texts.lines)
 
-    def trial(config: EASEConfig) -> float:
-        nonlocal value, model
-        if config.fit_decay not in shared:
-            shared.clear()
-            shared[config.fit_decay] = CoOccurrence.of(
-                log.histories, n_items, config, log.weights, texts.vectors
+    def shared(config: EASEConfig) -> CoOccurrence:
+        return CoOccurrence.of(log.histories, n_items, config, log.weights, texts.vectors)
+
+    best, score = start, -1.0
+    if n_items <= start.max_items:
+
+        def trial(config: EASEConfig) -> float:
+            nonlocal best, score
+            values = linear_quality(shared(config), config, DECAYS, held_out)
+            decay = max(values, key=lambda d: values[d])
+            if values[decay] > score:
+                best, score = config.model_copy(update={"decay": decay}), values[decay]
+            return values[decay]
+
+        space: dict[str, Sequence[float]] = {
+            "fit_decay": (1.0, 0.98, 0.9, 0.8),
+            "l2": (start.l2 / 4, start.l2 * 4),
+            "text": (0.0, start.text / 4) if start.text else (),
+        }
+        _walk("ease", start, space, trial, trials)
+        fitted = shared(best).solve(best)
+    else:
+        fitted = shared(start).solve(start)
+        values = {decay: quality(fitted.with_decay(decay), held_out) for decay in DECAYS}
+        fitted = fitted.with_decay(max(values, key=lambda d: values[d]))
+    alone = round(quality(fitted, held_out), 5)
+    trials.append({"search": "ease", "decay": fitted.config.decay, OBJECTIVE: alone})
+    return fitted.config, fitted
+
+
+def linear_quality(
+    shared: CoOccurrence, config: EASEConfig, decays: Sequence[float], held_out: HeldOut
+) -> dict[float, float]:
+    """NDCG@10 of EASE before its small weights are dropped, by decay of the history; all users at once."""
+    weights = shared.weights(config)
+    row = np.full(shared.n_items, -1)
+    row[shared.items] = np.arange(len(shared.items))
+    ranks = {decay: np.zeros(len(held_out.targets), np.int64) for decay in decays}
+    for first in range(0, len(held_out.targets), 256):
+        queries, targets = held_out.queries[first : first + 256], row[held_out.targets[first : first + 256]]
+        asked = [i for i, query in enumerate(queries) if targets[i] >= 0 and len(query.history)]
+        own = targets[asked, None]
+        histories, masks = [queries[i].history for i in asked], [queries[i].mask for i in asked]
+        allowed = np.array([np.ones(len(row), bool) if m is None else m for m in masks]).reshape(-1, len(row))
+        allowed = allowed[:, shared.items]
+        for decay in decays:
+            x = user_item_matrix(histories, shared.n_items, decay)[:, shared.items]
+            scores = np.asarray(x @ weights)
+            value = np.take_along_axis(scores, own, axis=1)
+            ahead = (scores > value) | ((scores == value) & (np.arange(len(shared.items)) < own))
+            found = (value[:, 0] > 0) & np.take_along_axis(allowed, own, axis=1)[:, 0]
+            ranks[decay][first + np.array(asked, np.int64)] = np.where(
+                found, 1 + (ahead & allowed).sum(axis=1), 0
             )
-        solved = shared[config.fit_decay].solve(config)
-        values = {d: quality(solved.with_decay(d), held_out) for d in (0.6, 0.7, 0.8, 0.9, 1.0)}
-        decay = max(values, key=lambda d: values[d])
-        if values[decay] > value:
-            value, model = values[decay], solved.with_decay(decay)
-        return values[decay]
-
-    space: dict[str, Sequence[float]] = {
-        "fit_decay": (1.0, 0.98, 0.9, 0.8),
-        "l2": (start.l2 / 4, start.l2 * 4),
-        "text": (0.0, start.text / 4, start.text * 4) if start.text else (),
-    }
-    _walk("ease", start, space if n_items <= start.max_items else {}, trial, trials)
-    assert model is not None
-    trials.append({"search": "ease", "decay": model.config.decay, OBJECTIVE: round(value, 5)})
-    return model.config, model
+    return {decay: float(per_user(r, OBJECTIVE).mean()) for decay, r in ranks.items()}
 
 
 def _search_epochs(kind: Kind) -> Search:

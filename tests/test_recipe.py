@@ -19,7 +19,15 @@ from llmrec.pipeline import LM, Pipeline, Weights
 from llmrec.protocols import Query
 from llmrec.ranking import top
 from llmrec.recipe import HeldOut, Recipe, RetrievalConfig, fit_retrievers, ranks_in, retriever_arrays
-from llmrec.search import known_item_queries, like_last_item, search_recipe, with_language_model
+from llmrec.retrieve.linear import CoOccurrence, EASEConfig
+from llmrec.search import (
+    known_item_queries,
+    like_last_item,
+    linear_quality,
+    quality,
+    search_recipe,
+    with_language_model,
+)
 
 N = 60
 CONFIG = RetrievalConfig(depth=100)
@@ -287,6 +295,21 @@ def test_the_search_finds_a_planted_successor_rule(searched):
     assert recipe.log[-1]["search"] == "calibration" and recipe.similar.retrievers["profile"] == 1.0
     typed = known_item_queries(HELD_OUT, TEXTS.lines, CONFIG.seed)
     assert len(typed.targets) == len(HELD_OUT.targets) and quality(typed.queries) > popular + 0.2
+
+
+def test_ease_is_searched_by_what_it_would_serve():
+    rng = np.random.default_rng(4)
+    queries = []
+    for n, history in enumerate(TRAIN[:40]):
+        mask = rng.random(len(TEXTS.lines)) < 0.8 if n % 3 else None
+        queries.append(Query(history if n % 7 else history[:0], "", mask))
+    asked = HeldOut(queries, codes(rng.integers(0, len(TEXTS.lines), 40)))
+    config = EASEConfig(l2=2.0, text=1.0, keep=len(TEXTS.lines))
+    shared = CoOccurrence.of(TRAIN, len(TEXTS.lines), config, None, TEXTS.vectors)
+    served = shared.solve(config)
+    found = linear_quality(shared, config, (0.5, 1.0), asked)
+    for decay, value in found.items():
+        assert value == pytest.approx(quality(served.with_decay(decay), asked), abs=1e-9) and value > 0
 
 
 def test_no_fitted_parameter_has_seen_a_held_out_event(searched):
