@@ -18,10 +18,12 @@ from rich.console import Console
 from llmrec import LLMRecError
 from llmrec.assembly import make_encoder, make_texts, read_catalog, read_log
 from llmrec.config import Config
-from llmrec.encoder_training import EncoderTrainingConfig, finetune_encoder
+from llmrec.encode.config import EncoderTrainingConfig
+from llmrec.encoder_training import finetune_encoder
 from llmrec.evaluation.protocol import make_split
 from llmrec.fetch import resolve
 from llmrec.metrics import Ranks, compare, summary
+from llmrec.offline import core_of
 from llmrec.recipe import HeldOut, ranks_in
 from llmrec.retrieve.dense import NearestConfig, NearestRetriever
 
@@ -34,10 +36,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--items", required=True, help="items: parquet, csv(.gz), jsonl, .item")
     parser.add_argument("--events", required=True, help="events: parquet, csv(.gz), jsonl, .inter")
     parser.add_argument("--out", required=True, type=Path, help="folder of the tuned encoder; a new one")
-    parser.add_argument("--config", help="TOML file; its sections data, encoder and protocol count")
-    parser.add_argument("--minutes", type=float, default=10.0)
-    parser.add_argument("--steps", type=int, default=100_000, help="most steps")
-    parser.add_argument("--lora", action="store_true", help="LoRA matrices, merged, instead of all weights")
+    parser.add_argument("--config", help="TOML file: data, encoder, encoder.training, protocol")
+    parser.add_argument("--minutes", type=float)
+    parser.add_argument("--steps", type=int, help="most steps")
+    parser.add_argument(
+        "--lora", action="store_true", default=None, help="LoRA matrices, merged, instead of all weights"
+    )
     parser.add_argument("--users", type=int, default=2000, help="held-out users that judge")
     args = parser.parse_args(argv)
 
@@ -45,11 +49,15 @@ def main(argv: list[str] | None = None) -> None:
     config = Config.of(args.config)
     catalog = read_catalog(args.items, config.data)
     log = read_log(args.events, catalog, config.data)
+    if config.protocol.core is not None:
+        catalog, log = core_of(catalog, log, config.protocol.core)
     split = make_split(log, config.protocol)
     held_out = split.validation.sample(args.users, 0).held_out(catalog.active, exclude_seen=True)
 
     # 2. Train.
-    settings = EncoderTrainingConfig(minutes=args.minutes, steps=args.steps, lora=args.lora)
+    flags = {"minutes": args.minutes, "steps": args.steps, "lora": args.lora}
+    given = {name: value for name, value in flags.items() if value is not None}
+    settings = EncoderTrainingConfig(**{**config.encoder.training.model_dump(), **given})
 
     def on_step(step: int, done: float, loss: float) -> None:
         if step % 20 == 0:

@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from llmrec.encode.config import EncoderConfig
 from llmrec.errors import ConfigError
 from llmrec.evaluation.protocol import ProtocolConfig
 from llmrec.events import Clock, Ties
@@ -33,15 +34,6 @@ class DataConfig(BaseModel):
     ties: Ties = Field("input", description="order of events with equal time stamps")
     rating_threshold: float | None = Field(None, description="ratings below are no positive events")
     event_weights: dict[str, float] | None = Field(None, description="weight of each event type")
-
-
-class EncoderConfig(BaseModel):
-    """The text encoder."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    name: str = Field("all-minilm-l6-v2", description="'light' (TF-IDF + SVD), a name, hub id or folder")
-    dim: int = Field(128, ge=1, description="length of the light encoder's vectors")
 
 
 class Config(BaseModel):

@@ -11,29 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
 
+from llmrec.encode.config import EncoderTrainingConfig
 from llmrec.errors import DataError
 from llmrec.protocols import Codes
 from llmrec.quiet import quiet_transformers
-
-
-class EncoderTrainingConfig(BaseModel):
-    """How the text encoder is fine-tuned."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    minutes: float | None = Field(10.0, gt=0, description="time to train; None trains `steps`")
-    steps: int = Field(2000, ge=1, description="most optimiser steps")
-    batch: int = Field(64, ge=2, description="pairs in a step; the others' items are the negatives")
-    learning_rate: float = Field(5e-5, gt=0)
-    scale: float = Field(20.0, gt=0, description="of the cosine in the softmax: the inverse temperature")
-    window: int = Field(3, ge=1, description="furthest step between two events of a pair")
-    history: int = Field(0, ge=0, description="latest items read as one text for the next one; 0 for none")
-    length: int = Field(64, ge=8, description="tokens of a text that are read")
-    lora: bool = Field(False, description="train LoRA matrices and merge them, instead of all weights")
-    rank: int = Field(16, ge=1, description="of the LoRA matrices")
-    seed: int = 0
 
 
 @dataclass(frozen=True, slots=True)

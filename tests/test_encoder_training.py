@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from sentence_transformers import SentenceTransformer
 
+from llmrec.encode.config import EncoderTrainingConfig
 from llmrec.encode.sentence import SentenceEncoder
-from llmrec.encoder_training import EncoderTrainingConfig, finetune_encoder, pairs_of
+from llmrec.encoder_training import finetune_encoder, pairs_of
 from llmrec.errors import DataError
 from llmrec.testing import tiny_lm
 
