@@ -136,7 +136,10 @@ def evaluate(
         reported if pools is not None else reported.sample(protocol.users if lm else None, protocol.seed)
     )
     clock.lap("read")
-    expected = estimate(catalog, split, len(sampled), len(reported), config, lm=lm, minutes=minutes)
+    typed_queries = min(len(sampled), TYPED_USERS) + TYPED_VALUES
+    expected = estimate(
+        catalog, split, len(sampled), len(reported), typed_queries, config, lm=lm, minutes=minutes
+    )
     on_stage(f"expected: {in_words(expected)}")
     texts = cached_texts(catalog, config, cache, on_stage)
     clock.lap("encode")

@@ -158,6 +158,7 @@ def estimate(
     split: Split,
     sampled: int,
     reported: int,
+    typed: int,
     config: Config,
     *,
     lm: bool,
@@ -165,6 +166,7 @@ def estimate(
 ) -> dict[str, float]:
     """Seconds that the long stages take where nothing is kept, from operations and a probe of this machine.
 
+    `sampled` and `reported` are numbers of users, with and without the language model; `typed` of queries.
     A language model that trains by steps instead of minutes is left out.
     """
     n, m = 1024, len(catalog)
@@ -188,6 +190,7 @@ def estimate(
         "encode": 0.0 if config.encoder.name == LIGHT else m * 128 * 2.2e7 / 4 * per_operation,
         "fit_retrievers": chosen if search.search else fits / 9,
         "rank": (8 * reported + 8 * sampled * lm) * per_ranking * 2,
+        "search": 6 * typed * per_ranking,
     }
     train = config.training.lasting(minutes).minutes
     if lm and train is not None:
