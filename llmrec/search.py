@@ -345,12 +345,7 @@ def with_weights(
         if len(single.targets)
         else recipe.similar.retrievers
     )
-    used = [
-        name
-        for name in by_history.names
-        if any(w.uses(name) for w in (history, *(w for _, w in history.longer)))
-    ]
-    served = features(used, held_out)
+    served = features([name for name in by_history.names if history.ever_uses(name)], held_out)
     return replace(
         recipe,
         history=history,
