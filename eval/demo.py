@@ -135,7 +135,7 @@ def main(argv: list[str] | None = None) -> None:
     data, _, _ = fetch_with_progress(NAMES, console=console)
     rec, log, report = fitted(Path(args.model), data / "items.parquet", data / "events.parquet", args.minutes)
     console.print(escape(report))
-    weight, typed = rec.recipe.history.lm, rec.recipe.query.lm
+    weight, typed = rec.recipe.history.most_lm, rec.recipe.query.most_lm
 
     catalog = rec.catalog
     users = [u for u in range(log.n_users) if 20 <= log.offsets[u + 1] - log.offsets[u] <= 60][:3]

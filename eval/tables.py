@@ -53,7 +53,7 @@ def short(results: dict[Path, dict[str, Any]]) -> str:
             continue
         merge, lm, blend = systems["merge"], systems["lm"], systems["default"]
         compared = next(c for c in found["comparisons"] if (c["a"], c["metric"]) == ("default", "ndcg@10"))
-        weight = found["recipe"]["history"]["lm"]
+        weight = lm_weight(found)
         added = difference(compared) if weight else "weight 0: left out"
         lines.append(
             f"| {path.stem.split('-test-')[0]} ({source(found)}) | {_minutes(found):g} "
@@ -89,6 +89,12 @@ def table(path: Path, found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def lm_weight(found: dict[str, Any]) -> float:
+    """Largest weight of the language model by history."""
+    weights = found["recipe"]["history"]
+    return max(weights["lm"], *(longer["lm"] for _, longer in weights.get("longer", [])), 0.0)
+
+
 def costs(found: dict[str, Any]) -> list[str]:
     """Training, latency, memory."""
     training, latency = found["training"], found["latency"]
@@ -97,7 +103,7 @@ def costs(found: dict[str, Any]) -> list[str]:
     shown = ", ".join(f"{events // 1000:,} k {nats:.2f}/{ndcg:.4f}" for events, nats, ndcg in curve)
     return [
         f"- trained {_minutes(found):g} minutes, {training['events_per_second']:.0f} events/s; "
-        f"weight in the blend {found['recipe']['history']['lm']:g}",
+        f"weight in the blend {lm_weight(found):g}",
         f"- events, validation nats/NDCG@10 of the language model alone: {shown}",
         f"- milliseconds a request with 20 history items, merge / with the language model: single, cold "
         f"{1000 * merge['single_seconds']:.0f} / {1000 * blend['single_seconds']:.0f}; in a batch of 32 "

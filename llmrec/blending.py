@@ -89,7 +89,11 @@ def learned_weights(features: Features, l2: float) -> Weights:
         score, found, rank = (
             {n: round(float(v), 5) for n, v in zip(features.names, kind, strict=True)} for kind in kinds
         )
-        return Weights(score, 0.0, found, rank)
+        lm = score.pop(LM, 0.0)
+        if not lm:
+            # It is not asked then, so it proposes nothing.
+            found.pop(LM, None), rank.pop(LM, None)
+        return Weights(score, lm, found, rank)
 
     first, *rest = (named(row) for row in fitted)
     return replace(first, longer=tuple(zip(bounds[1:], rest, strict=True)))
@@ -171,6 +175,42 @@ def lm_weight(features: Features, weights: Weights, log: list[dict[str, Any]], k
         }
     )
     return chosen
+
+
+def weights_with_lm(
+    features: Features, weights: Weights, log: list[dict[str, Any]], kind: str, seed: int
+) -> Weights:
+    """The language model's score as one more feature of a learned blend, or beside the weights as they are.
+
+    All weights are fitted anew, by cross-fitting over users, and kept if that is better than a weight on
+    top of the others (also chosen on one half and judged on the other), and better than no language model by
+    more than twice the standard error. With few users there is the weight on top alone, see `lm_weight`.
+    """
+    on_top = weights.with_lm(lm_weight(features, weights, log, kind))
+    if LM not in features.names or (features.truth >= 0).sum() < 2 * ENOUGH:
+        return on_top
+    without = weights.with_lm(0.0)
+    base = per_user(features.of_targets(without), OBJECTIVE)
+    ways: dict[str, Callable[[Features], Weights]] = {
+        "on top": lambda part: without.with_lm(lm_weight(part, without, [], kind)),
+        **{f"learned, l2 {l2:g}": partial(learned_weights, l2=l2) for l2 in (1.0, 10.0)},
+    }
+    values = {name: cross_fitted(features, way, seed) for name, way in ways.items()}
+    best = max(values, key=lambda name: (round(float(values[name].mean()), 5), name == "on top"))
+    gain = values[best] - base
+    error = float(gain.std(ddof=1) / np.sqrt(len(gain)))
+    chosen = best if gain.mean() > 2 * error else "on top"
+    rounded = {name: round(float(value.mean()), 5) for name, value in values.items()}
+    log.append(
+        {
+            "search": f"{kind} blend with the language model, cross-fitted",
+            OBJECTIVE: {"without": round(float(base.mean()), 5), **rounded},
+            "gain": round(float(gain.mean()), 5),
+            "standard_error": round(error, 5),
+            "chosen": chosen,
+        }
+    )
+    return on_top if chosen == "on top" else replace(ways[chosen](features), plain=without)
 
 
 def calibrated(features: Features, weights: Weights, prior: Floats, log: list[dict[str, Any]]) -> Calibration:

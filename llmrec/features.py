@@ -98,8 +98,8 @@ class Features:
             if chosen.found or chosen.rank:
                 ranks = self.ranks[rows]
                 total[rows] += (ranks > 0) @ row[1] + discount(ranks) @ row[2]
-        if weights.lm and LM in self.names:
-            total += weights.lm * self.scores[:, self.names.index(LM)]
+            if chosen.lm and LM in self.names:
+                total[rows] += chosen.lm * self.scores[rows, self.names.index(LM)]
         return total
 
     def of_targets(self, weights: Weights) -> Ranks:

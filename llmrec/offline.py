@@ -284,7 +284,7 @@ def _latency(
     plain = replace(pipeline, history=pipeline.history.with_lm(0.0))
     timed = {"merge": latency(plain, queries, fresh)}
     if pipeline.scorer is not None:
-        blended = replace(pipeline, history=pipeline.history.with_lm(pipeline.history.lm or 1.0))
+        blended = replace(pipeline, history=pipeline.history.with_lm(pipeline.history.most_lm or 1.0))
         timed["blend"] = latency(blended, queries, fresh)
     return timed
 

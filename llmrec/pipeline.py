@@ -34,6 +34,8 @@ class Weights:
         Bonus for an item that a component proposed, whole and discounted by its rank there.
     longer
         Weights for histories of at least so many items, ascending; they take the place of these.
+    plain
+        Where these were fitted with the language model: what takes their place without it.
     """
 
     retrievers: Mapping[str, float]
@@ -41,6 +43,7 @@ class Weights:
     found: Mapping[str, float] = field(default_factory=dict)
     rank: Mapping[str, float] = field(default_factory=dict)
     longer: tuple[tuple[int, Weights], ...] = ()
+    plain: Weights | None = None
 
     def uses(self, name: str) -> bool:
         """Whether a component takes part."""
@@ -57,8 +60,15 @@ class Weights:
         fitting = [weights for least, weights in self.longer if n >= least]
         return fitting[-1] if fitting else self
 
+    @property
+    def most_lm(self) -> float:
+        """Largest weight of the language model, over all lengths of history."""
+        return max(self.lm, *(weights.lm for _, weights in self.longer), 0.0)
+
     def with_lm(self, weight: float) -> Weights:
-        """The same with another weight of the language model, in all segments."""
+        """The same with another weight of the language model, in all segments; for 0 the plain ones."""
+        if weight == 0 and self.plain is not None:
+            return self.plain
         longer = tuple((least, replace(weights, lm=weight)) for least, weights in self.longer)
         return replace(self, lm=weight, longer=longer)
 
@@ -68,13 +78,16 @@ class Weights:
         values |= {n: dict(v) for n, v in (("found", self.found), ("rank", self.rank)) if v}
         if self.longer:
             values["longer"] = [[least, weights.as_dict()] for least, weights in self.longer]
+        if self.plain is not None:
+            values["plain"] = self.plain.as_dict()
         return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Weights:
         """Read `as_dict()`."""
         longer = tuple((int(least), cls.from_dict(weights)) for least, weights in values.get("longer", ()))
-        return cls(**{**values, "longer": longer})
+        plain = cls.from_dict(values["plain"]) if "plain" in values else None
+        return cls(**{**values, "longer": longer, "plain": plain})
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +183,9 @@ def blend(candidates: Candidates, lm_scores: Floats, weight: float) -> Candidate
     if own is None:
         own = np.zeros((len(candidates.items), 1), dtype=np.int32)
     part = (weight * normalise(lm_scores))[:, None]
+    if LM in candidates.names:
+        # What it added by proposing the item.
+        part = part + candidates.parts[:, [candidates.names.index(LM)]]
     parts = np.concatenate([candidates.parts[:, keep], part], axis=1).astype(np.float32)
     ranks = np.concatenate([candidates.ranks[:, keep], own], axis=1)
     return _ordered(candidates.items, (*names, LM), parts, ranks)
@@ -234,7 +250,11 @@ class Pipeline:
 
     def weights_for(self, query: Query) -> Weights:
         """The weights that apply to a query."""
-        return self.query if query.text else self.history.for_history(len(query.history))
+        if query.text:
+            return self.query
+        # Weights that were fitted with the language model say nothing without it.
+        history = self.history if self.scorer is not None else self.history.with_lm(0.0)
+        return history.for_history(len(query.history))
 
     def recommend(self, queries: Sequence[Query], k: int) -> list[Candidates]:
         """Return up to k candidates for each query, ranked by the whole pipeline."""

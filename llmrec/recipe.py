@@ -141,7 +141,7 @@ class Recipe:
     @property
     def uses_lm(self) -> bool:
         """Whether the language model takes part in answering any kind of request."""
-        return max(self.history.lm, self.query.lm) > 0
+        return max(self.history.most_lm, self.query.most_lm) > 0
 
     @property
     def best_alone(self) -> str | None:

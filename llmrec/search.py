@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 from pydantic import BaseModel
 
-from llmrec.blending import OBJECTIVE, calibrated, choose_weights, lm_weight, search_weights
+from llmrec.blending import OBJECTIVE, calibrated, choose_weights, lm_weight, search_weights, weights_with_lm
 from llmrec.families import FAMILIES, Texts, TrainingLog
 from llmrec.features import Features
 from llmrec.metrics import per_user, summary
@@ -101,15 +101,17 @@ def with_language_model(
         nonlocal calibration
         if len(part.targets) == 0:
             return weights.with_lm(0.0)
+        weights = weights.with_lm(0.0)
         used = [name for name in recipe.settings if weights.ever_uses(name)]
         hits = {n: retrievers[n].retrieve(part.queries, config.depth) for n in used}
         proposed = model.retrieve(part.queries, config.depth)
         features = Features.with_lm(hits, proposed, model, part)
-        chosen = weights.with_lm(lm_weight(features, weights, log, kind))
-        if kind == "history":
-            # Candidates that the language model alone proposed are none where it is left out.
-            served = features if chosen.lm else Features.of(hits, part)
-            calibration = calibrated(served, chosen, prior_of(retrievers, part), log)
+        if kind == "query":
+            return weights.with_lm(lm_weight(features, weights, log, kind))
+        chosen = weights_with_lm(features, weights, log, kind, config.seed)
+        # Candidates that the language model alone proposed are none where it is left out.
+        served = features if chosen.most_lm else Features.of(hits, part)
+        calibration = calibrated(served, chosen, prior_of(retrievers, part), log)
         return chosen
 
     typed = known_item_queries(held_out, lines, config.seed)

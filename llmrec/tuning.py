@@ -72,4 +72,4 @@ def tune(
         for name, system in (("blend", tuned), ("merge", plain))
     }
     gain = compare(ranks, "blend", "merge")
-    return lm, recipe, FinetuneReport(report, recipe.history.lm, recipe.query.lm, gain)
+    return lm, recipe, FinetuneReport(report, recipe.history.most_lm, recipe.query.most_lm, gain)

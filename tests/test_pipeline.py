@@ -222,10 +222,10 @@ def test_order_returns_every_given_item_once(weight, history, text):
         assert len(got.scores) == len(got.parts) == len(got.ranks) == len(given_items)
         if weight and {4, 28} < set(given_items):
             assert got.items[:2].tolist() == [4, 28]
-    (ease_only,) = [replace(PLAIN, history=Weights({"ease": 1.0}))]
+    counted = replace(PLAIN, history=Weights({"transitions": 1.0}))
     mask = np.isin(np.arange(N), [29, 28, 27])
     if history == [1, 2] and not text:
-        unknown = replace(ease_only, depth=3).order(
+        unknown = replace(counted, depth=3).order(
             Query(codes(history), "", mask | (np.arange(N) == 3)), codes([29, 3, 28, 27])
         )
         assert unknown.items.tolist() == [3, 29, 28, 27], "what no component found comes last, as given"

@@ -9,7 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmrec.blending import choose_weights, cross_fitted, learned_weights, lm_weight, search_weights
+from llmrec.blending import (
+    choose_weights,
+    cross_fitted,
+    learned_weights,
+    lm_weight,
+    search_weights,
+    weights_with_lm,
+)
 from llmrec.encode.light import LightEncoder
 from llmrec.families import Texts, TrainingLog
 from llmrec.features import Features
@@ -261,6 +268,53 @@ def test_a_language_model_that_knows_the_target_gets_a_weight_that_pays(history_
     assert lm_weight(without, Weights(weights), [], "history") == 0
     nobody = Features.of({"ease": [], LM: []}, HeldOut([], codes([])))
     assert lm_weight(nobody, Weights(weights), [], "history") == 0
+
+
+def three_signals(knows, users=500, seed=0):
+    """A component that knows something, one of noise, and a language model; 20 candidates a user."""
+    rng = np.random.default_rng(seed)
+    scores = rng.random((users, 20, 3)).astype(np.float32)
+    truth = rng.integers(0, 20, users)
+    scores[np.arange(users), truth, 0] += 0.4
+    scores[np.arange(users), truth, 2] += 0.4 * knows
+    starts = 20 * np.arange(users)
+    ranks = np.argsort(np.argsort(-scores, axis=1), axis=1).reshape(-1, 3).astype(np.int32) + 1
+    lengths = rng.integers(1, 30, users)
+    return Features(("ease", "noise", LM), scores.reshape(-1, 3), ranks, starts, starts + truth, lengths)
+
+
+def test_all_weights_are_fitted_anew_with_the_language_model_where_that_is_better():
+    given = Weights({"ease": 1.0, "noise": 1.0})
+    features, log = three_signals(knows=True), []
+    fitted = weights_with_lm(features, given, log, "history", seed=0)
+    assert log[-1]["chosen"].startswith("learned") and fitted.plain == given
+    assert fitted.most_lm > 0 and fitted.retrievers["noise"] < 0.5 * fitted.retrievers["ease"]
+    assert fitted.with_lm(0.0) == given and Weights.from_dict(fitted.as_dict()) == fitted
+
+    fresh = three_signals(knows=True, seed=1)
+    on_top = given.with_lm(lm_weight(features, given, [], "history"))
+    ndcg = [per_user(fresh.of_targets(w), "ndcg@10").mean() for w in (given, on_top, fitted)]
+    assert ndcg[0] + 0.02 < ndcg[1] < ndcg[2] - 0.01
+
+    nothing = weights_with_lm(three_signals(knows=False), Weights({"ease": 1.0}), [], "history", seed=0)
+    assert nothing == Weights({"ease": 1.0})
+
+
+def test_what_was_fitted_with_the_language_model_is_searched_as_it_is_served():
+    scorer = KnowingScorer(knows=False, seed=3)
+    retrievers = fit_retrievers(TrainingLog(TRAIN), TEXTS, Recipe.default(CONFIG))
+    plain = Weights({"transitions": 1.0})
+    weights = Weights({"ease": 0.5}, lm=0.7, found={LM: 0.3, "ease": 0.1}, rank={LM: 0.4}, plain=plain)
+    hits = {"ease": retrievers["ease"].retrieve(HELD_OUT.queries, 20)}
+    features = Features.with_lm(hits, scorer.retrieve(HELD_OUT.queries, 20), scorer, HELD_OUT)
+    with_lm = Pipeline({**retrievers, LM: scorer}, weights, Weights({}), Weights({}), scorer, depth=20)
+    # The same noise is drawn again for the same queries, so ask for all at once.
+    served = ranks_in((c.items for c in with_lm.recommend(HELD_OUT.queries, N)), HELD_OUT.targets)
+    np.testing.assert_array_equal(features.of_targets(weights), served)
+    without = replace(with_lm, scorer=None, retrievers=retrievers)
+    alone = replace(without, history=plain)
+    for got, expected in zip(*(p.recommend(HELD_OUT.queries, 9) for p in (without, alone)), strict=True):
+        np.testing.assert_array_equal(got.items, expected.items)
 
 
 def test_fitting_the_language_model_again_replaces_its_entries_in_the_log(searched):

@@ -86,7 +86,7 @@ def run_systems(
     ranks: dict[str, list[Ranks]] = {}
     shown: dict[str, list[Codes]] = {}
     model: object = pipeline.scorer if with_lm else None
-    served = with_lm or pipeline.history.lm == 0
+    served = with_lm or pipeline.history.most_lm == 0
     predicted = {name: Probabilities() for name in ("popularity", LM, "default")}
     for start in range(0, len(part), CHUNK):
         rows = np.arange(start, min(start + CHUNK, len(part)))
@@ -142,7 +142,7 @@ def _lists(queries: Sequence[Query], pipeline: Pipeline, with_lm: bool) -> dict[
         lists["lm_top100"] = [
             c.items[np.argsort(-s, kind="stable")] for c, s in zip(merged, scores, strict=True)
         ]
-    if pipeline.history.lm == 0:
+    if pipeline.history.most_lm == 0:
         lists["default"] = lists["merge"]
     elif with_lm:
         lists["default"] = [c.items for c in pipeline.recommend(queries, LISTED)]
