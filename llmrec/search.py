@@ -260,9 +260,11 @@ def linear_quality(
     for first in range(0, len(held_out.targets), 256):
         queries, targets = held_out.queries[first : first + 256], row[held_out.targets[first : first + 256]]
         asked = [i for i, query in enumerate(queries) if targets[i] >= 0 and len(query.history)]
-        own = targets[asked, None]
+        if not asked:
+            continue
+        own = targets[asked][:, None]
         histories, masks = [queries[i].history for i in asked], [queries[i].mask for i in asked]
-        allowed = np.array([np.ones(len(row), bool) if m is None else m for m in masks]).reshape(-1, len(row))
+        allowed = np.array([np.ones(len(row), bool) if mask is None else mask for mask in masks])
         allowed = allowed[:, shared.items]
         for decay in decays:
             x = user_item_matrix(histories, shared.n_items, decay)[:, shared.items]
@@ -270,9 +272,8 @@ def linear_quality(
             value = np.take_along_axis(scores, own, axis=1)
             ahead = (scores > value) | ((scores == value) & (np.arange(len(shared.items)) < own))
             found = (value[:, 0] > 0) & np.take_along_axis(allowed, own, axis=1)[:, 0]
-            ranks[decay][first + np.array(asked, np.int64)] = np.where(
-                found, 1 + (ahead & allowed).sum(axis=1), 0
-            )
+            rank = np.where(found, 1 + (ahead & allowed).sum(axis=1), 0)
+            ranks[decay][first + np.array(asked)] = rank
     return {decay: float(per_user(r, OBJECTIVE).mean()) for decay, r in ranks.items()}
 
 
