@@ -12,6 +12,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from llmrec.metrics import per_user
+from llmrec.pipeline import Weights
+
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 MEASURES = ("recall@5", "ndcg@5", "recall@10", "ndcg@10", "recall@20")
@@ -89,10 +94,39 @@ def table(path: Path, found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def retrieval(results: dict[Path, dict[str, Any]]) -> str:
+    """One row a results file without the language model: what the recipe holds and how good its list is."""
+    lines = [
+        "Without a language model; 95 % intervals over users:",
+        "",
+        "| data | families in the blend | chosen in | users | R@10 | N@10 "
+        "| coverage, novelty, popularity lift at 10 |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for path, found in results.items():
+        if found["training"] or not found["protocol"].get("comparable", True):
+            continue
+        merge, beyond = found["systems"]["merge"], found["beyond"]["merge"]
+        ranks = np.load(path.with_suffix(".ranks.npz"))["merge"]
+        cells = []
+        for metric in ("recall@10", "ndcg@10"):
+            values = per_user(ranks, metric)
+            half = 1.96 * float(values.std(ddof=1)) / len(values) ** 0.5
+            cells.append(f"{merge[metric]:.4f} [{merge[metric] - half:.4f}, {merge[metric] + half:.4f}]")
+        more = ", ".join(f"{beyond[f'{m}@10']:.3f}" for m in ("coverage", "novelty", "popularity_lift"))
+        weights = Weights.from_dict(found["recipe"]["history"])
+        families = ", ".join(name for name in found["recipe"]["settings"] if weights.ever_uses(name))
+        lines.append(
+            f"| {path.stem.split('-test-')[0]} ({source(found)}) | {families} "
+            f"| {found['seconds']['fit_retrievers'] / 60:.1f} min | {found['protocol']['users']:,} "
+            f"| {' | '.join(cells)} | {more} |"
+        )
+    return "\n".join(lines)
+
+
 def lm_weight(found: dict[str, Any]) -> float:
     """Largest weight of the language model by history."""
-    weights = found["recipe"]["history"]
-    return max(weights["lm"], *(longer["lm"] for _, longer in weights.get("longer", [])), 0.0)
+    return Weights.from_dict(found["recipe"]["history"]).most_lm
 
 
 def costs(found: dict[str, Any]) -> list[str]:
@@ -142,7 +176,8 @@ def pages() -> dict[Path, str]:
     # Numbers in names in the order of numbers: 10min before 30min.
     results = dict(sorted(read.items(), key=lambda kv: (kv[0].stem.split("-test-")[0], _minutes(kv[1]))))
     return {
-        ROOT / "README.md": short(results),
+        ROOT
+        / "README.md": f"{short(results)}\n\nWithout a language model, 95 % intervals over users:\n\n{retrieval(results)}",
         ROOT / "eval" / "README.md": "\n\n".join(table(path, found) for path, found in results.items()),
     }
 
