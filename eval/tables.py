@@ -176,8 +176,7 @@ def pages() -> dict[Path, str]:
     # Numbers in names in the order of numbers: 10min before 30min.
     results = dict(sorted(read.items(), key=lambda kv: (kv[0].stem.split("-test-")[0], _minutes(kv[1]))))
     return {
-        ROOT
-        / "README.md": f"{short(results)}\n\nWithout a language model, 95 % intervals over users:\n\n{retrieval(results)}",
+        ROOT / "README.md": f"{short(results)}\n\n{retrieval(results)}",
         ROOT / "eval" / "README.md": "\n\n".join(table(path, found) for path, found in results.items()),
     }
 
