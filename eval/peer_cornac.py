@@ -2,7 +2,7 @@
 
     python eval/peer_cornac.py FOLDER sasrec|gru4rec EPOCHS
 
-Reads FOLDER/split.npz (histories to train on; histories and seen items of the users to answer) and writes
+Reads FOLDER/split.npz (histories to train on, and of the users to answer) and writes
 FOLDER/NAME.npz with the 100 best unseen items of each user, and the seconds of training.
 """
 

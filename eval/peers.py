@@ -2,10 +2,11 @@
 
     python eval/peers.py --data ../shared/data/ml-latest-small --config eval/configs/ml-latest-small.toml
 
-Cornac is installed into a virtual environment of its own, runs/peers/cornac. Every model is trained on
+Cornac is installed into a virtual environment of its own, under runs/peers. Every model is trained on
 the training part, its lists are judged by our evaluator on validation events: full ranking, seen items
 excluded. Ours are trained for as many seconds as Cornac's took, or until validation of a quarter of the
-users stops it; the other users are reported. Writes eval/results/NAME-peers.json.
+users stops it; the other users are reported. The defaults of ours were chosen on validation events of
+amazon-beauty, so there the comparison is an upper estimate. Writes eval/results/NAME-peers.json.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ EPOCHS = {"gru4rec": 10, "sasrec": 20}
 
 def environment_of(packages: tuple[str, ...], name: str) -> Path:
     """Python of a virtual environment with these packages; made if it is not there."""
-    folder = RUNS / "peers" / name
+    folder = RUNS / "peers" / "-".join([name, *packages]).replace("==", "-")
     python = folder / "bin" / "python"
     if not (folder / "ready").exists():
         venv.create(folder, with_pip=True, clear=True)

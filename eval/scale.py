@@ -1,12 +1,12 @@
-"""How long does a large log take? Fit the default recipe on a skewed synthetic log, then time requests.
+"""How long does a large log take? Fit the default families on a skewed synthetic log, then time requests.
 
     python eval/scale.py                                     # 10 M events, 100 k items, 400 k users
     python eval/scale.py --events 1000000 --items 20000 --users 50000
 
 Items have a taste each, popularity falls with rank as Zipf's law says, lengths of histories are log-normal,
 and seven of ten events are of the user's three tastes. Texts are words of the item's taste. Prints and
-writes eval/results/scale.json: seconds of each stage, peak memory, milliseconds a request for 200
-candidates on one core, single and in batches of 64.
+writes eval/results/scale.json: the second at which each stage began, peak memory, milliseconds a request for
+200 candidates on one core, single and in batches of 64.
 """
 
 from __future__ import annotations
@@ -88,6 +88,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "scale.json")
     args = parser.parse_args(argv)
+    if args.users < BATCH:
+        parser.error(f"requests are timed in batches: at least {BATCH} users")
     stages: dict[str, float] = {}
     begun = time.perf_counter()
 

@@ -12,9 +12,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from llmrec.metrics import per_user
 from llmrec.pipeline import Weights
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -107,18 +104,18 @@ def retrieval(results: dict[Path, dict[str, Any]]) -> str:
         if found["training"] or not found["protocol"].get("comparable", True):
             continue
         merge, beyond = found["systems"]["merge"], found["beyond"]["merge"]
-        ranks = np.load(path.with_suffix(".ranks.npz"))["merge"]
         cells = []
         for metric in ("recall@10", "ndcg@10"):
-            values = per_user(ranks, metric)
-            half = 1.96 * float(values.std(ddof=1)) / len(values) ** 0.5
-            cells.append(f"{merge[metric]:.4f} [{merge[metric] - half:.4f}, {merge[metric] + half:.4f}]")
+            low, high = found["intervals"][metric]
+            cells.append(f"{merge[metric]:.4f} [{low:.4f}, {high:.4f}]")
+        minutes = found["seconds"]["fit_retrievers"] / 60
+        chosen = "taken up" if found["cached"]["retrievers"] else f"{minutes:.1f} min"
         more = ", ".join(f"{beyond[f'{m}@10']:.3f}" for m in ("coverage", "novelty", "popularity_lift"))
         weights = Weights.from_dict(found["recipe"]["history"])
         families = ", ".join(name for name in found["recipe"]["settings"] if weights.ever_uses(name))
         lines.append(
             f"| {path.stem.split('-test-')[0]} ({source(found)}) | {families} "
-            f"| {found['seconds']['fit_retrievers'] / 60:.1f} min | {found['protocol']['users']:,} "
+            f"| {chosen} | {found['protocol']['users']:,} "
             f"| {' | '.join(cells)} | {more} |"
         )
     return "\n".join(lines)

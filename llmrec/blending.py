@@ -182,35 +182,46 @@ def weights_with_lm(
 ) -> Weights:
     """The language model's score as one more feature of a learned blend, or beside the weights as they are.
 
-    All weights are fitted anew, by cross-fitting over users, and kept if that is better than a weight on
-    top of the others (also chosen on one half and judged on the other), and better than no language model by
-    more than twice the standard error. With few users there is the weight on top alone, see `lm_weight`.
+    A blend in which all weights are fitted anew is taken where, by cross-fitting over users, it beats the
+    weights as they are, the same fitted anew without the language model, and a weight on top of them; the
+    first two by more than twice the standard error, so that what a new fit gains alone is not credited to
+    the model. With few users there is the weight on top alone, see `lm_weight`.
     """
-    on_top = weights.with_lm(lm_weight(features, weights, log, kind))
+    without = weights.with_lm(0.0)
+    on_top = without.with_lm(lm_weight(features, without, log, kind))
     if LM not in features.names or (features.truth >= 0).sum() < 2 * ENOUGH:
         return on_top
-    without = weights.with_lm(0.0)
-    base = per_user(features.of_targets(without), OBJECTIVE)
+    learned = {f"l2 {l2:g}": partial(learned_weights, l2=l2) for l2 in (1.0, 10.0)}
     ways: dict[str, Callable[[Features], Weights]] = {
+        "as given": lambda part: without,
+        **{f"without, {n}": partial(_plain, fit) for n, fit in learned.items()},
         "on top": lambda part: without.with_lm(lm_weight(part, without, [], kind)),
-        **{f"learned, l2 {l2:g}": partial(learned_weights, l2=l2) for l2 in (1.0, 10.0)},
+        **{f"with, {n}": fit for n, fit in learned.items()},
     }
     values = {name: cross_fitted(features, way, seed) for name, way in ways.items()}
-    best = max(values, key=lambda name: (round(float(values[name].mean()), 5), name == "on top"))
-    gain = values[best] - base
+    means = {name: round(float(value.mean()), 5) for name, value in values.items()}
+    control, best = (
+        max((name for name in ways if name.startswith(starts)), key=lambda name: means[name])
+        for starts in (("as given", "without"), ("with, ",))
+    )
+    gain = values[best] - values[control]
     error = float(gain.std(ddof=1) / np.sqrt(len(gain)))
-    chosen = best if gain.mean() > 2 * error else "on top"
-    rounded = {name: round(float(value.mean()), 5) for name, value in values.items()}
+    fitted = ways[best](features)
+    taken = gain.mean() > 2 * error and means[best] > means["on top"] and fitted.most_lm > 0
     log.append(
         {
             "search": f"{kind} blend with the language model, cross-fitted",
-            OBJECTIVE: {"without": round(float(base.mean()), 5), **rounded},
+            OBJECTIVE: means,
             "gain": round(float(gain.mean()), 5),
             "standard_error": round(error, 5),
-            "chosen": chosen,
+            "chosen": best if taken else "on top",
         }
     )
-    return on_top if chosen == "on top" else replace(ways[chosen](features), plain=without)
+    return replace(fitted, plain=ways[control](features)) if taken else on_top
+
+
+def _plain(fit: Callable[[Features], Weights], features: Features) -> Weights:
+    return fit(features.without(LM))
 
 
 def calibrated(features: Features, weights: Weights, prior: Floats, log: list[dict[str, Any]]) -> Calibration:

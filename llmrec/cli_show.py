@@ -121,7 +121,7 @@ def say_weights(recipe: Recipe) -> None:
     """Print the weights that were chosen for each kind of request."""
     kinds = (("history", recipe.history), ("typed words", recipe.query), ("similar items", recipe.similar))
     for kind, weights in kinds:
-        named = {**weights.retrievers, **({LM: weights.lm} if weights.lm else {})}
+        named = {**weights.retrievers, **({LM: weights.most_lm} if weights.most_lm else {})}
         say(f"weights by {kind}: " + ", ".join(f"{name} {weight:g}" for name, weight in named.items()))
 
 

@@ -27,7 +27,7 @@ from llmrec.retrieve.graph import LightGCNConfig, LightGCNRetriever
 from llmrec.retrieve.lexical import BM25Retriever
 from llmrec.retrieve.linear import EASEConfig, EASERetriever
 from llmrec.retrieve.popularity import PopularityRetriever, RecentConfig, RecentRetriever
-from llmrec.retrieve.sequence_config import Kind, SequenceConfig
+from llmrec.retrieve.sequence_config import GRU4RecConfig, Kind, SequenceConfig
 from llmrec.retrieve.transitions import TransitionsConfig, TransitionsRetriever
 
 Arrays = Mapping[str, NDArray[Any]]
@@ -85,7 +85,7 @@ class Family:
     clock
         Whether fitting needs time stamps.
     new_items
-        Whether it can propose items without events.
+        Whether it can propose items without events; EASE those that it was fitted with, by their text.
     """
 
     settings: type[BaseModel]
@@ -133,7 +133,7 @@ def _ease(log: TrainingLog, texts: Texts, config: EASEConfig) -> Retriever:
     return EASERetriever.fit(log.histories, len(texts.lines), config, log.weights, texts.vectors)
 
 
-def _sequence(kind: Kind) -> Family:
+def _sequence(kind: Kind, settings: type[SequenceConfig] = SequenceConfig) -> Family:
     def retriever() -> Any:
         try:
             from llmrec.retrieve.sequence import SequenceRetriever
@@ -149,7 +149,7 @@ def _sequence(kind: Kind) -> Family:
         made: Retriever = retriever().from_arrays(kind, arrays, texts.vectors, config)
         return made
 
-    return Family(SequenceConfig, fit, load, new_items=True)
+    return Family(settings, fit, load, new_items=True)
 
 
 def _from_texts(
@@ -205,7 +205,7 @@ FAMILIES: Mapping[str, Family] = {
     "transitions": _counted(TransitionsRetriever, TransitionsConfig),
     "als": _counted(ALSRetriever, ALSConfig),
     "lightgcn": _counted(LightGCNRetriever, LightGCNConfig),
-    "gru4rec": _sequence("gru4rec"),
+    "gru4rec": _sequence("gru4rec", GRU4RecConfig),
     "caser": _sequence("caser"),
     "sasrec": _sequence("sasrec"),
     "profile": _from_texts(ProfileConfig, lambda t, c: ProfileRetriever(t.vectors, t.index, c)),

@@ -86,6 +86,12 @@ class Features:
         truth = np.where(truth >= 0, truth - old + starts, -1)
         return Features(self.names, self.scores[rows], self.ranks[rows], starts, truth, self.lengths[queries])
 
+    def without(self, name: str) -> Features:
+        """The same candidates without what one component says of them."""
+        kept = [i for i, own in enumerate(self.names) if own != name]
+        names = tuple(self.names[i] for i in kept)
+        return replace(self, names=names, scores=self.scores[:, kept], ranks=self.ranks[:, kept])
+
     def total(self, weights: Weights) -> Floats:
         """Score of each candidate under these weights, as the pipeline has it, shape (rows,)."""
         counts = np.diff(np.append(self.starts, len(self.scores)))

@@ -30,7 +30,7 @@ from llmrec.evaluation.segments import by_segment, segments
 from llmrec.evaluation.split import Part, Split
 from llmrec.evaluation.typed import evaluate_search
 from llmrec.events import EventLog
-from llmrec.metrics import Comparison, Ranks
+from llmrec.metrics import Comparison, Ranks, compare_values, per_user
 from llmrec.pipeline import Pipeline
 from llmrec.protocols import Codes, Query
 from llmrec.stages import cached_retrievers, cached_texts, estimate, in_words, tuned
@@ -189,6 +189,7 @@ def evaluate(
             **leaks.count_duplicates(split, sampled, texts.vectors, texts.index),
         },
         "systems": systems.as_dict(),
+        "intervals": intervals(systems.ranks["merge"]),
         "probabilities": systems.probabilities,
         "reliability": systems.reliability,
         "beyond": {name: beyond.measure(lists, sampled) for name, lists in systems.shown.items()},
@@ -210,6 +211,12 @@ def evaluate(
         result["systems_all_users"] = everyone.as_dict()
         result["protocol"]["users_all"] = len(reported)
     return Evaluation(result, systems.ranks, systems.comparisons)
+
+
+def intervals(ranks: Ranks) -> dict[str, list[float]]:
+    """Bootstrap intervals of the mean over users, 95 %, by measure."""
+    found = {m: compare_values(per_user(ranks, m), "merge", "nothing", m) for m in ("recall@10", "ndcg@10")}
+    return {metric: [interval.low, interval.high] for metric, interval in found.items()}
 
 
 def _reported(

@@ -21,7 +21,7 @@ from llmrec.retrieve.factors import ALSConfig
 from llmrec.retrieve.graph import LightGCNConfig
 from llmrec.retrieve.linear import EASEConfig
 from llmrec.retrieve.popularity import RecentConfig
-from llmrec.retrieve.sequence_config import SequenceConfig
+from llmrec.retrieve.sequence_config import GRU4RecConfig, SequenceConfig
 from llmrec.retrieve.transitions import TransitionsConfig
 
 ALWAYS = ("popularity", "profile", "text", "bm25")
@@ -45,7 +45,7 @@ class RetrievalConfig(BaseModel):
     transitions: TransitionsConfig = TransitionsConfig()
     als: ALSConfig = ALSConfig()
     lightgcn: LightGCNConfig = LightGCNConfig()
-    gru4rec: SequenceConfig = SequenceConfig(dim=128, layers=1, dropout=0.5, learning_rate=5e-3)
+    gru4rec: GRU4RecConfig = GRU4RecConfig()
     caser: SequenceConfig = SequenceConfig()
     sasrec: SequenceConfig = SequenceConfig()
     recent: RecentConfig = RecentConfig()

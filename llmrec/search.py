@@ -21,7 +21,7 @@ from llmrec.pipeline import Weights
 from llmrec.protocols import Floats, Retriever, Scorer
 from llmrec.recipe import HeldOut, Recipe, RetrievalConfig, fit_retrievers, ranks_in
 from llmrec.retrieve.dense import ProfileConfig, ProfileRetriever
-from llmrec.retrieve.linear import CoOccurrence, EASEConfig, user_item_matrix
+from llmrec.retrieve.linear import CoOccurrence, EASEConfig, EASERetriever, user_item_matrix
 from llmrec.retrieve.popularity import PopularityRetriever
 from llmrec.retrieve.sequence_config import Kind
 from llmrec.retrieve.transitions import TransitionsConfig, TransitionsRetriever
@@ -217,45 +217,42 @@ def _search_ease(
     Where the items are too many to be solved together, one model takes as long as all of this: then only
     the decays are tried.
     """
-    n_items = len(texts.lines)
+    kept: dict[tuple[float, bool], CoOccurrence] = {}
+    best: EASERetriever | None = None
+    score = -1.0
 
     def shared(config: EASEConfig) -> CoOccurrence:
-        return CoOccurrence.of(log.histories, n_items, config, log.weights, texts.vectors)
+        key = config.fit_decay, config.text > 0
+        if key not in kept:
+            kept.clear()
+            kept[key] = CoOccurrence.of(log.histories, len(texts.lines), config, log.weights, texts.vectors)
+        return kept[key]
 
-    best, score = start, -1.0
-    if n_items <= start.max_items:
+    def trial(config: EASEConfig) -> float:
+        nonlocal best, score
+        model = shared(config).solve(config)
+        values = linear_quality(model, sorted({*DECAYS, start.decay}), held_out)
+        decay = max(values, key=lambda d: values[d])
+        tried = {"l2": config.l2, "fit_decay": config.fit_decay, "text": config.text, "decay": decay}
+        trials.append({"search": "ease", **tried, OBJECTIVE: round(values[decay], 5)})
+        if values[decay] > score:
+            best, score = model.with_decay(decay), values[decay]
+        return values[decay]
 
-        def trial(config: EASEConfig) -> float:
-            nonlocal best, score
-            values = linear_quality(shared(config), config, DECAYS, held_out)
-            decay = max(values, key=lambda d: values[d])
-            if values[decay] > score:
-                best, score = config.model_copy(update={"decay": decay}), values[decay]
-            return values[decay]
-
-        space: dict[str, Sequence[float]] = {
-            "fit_decay": (1.0, 0.98, 0.9, 0.8),
-            "l2": (start.l2 / 4, start.l2 * 4),
-            "text": (0.0, start.text / 4) if start.text else (),
-        }
-        _walk("ease", start, space, trial, trials)
-        fitted = shared(best).solve(best)
-    else:
-        fitted = shared(start).solve(start)
-        values = {decay: quality(fitted.with_decay(decay), held_out) for decay in DECAYS}
-        fitted = fitted.with_decay(max(values, key=lambda d: values[d]))
-    alone = round(quality(fitted, held_out), 5)
-    trials.append({"search": "ease", "decay": fitted.config.decay, OBJECTIVE: alone})
-    return fitted.config, fitted
+    space: dict[str, Sequence[float]] = {
+        "fit_decay": (1.0, 0.98, 0.9, 0.8),
+        "l2": (start.l2 / 4, start.l2 * 4),
+        "text": (0.0, start.text / 4) if start.text else (),
+    }
+    _walk("ease", start, space if shared(start).near is None else {}, trial, [])
+    assert best is not None
+    return best.config, best
 
 
-def linear_quality(
-    shared: CoOccurrence, config: EASEConfig, decays: Sequence[float], held_out: HeldOut
-) -> dict[float, float]:
-    """NDCG@10 of EASE before its small weights are dropped, by decay of the history; all users at once."""
-    weights = shared.weights(config)
-    row = np.full(shared.n_items, -1)
-    row[shared.items] = np.arange(len(shared.items))
+def linear_quality(model: EASERetriever, decays: Sequence[float], held_out: HeldOut) -> dict[float, float]:
+    """NDCG@10 of EASE by decay of the history; as `quality`, but for all users at once."""
+    row = np.full(model.n_items, -1)
+    row[model.items] = np.arange(len(model.items))
     ranks = {decay: np.zeros(len(held_out.targets), np.int64) for decay in decays}
     for first in range(0, len(held_out.targets), 256):
         queries, targets = held_out.queries[first : first + 256], row[held_out.targets[first : first + 256]]
@@ -265,12 +262,12 @@ def linear_quality(
         own = targets[asked][:, None]
         histories, masks = [queries[i].history for i in asked], [queries[i].mask for i in asked]
         allowed = np.array([np.ones(len(row), bool) if mask is None else mask for mask in masks])
-        allowed = allowed[:, shared.items]
+        allowed = allowed[:, model.items]
         for decay in decays:
-            x = user_item_matrix(histories, shared.n_items, decay)[:, shared.items]
-            scores = np.asarray(x @ weights)
+            x = user_item_matrix(histories, model.n_items, decay)[:, model.items]
+            scores = (x @ model.weights).toarray()
             value = np.take_along_axis(scores, own, axis=1)
-            ahead = (scores > value) | ((scores == value) & (np.arange(len(shared.items)) < own))
+            ahead = (scores > value) | ((scores == value) & (np.arange(len(model.items)) < own))
             found = (value[:, 0] > 0) & np.take_along_axis(allowed, own, axis=1)[:, 0]
             rank = np.where(found, 1 + (ahead & allowed).sum(axis=1), 0)
             ranks[decay][first + np.array(asked)] = rank

@@ -183,12 +183,13 @@ def estimate(
     search = config.retrieval
     # Some nine models are solved, each about twice n^3 operations with the rest of the work on the matrix;
     # as many decays and settings of the others again rank for every user of the search.
-    fits = 9 * 2 * m**3 * per_operation if m <= search.ease.max_items else 0.0
+    solved = min(m, search.ease.max_items)
+    fits = (9 if m == solved else 1) * 2 * solved**3 * per_operation
     trials = 75 * min(len(split.validation), search.search_users) * per_ranking
     chosen = 60.0 * search.search_minutes if search.search_minutes else fits + trials
     expected = {
         "encode": 0.0 if config.encoder.name == LIGHT else m * 128 * 2.2e7 / 4 * per_operation,
-        "fit_retrievers": chosen if search.search else fits / 9,
+        "fit_retrievers": chosen if search.search or search.search_minutes else fits / 9,
         "rank": (8 * reported + 8 * sampled * lm) * per_ranking * 2,
         "search": 6 * typed * per_ranking,
     }

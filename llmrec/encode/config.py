@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class EncoderTrainingConfig(BaseModel):
-    """How the text encoder is fine-tuned."""
+    """How `finetune/encoder.py` tunes the text encoder; nothing else reads it."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

@@ -85,7 +85,7 @@ def remembered(
     for place, fields in enumerate(rows):
         starts.setdefault(fields[user], []).append(place)
     able = [places for places in starts.values() if len(places) > ROWS + 1]
-    if len(able) < 2:
+    if min(len(able), users) < 2:
         raise DataError(f"this test needs two users with more than {ROWS + 1} rows")
     numbers = [(int(i), i) for i in sorted({fields[item] for fields in rows}) if i.isdigit()]
     rng = np.random.default_rng(seed)

@@ -113,17 +113,13 @@ class CoOccurrence:
         if self.near is not None:
             weights = self.near.solve(config.l2, config.text, self.texts)
         else:
-            weights = _prune(self.weights(config), config.keep)
+            gram = np.asarray((self.events.T @ self.events).toarray(), dtype=np.float32)
+            for start in range(0, len(gram) if config.text else 0, BLOCK):
+                rows = slice(start, start + BLOCK)
+                gram[rows] += config.text * (self.texts[rows] @ self.texts.T)
+            gram[np.diag_indices_from(gram)] += config.l2
+            weights = _prune(_solve(gram), config.keep)
         return EASERetriever(self.items, weights, self.n_items, config)
-
-    def weights(self, config: EASEConfig) -> Floats:
-        """All weights of items that are solved together, shape (m, m)."""
-        gram = np.asarray((self.events.T @ self.events).toarray(), dtype=np.float32)
-        for start in range(0, len(gram) if config.text else 0, BLOCK):
-            rows = slice(start, start + BLOCK)
-            gram[rows] += config.text * (self.texts[rows] @ self.texts.T)
-        gram[np.diag_indices_from(gram)] += config.l2
-        return _solve(gram)
 
 
 class EASERetriever:

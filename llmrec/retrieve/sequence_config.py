@@ -35,3 +35,12 @@ class SequenceConfig(BaseModel):
         if self.dim % self.heads:
             raise ValueError(f"heads must divide dim, got {self.heads} and {self.dim}")
         return self
+
+
+class GRU4RecConfig(SequenceConfig):
+    """Settings of GRU4Rec: one wide layer that learns fast."""
+
+    dim: int = Field(128, ge=1, description="length of item vectors and states")
+    layers: int = Field(1, ge=1, description="of the recurrent encoder")
+    dropout: float = Field(0.5, ge=0, lt=1)
+    learning_rate: float = Field(5e-3, gt=0)

@@ -14,8 +14,16 @@ from llmrec.protocols import Codes, Floats
 BLOCK = 512
 """Rows of the Gram matrix that are computed at once."""
 
+WHOLE = 150_000_000
+"""Most entries that the Gram matrix may have to be kept whole; see `is_whole`."""
+
 PAIRS = 500
-"""Largest entries of the Gram matrix that are kept of each row, at least."""
+"""Largest entries that are kept of each of its rows otherwise, at least."""
+
+
+def is_whole(matrix: scipy.sparse.csr_matrix) -> bool:
+    """Whether the Gram matrix of users by items is kept whole, so that weights are exact."""
+    return int((np.diff(matrix.indptr).astype(np.int64) ** 2).sum()) <= WHOLE
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +33,8 @@ class Neighbourhood:
     Parameters
     ----------
     gram
-        The largest entries of X'X, the diagonal among them, symmetric, shape (items, items).
+        X'X, or where it is too large its diagonal and the largest entries of each row, symmetric, shape
+        (items, items).
     near
         Codes of the neighbours of each item, ascending.
     """
@@ -40,6 +49,7 @@ class Neighbourhood:
         by_item = scipy.sparse.csr_matrix(matrix.T)
         length = np.sqrt(np.asarray(matrix.power(2).sum(axis=0)).ravel())
         near: list[Codes] = []
+        pairs = n if is_whole(matrix) else max(PAIRS, neighbours)
         columns, values = [np.empty(0, np.int32)], [np.empty(0, np.float32)]
         for start in range(0, n, BLOCK):
             block = scipy.sparse.csr_matrix(by_item[start : start + BLOCK] @ matrix)
@@ -47,7 +57,7 @@ class Neighbourhood:
                 a, b = block.indptr[row], block.indptr[row + 1]
                 codes, together = block.indices[a:b], block.data[a:b]
                 near.append(_nearest(start + row, codes, together, length, neighbours))
-                kept = _largest(together, max(PAIRS, neighbours))
+                kept = _largest(np.where(codes == start + row, np.inf, together), pairs)
                 columns.append(codes[kept].astype(np.int32))
                 values.append(together[kept].astype(np.float32))
         starts = np.cumsum([len(part) for part in columns])
@@ -61,7 +71,8 @@ class Neighbourhood:
 
         The column of item j minimises |X_N b - x_j|^2 + text |V_N' b - v_j|^2 + l2 |b|^2 over the weights b
         of its neighbours N (as SLIM with a neighbourhood; Ning and Karypis 2011). With all items as
-        neighbours that is EASE itself (Steck 2019): a zero diagonal and this ridge regression.
+        neighbours that is EASE itself (Steck 2019): a zero diagonal and this ridge regression. Where the Gram
+        matrix is not whole, small entries count as 0.
 
         Parameters
         ----------
