@@ -1,6 +1,7 @@
 """Choosing settings and weights on held-out events.
 
-Everything is chosen by NDCG@10 on events that no fitted parameter has seen; every trial is logged.
+Everything is chosen by NDCG@10 on events that no fitted parameter has seen; every trial is logged,
+of EASE with the best decay of the history alone.
 """
 
 from __future__ import annotations
