@@ -146,35 +146,43 @@ def choose_weights(
     return searched if best == "searched" else ways[best](features)
 
 
-def lm_weight(features: Features, weights: Weights, log: list[dict[str, Any]], kind: str) -> float:
-    """Weight of the language model in the blend, fitted on held-out events; 0 leaves it out.
+def lm_weight(features: Features, weights: Weights, log: list[dict[str, Any]], kind: str, seed: int) -> float:
+    """Weight of the language model on top of a blend, fitted on held-out events; 0 leaves it out.
 
-    The best weight of a grid wins, but only if its gain in NDCG@10 over weight 0 exceeds twice the
-    standard error of that gain over users: a gain within the noise does not pay for the model, and the
-    best of many noisy ones often exceeds one standard error.
+    The best weight of a grid wins, but only if choosing so pays: by cross-fitting over users, where the
+    weight is chosen on one half and judged on the other, the gain in NDCG@10 over weight 0 must exceed twice
+    its standard error. The gain on the users that the weight was chosen on says too much, since the best of
+    many noisy ones looks good.
     """
     if LM not in features.names or not len(features.truth):
         return 0.0
-
-    def values(weight: float) -> Values:
-        return per_user(features.of_targets(weights.with_lm(weight)), OBJECTIVE)
-
-    without = values(0.0)
-    trials = {w: values(w) for w in LM_GRID}
-    best = max(trials, key=lambda w: float(trials[w].mean()))
-    gain = trials[best] - without
+    means, best = _best_lm_weight(features, weights)
+    gain = cross_fitted(
+        features, lambda part: weights.with_lm(_best_lm_weight(part, weights)[1]), seed
+    ) - per_user(features.of_targets(weights.with_lm(0.0)), OBJECTIVE)
     error = float(gain.std(ddof=1) / np.sqrt(len(gain))) if len(gain) > 1 else np.inf
     chosen = best if gain.mean() > 2 * error else 0.0
     log.append(
         {
             "search": f"{kind} weight of the language model",
-            OBJECTIVE: {str(w): round(float(v.mean()), 5) for w, v in {0.0: without, **trials}.items()},
+            OBJECTIVE: {str(w): round(value, 5) for w, value in means.items()},
             "gain": round(float(gain.mean()), 5),
             "standard_error": round(error, 5),
             "chosen": chosen,
         }
     )
     return chosen
+
+
+def _best_lm_weight(features: Features, weights: Weights) -> tuple[dict[float, float], float]:
+    """NDCG@10 by weight of the language model, and the best weight, the smaller of equals."""
+    means = {
+        w: float(per_user(features.of_targets(weights.with_lm(w)), OBJECTIVE).mean())
+        if len(features.truth)
+        else 0.0
+        for w in (0.0, *LM_GRID)
+    }
+    return means, max(means, key=lambda w: (round(means[w], 7), -w))
 
 
 def weights_with_lm(
@@ -188,14 +196,14 @@ def weights_with_lm(
     the model. With few users there is the weight on top alone, see `lm_weight`.
     """
     without = weights.with_lm(0.0)
-    on_top = without.with_lm(lm_weight(features, without, log, kind))
+    on_top = without.with_lm(lm_weight(features, without, log, kind, seed))
     if LM not in features.names or (features.truth >= 0).sum() < 2 * ENOUGH:
         return on_top
     learned = {f"l2 {l2:g}": partial(learned_weights, l2=l2) for l2 in (1.0, 10.0)}
     ways: dict[str, Callable[[Features], Weights]] = {
         "as given": lambda part: without,
         **{f"without, {n}": partial(_plain, fit) for n, fit in learned.items()},
-        "on top": lambda part: without.with_lm(lm_weight(part, without, [], kind)),
+        "on top": lambda part: without.with_lm(_best_lm_weight(part, without)[1]),
         **{f"with, {n}": fit for n, fit in learned.items()},
     }
     values = {name: cross_fitted(features, way, seed) for name, way in ways.items()}

@@ -108,7 +108,7 @@ def with_language_model(
         proposed = model.retrieve(part.queries, config.depth)
         features = Features.with_lm(hits, proposed, model, part)
         if kind == "query":
-            return weights.with_lm(lm_weight(features, weights, log, kind))
+            return weights.with_lm(lm_weight(features, weights, log, kind, config.seed))
         chosen = weights_with_lm(features, weights, log, kind, config.seed)
         # Candidates that the language model alone proposed are none where it is left out.
         served = features if chosen.most_lm else Features.of(hits, part)

@@ -244,14 +244,16 @@ def lm_features(hits, scorer):
 
 
 def test_a_language_model_of_noise_seldom_gets_a_weight(history_hits):
-    """One standard error lets some noise through, since the best of ten weights is tested."""
+    """The best of many noisy weights gains more than two standard errors too often, but not cross-fitted."""
     weights = Recipe.default(CONFIG).history.retrievers
     log: list[dict] = []
     chosen = [
-        lm_weight(lm_features(history_hits, KnowingScorer(False, seed)), Weights(weights), log, "history")
-        for seed in range(30)
+        lm_weight(features, Weights(weights), log, "history", seed)
+        for seed, features in enumerate(
+            lm_features(history_hits, KnowingScorer(False, seed)) for seed in range(60)
+        )
     ]
-    assert sum(weight > 0 for weight in chosen) <= 6 and max(chosen) < 0.5
+    assert sum(weight > 0 for weight in chosen) <= 2
     for weight, entry in zip(chosen, log, strict=True):
         assert weight == entry["chosen"] and "0.0" in entry["ndcg@10"]
         assert (weight == 0) == (entry["gain"] <= 2 * entry["standard_error"])
@@ -260,14 +262,14 @@ def test_a_language_model_of_noise_seldom_gets_a_weight(history_hits):
 def test_a_language_model_that_knows_the_target_gets_a_weight_that_pays(history_hits):
     log: list[dict] = []
     features, weights = lm_features(history_hits, KnowingScorer(True)), {"ease": 0.7, "transitions": 1.0}
-    chosen = lm_weight(features, Weights(weights), log, "history")
+    chosen = lm_weight(features, Weights(weights), log, "history", 0)
     assert chosen > 0
     assert value(features, {**weights, LM: chosen}) > value(features, weights) + 0.05
     assert log[-1]["gain"] > log[-1]["standard_error"] > 0
     without = replace(features, names=("ease", "transitions", "profile", "popularity", "other"))
-    assert lm_weight(without, Weights(weights), [], "history") == 0
+    assert lm_weight(without, Weights(weights), [], "history", 0) == 0
     nobody = Features.of({"ease": [], LM: []}, HeldOut([], codes([])))
-    assert lm_weight(nobody, Weights(weights), [], "history") == 0
+    assert lm_weight(nobody, Weights(weights), [], "history", 0) == 0
 
 
 def three_signals(knows, users=500, seed=0):
@@ -294,7 +296,7 @@ def test_all_weights_are_fitted_anew_with_the_language_model_where_that_is_bette
     assert Weights.from_dict(fitted.as_dict()) == fitted
 
     fresh = three_signals(knows=True, seed=1)
-    on_top = given.with_lm(lm_weight(features, given, [], "history"))
+    on_top = given.with_lm(lm_weight(features, given, [], "history", 0))
     ways = given, on_top, fitted.plain, fitted
     as_given, topped, plain, anew = (per_user(fresh.of_targets(w), "ndcg@10").mean() for w in ways)
     assert as_given + 0.02 < topped < anew - 0.01 and plain + 0.02 < anew
