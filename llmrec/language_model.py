@@ -26,13 +26,8 @@ from llmrec.prompt import Prompt
 from llmrec.protocols import Codes, Floats, Retriever
 from llmrec.recipe import HeldOut, Recipe, RetrievalConfig, hash_histories, ranks_in
 from llmrec.score.config import ItemTokensConfig, TrainingConfig
-from llmrec.score.item_tokens import (
-    ItemTokenModel,
-    ItemTokenScorer,
-    body_dtype,
-    instruction_tokens,
-    load_body,
-)
+from llmrec.score.item_tokens import ItemTokenModel, ItemTokenScorer, instruction_tokens
+from llmrec.score.loading import body_dtype, load_body
 from llmrec.search import with_language_model
 from llmrec.training import LoRATrainer, Progress, TrainingReport, read_tensors, write_tensors
 

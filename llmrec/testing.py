@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import string
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 
@@ -28,6 +31,7 @@ _GENRES = ("Action", "Comedy", "Crime", "Drama", "Family", "Horror", "Romance", 
 _BRANDS = ("Acme", "Borealis", "Corvid", "Dune")
 _START, _HOUR = 1_700_000_000, 3_600
 
+_SPECIAL = ["<bos>", "<eos>", "<pad>"]
 _LINES = (
     "What this person chose, oldest first:",
     "The Golden Anchor; Drama, Comedy; 1994",
@@ -74,11 +78,16 @@ def toy_data(users: int = 60, items: int = 40, seed: int = 0) -> tuple[list[Item
     return catalogue, events
 
 
-def tiny_lm(folder: Path, *, layers: int = 2, hidden: int = 32, seed: int = 0) -> Path:
-    """Write a random Llama-like causal LM with a byte-level BPE tokenizer, and return the folder.
+Make = Literal["llama", "gpt2", "qwen"]
+"""Make of a tiny language model."""
 
-    Float32 safetensors and a tokenizer well under 100 kB that knows every text;
-    ``AutoModelForCausalLM`` and ``AutoTokenizer`` read it without a network.
+
+def tiny_lm(folder: Path, *, make: Make = "llama", layers: int = 2, hidden: int = 32, seed: int = 0) -> Path:
+    """Write a random causal LM with a tokenizer of its own, and return the folder.
+
+    Float32 safetensors and a tokenizer well under 100 kB; ``AutoModelForCausalLM`` and ``AutoTokenizer``
+    read it without a network. The makes differ in positions, attention, tied heads and tokenizer:
+    byte-level BPE with and without a begin-of-text token, and pieces with marked spaces.
 
     Parameters
     ----------
@@ -96,50 +105,79 @@ def tiny_lm(folder: Path, *, layers: int = 2, hidden: int = 32, seed: int = 0) -
     """
     try:
         import torch
-        from transformers import LlamaConfig, LlamaForCausalLM
+        from transformers import AutoConfig, AutoModelForCausalLM
     except ImportError as missing:
         raise ImportError('a tiny language model needs: pip install "llmrec[lm]"') from missing
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    vocabulary = _save_tokenizer(folder)
-    config = LlamaConfig(
+    vocabulary = _save_pieces(folder) if make == "qwen" else _save_bytes(folder, begins=make == "llama")
+    shape: dict[str, Any] = {
+        "hidden_size": hidden,
+        "intermediate_size": 2 * hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+    }
+    if make == "gpt2":
+        shape = {"n_embd": hidden, "n_layer": layers, "n_head": 4, "n_positions": 512}
+    config = AutoConfig.for_model(
+        {"llama": "llama", "gpt2": "gpt2", "qwen": "qwen2"}[make],
         vocab_size=vocabulary,
-        hidden_size=hidden,
-        intermediate_size=2 * hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
         bos_token_id=0,
         eos_token_id=1,
         pad_token_id=2,
+        **shape,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = LlamaForCausalLM(config).to(torch.float32)
+        model = AutoModelForCausalLM.from_config(config).to(torch.float32)
     with quiet_transformers():
         model.save_pretrained(folder)
     return folder
 
 
-def _save_tokenizer(folder: Path) -> int:
-    """Train the tokenizer on a few lines, save it, and return the size of its vocabulary."""
+def _save_bytes(folder: Path, *, begins: bool) -> int:
+    """Train a byte-level BPE tokenizer, which knows every text, save it, and return its number of tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-    from transformers import PreTrainedTokenizerFast
 
-    special = ["<bos>", "<eos>", "<pad>"]
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=320, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        vocab_size=320, special_tokens=_SPECIAL, initial_alphabet=alphabet, show_progress=False
     )
     bpe.train_from_iterator(_LINES, trainer)
-    bpe.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 0)])
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", model_max_length=512
+    if begins:
+        bpe.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 0)])
+    return _write_tokenizer(folder, bpe, {"bos_token": "<bos>"} if begins else {})
+
+
+def _save_pieces(folder: Path) -> int:
+    """The same for a tokenizer of pieces with marked spaces, which knows no line end."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    pieces = Tokenizer(models.BPE(unk_token="<unk>"))
+    pieces.pre_tokenizer = pre_tokenizers.Metaspace()
+    pieces.decoder = decoders.Metaspace()
+    letters = [f"{letter} {letter}" for letter in string.ascii_uppercase]
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=[*_SPECIAL, "<unk>"],
+        initial_alphabet=list(string.printable.split(" ")[0]),
+        show_progress=False,
     )
-    tokenizer.save_pretrained(folder)
-    return int(bpe.get_vocab_size())
+    pieces.train_from_iterator([*_LINES, *letters, "Yes No Yes No"], trainer)
+    return _write_tokenizer(folder, pieces, {"unk_token": "<unk>"})
+
+
+def _write_tokenizer(folder: Path, tokenizer: Any, named: Mapping[str, str]) -> int:
+    from transformers import PreTrainedTokenizerFast
+
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>", model_max_length=512, **named
+    )
+    wrapped.save_pretrained(folder)
+    return int(tokenizer.get_vocab_size())

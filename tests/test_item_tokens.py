@@ -8,7 +8,8 @@ from llmrec.errors import ModelError
 from llmrec.language_model import LanguageModel
 from llmrec.protocols import Query
 from llmrec.score.config import ItemTokensConfig
-from llmrec.score.item_tokens import ItemTokenScorer, load_body
+from llmrec.score.item_tokens import ItemTokenScorer
+from llmrec.score.loading import load_body
 from llmrec.sequences import pad, windows
 from llmrec.testing import tiny_lm
 

@@ -23,56 +23,11 @@ from torch import Tensor, nn
 
 from llmrec.errors import ModelError
 from llmrec.protocols import Codes, Floats, Hits, Query
-from llmrec.quiet import quiet_transformers
 from llmrec.ranking import tops
-from llmrec.score.config import Precision
 from llmrec.sequences import pad
 
 CHUNK = 128
 """Queries whose scores of the whole catalogue are held at once."""
-
-
-def body_dtype(precision: Precision) -> torch.dtype:
-    """Return bfloat16 where the processor multiplies it fast (or on a GPU) and `precision` allows it."""
-    if precision != "auto":
-        return torch.bfloat16 if precision == "bfloat16" else torch.float32
-    if torch.cuda.is_available():
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    capabilities = torch.cpu.get_capabilities()
-    fast = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16")
-    return torch.bfloat16 if fast else torch.float32
-
-
-def load_body(folder: Path, layers: int | None, dtype: torch.dtype) -> nn.Module:
-    """Load the inner transformer of a causal LM, without its vocabulary head.
-
-    Raises
-    ------
-    ModelError
-        If weights are missing, if the model has fewer layers than asked for, or keeps them where we do
-        not know.
-    """
-    from transformers import AutoModel
-
-    with quiet_transformers():
-        body, info = AutoModel.from_pretrained(
-            folder, dtype=dtype, trust_remote_code=False, output_loading_info=True
-        )
-    if info["missing_keys"]:
-        raise ModelError(f"{folder} lacks weights: {', '.join(sorted(info['missing_keys'])[:5])}")
-    attribute = next((name for name in ("layers", "h") if hasattr(body, name)), None)
-    if layers is not None:
-        if attribute is None:
-            raise ModelError(
-                f"{type(body).__name__} keeps its layers in an unknown place; set layers to None"
-            )
-        blocks = getattr(body, attribute)
-        if layers > len(blocks):
-            raise ModelError(f"asked for {layers} layers, but {folder} has {len(blocks)}")
-        setattr(body, attribute, blocks[:layers])
-        body.config.num_hidden_layers = layers
-    module: nn.Module = body
-    return module
 
 
 def instruction_tokens(folder: Path, words: str) -> list[int]:

@@ -1,0 +1,89 @@
+"""Loading a causal LM: its inner transformer, its first layers alone, its word head."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmrec.errors import ModelError
+from llmrec.quiet import quiet_transformers
+from llmrec.score.config import Precision
+
+
+def body_dtype(precision: Precision) -> torch.dtype:
+    """Return bfloat16 where the processor multiplies it fast (or on a GPU) and `precision` allows it."""
+    if precision != "auto":
+        return torch.bfloat16 if precision == "bfloat16" else torch.float32
+    if torch.cuda.is_available():
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    capabilities = torch.cpu.get_capabilities()
+    fast = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16")
+    return torch.bfloat16 if fast else torch.float32
+
+
+def load_body(folder: Path, layers: int | None, dtype: torch.dtype) -> nn.Module:
+    """Load the inner transformer of a causal LM, without its vocabulary head.
+
+    Raises
+    ------
+    ModelError
+        If weights are missing, if the model has fewer layers than asked for, or keeps them where we do
+        not know.
+    """
+    from transformers import AutoModel
+
+    with quiet_transformers():
+        body, info = AutoModel.from_pretrained(
+            folder, dtype=dtype, trust_remote_code=False, output_loading_info=True
+        )
+    if info["missing_keys"]:
+        raise ModelError(f"{folder} lacks weights: {', '.join(sorted(info['missing_keys'])[:5])}")
+    return first_layers(body, layers, folder)
+
+
+def first_layers(body: nn.Module, layers: int | None, folder: Path) -> nn.Module:
+    """Keep only the first layers of an inner transformer, all for None.
+
+    Raises
+    ------
+    ModelError
+        If it has fewer, or keeps them where we do not know.
+    """
+    attribute = next((name for name in ("layers", "h") if hasattr(body, name)), None)
+    if layers is not None:
+        if attribute is None:
+            raise ModelError(
+                f"{type(body).__name__} keeps its layers in an unknown place; set layers to None"
+            )
+        blocks: Any = getattr(body, attribute)
+        if layers > len(blocks):
+            raise ModelError(f"asked for {layers} layers, but {folder} has {len(blocks)}")
+        setattr(body, attribute, blocks[:layers])
+        config: Any = body.config
+        config.num_hidden_layers = layers
+    return body
+
+
+def load_causal(folder: Path, layers: int | None, dtype: torch.dtype) -> tuple[nn.Module, Tensor]:
+    """Load a causal LM: its inner transformer, and the output vectors of its words (words, hidden).
+
+    Raises
+    ------
+    ModelError
+        If weights are missing, or the model is built in a way that we do not know.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with quiet_transformers():
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, trust_remote_code=False, output_loading_info=True
+        )
+    if info["missing_keys"]:
+        raise ModelError(f"{folder} lacks weights: {', '.join(sorted(info['missing_keys'])[:5])}")
+    head = model.get_output_embeddings()
+    if head is None or getattr(head, "bias", None) is not None:
+        raise ModelError(f"{type(model).__name__} has no plain word head; use another base model")
+    return first_layers(model.base_model, layers, folder), head.weight.detach()

@@ -1,0 +1,309 @@
+"""One forward for a shared beginning and all that branches from it.
+
+A branch sees the beginning and its own way, nothing of its siblings (block mask), and its positions go on
+from the end of the beginning, so every token has the state that it would have in a prompt of its own.
+What was read of a beginning is kept and extended when it grows.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from llmrec.score.trie import Ints, Tree
+
+logger = logging.getLogger(__name__)
+
+
+NOTHING = Tree(np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64))
+"""No tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class Past:
+    """What the layers keep of a beginning.
+
+    Parameters
+    ----------
+    kept
+        Keys and values, shape (layers, 2, heads, length, dim).
+    end
+        State after its last token, shape (hidden,).
+    """
+
+    kept: Tensor
+    end: Tensor
+
+    @property
+    def length(self) -> int:
+        """Tokens that were read."""
+        return int(self.kept.shape[3])
+
+    @property
+    def size(self) -> int:
+        """Bytes that it takes."""
+        return self.kept.nbytes + self.end.nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """New tokens of one request, and what they see.
+
+    Parameters
+    ----------
+    past
+        Keys and values of what was read before, shape (layers, 2, heads, p, dim), None for nothing.
+    tokens, positions
+        Shape (n,).
+    sees
+        Shape (n, p + n): each token sees at least itself.
+    """
+
+    past: Tensor | None
+    tokens: Ints
+    positions: Ints
+    sees: NDArray[np.bool_]
+
+    @property
+    def read(self) -> int:
+        """Tokens read before."""
+        return 0 if self.past is None else int(self.past.shape[3])
+
+
+def forward(body: nn.Module, rows: Sequence[Row]) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    """Read the new tokens of several rows at once.
+
+    Returns
+    -------
+    tuple
+        Hidden states, shape (rows, longest, hidden), and keys and values of each layer, shape
+        (rows, heads, longest past + longest, dim): those of row i's past come first, its new ones begin at
+        the longest past.
+    """
+    from transformers import DynamicCache
+
+    embedding: Tensor = body.get_input_embeddings().weight  # type: ignore[operator]
+    device, dtype = embedding.device, embedding.dtype
+    longest, read = max(len(row.tokens) for row in rows), max(row.read for row in rows)
+    tokens = np.zeros((len(rows), longest), dtype=np.int64)
+    positions = np.zeros((len(rows), longest), dtype=np.int64)
+    sees = np.zeros((len(rows), longest, read + longest), dtype=np.bool_)
+    # Padding sees itself, so that its softmax is defined; nothing sees it.
+    sees[:, np.arange(longest), read + np.arange(longest)] = True
+    for i, row in enumerate(rows):
+        n = len(row.tokens)
+        tokens[i, :n], positions[i, :n] = row.tokens, row.positions
+        sees[i, :n, : row.read] = row.sees[:, : row.read]
+        sees[i, :n, read : read + n] = row.sees[:, row.read :]
+    mask = torch.zeros(sees.shape, dtype=dtype).masked_fill_(~torch.from_numpy(sees), torch.finfo(dtype).min)
+    past = DynamicCache(_stacked(rows, read)) if read else None
+    output = body(
+        input_ids=torch.from_numpy(tokens).to(device),
+        position_ids=torch.from_numpy(positions).to(device),
+        attention_mask=mask[:, None].to(device),
+        past_key_values=past,
+        use_cache=True,
+    )
+    layers = output.past_key_values.layers
+    return output.last_hidden_state, [(layer.keys, layer.values) for layer in layers]
+
+
+def _stacked(rows: Sequence[Row], read: int) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values of several pasts by layer, padded on the right: (rows, heads, read, dim)."""
+    if len(rows) == 1 and rows[0].past is not None:
+        return [(layer[0][None], layer[1][None]) for layer in rows[0].past]
+    example = next(row.past for row in rows if row.past is not None)
+    layers, two, heads, _, dim = example.shape
+    stacked = example.new_zeros((layers, two, len(rows), heads, read, dim))
+    for i, row in enumerate(rows):
+        if row.past is not None:
+            stacked[:, :, i, :, : row.read] = row.past
+    return [(layer[0], layer[1]) for layer in stacked]
+
+
+class PackedReader:
+    """Reads beginnings and the trees behind them. Thread-safe.
+
+    Parameters
+    ----------
+    body
+        Inner transformer of a causal LM, in evaluation mode.
+    tokens
+        Most new tokens in one forward, padding included; a longer tree is read in pieces.
+    memory
+        Bytes of beginnings that are kept; the ones not used for longest go first.
+    """
+
+    def __init__(self, body: nn.Module, *, tokens: int = 2048, memory: int = 512 * 2**20) -> None:
+        self.body, self.tokens, self.memory = body, tokens, memory
+        self._kept: OrderedDict[bytes, Past] = OrderedDict()
+        self._size = 0
+        self._lock = threading.Lock()
+
+    def forget(self) -> None:
+        """Drop everything that was kept."""
+        with self._lock:
+            self._kept.clear()
+            self._size = 0
+
+    def read(self, beginnings: Sequence[Sequence[int]], trees: Sequence[Tree]) -> list[Tensor]:
+        """States of each tree behind its beginning.
+
+        Parameters
+        ----------
+        beginnings
+            Tokens, at least one each.
+
+        Returns
+        -------
+        list
+            One float32 tensor a tree, shape (1 + len(tree), hidden): the state after the beginning, and
+            after each token of the tree.
+        """
+        with self._lock, torch.inference_mode():
+            states: list[Tensor | None] = [None] * len(trees)
+            order = sorted(range(len(trees)), key=lambda i: len(beginnings[i]) + len(trees[i]))
+            for group in self._groups(order, beginnings, trees):
+                for i, found in zip(
+                    group,
+                    self._together([beginnings[i] for i in group], [trees[i] for i in group]),
+                    strict=True,
+                ):
+                    states[i] = found
+        return [found for found in states if found is not None]
+
+    def past(self, beginning: Sequence[int]) -> Past:
+        """What the layers keep of a beginning, read now unless it was."""
+        with self._lock, torch.inference_mode():
+            return self._past(beginning)
+
+    def _past(self, beginning: Sequence[int]) -> Past:
+        found = self._longest(beginning)
+        if found is not None and found.length == len(beginning):
+            return found
+        row = _row(beginning, NOTHING, found)
+        hidden, layers = forward(self.body, [row])
+        return self._keep(beginning, row, layers, 0, row.read, hidden[0, len(row.tokens) - 1].float())
+
+    def _groups(
+        self, order: Sequence[int], beginnings: Sequence[Sequence[int]], trees: Sequence[Tree]
+    ) -> list[list[int]]:
+        """Split requests, shortest first, so that a padded batch has at most `tokens` positions."""
+        groups: list[list[int]] = []
+        for i in order:
+            length = len(beginnings[i]) + len(trees[i])
+            if groups and (len(groups[-1]) + 1) * length <= self.tokens:
+                groups[-1].append(i)
+            else:
+                groups.append([i])
+        return groups
+
+    def _together(self, beginnings: Sequence[Sequence[int]], trees: Sequence[Tree]) -> list[Tensor]:
+        pasts = [self._longest(beginning) for beginning in beginnings]
+        if len(trees) == 1 and len(trees[0]) > self.tokens:
+            return [self._in_pieces(beginnings[0], trees[0])]
+        rows = [_row(b, tree, past) for b, tree, past in zip(beginnings, trees, pasts, strict=True)]
+        asked = [i for i, row in enumerate(rows) if len(row.tokens)]
+        if not asked:
+            return [past.end[None] for past in pasts if past is not None]
+        hidden, layers = forward(self.body, [rows[i] for i in asked])
+        read = max(rows[i].read for i in asked)
+        states: list[Tensor] = [past.end[None] if past is not None else hidden[0, :0] for past in pasts]
+        for at, i in enumerate(asked):
+            row, past, new = rows[i], pasts[i], len(beginnings[i]) - rows[i].read
+            own = hidden[at, : len(row.tokens)].float()
+            if new:
+                past = self._keep(beginnings[i], row, layers, at, read, own[new - 1])
+            assert past is not None
+            states[i] = torch.cat([past.end[None], own[new:]])
+        return states
+
+    def _in_pieces(self, beginning: Sequence[int], tree: Tree) -> Tensor:
+        """States of a tree that is too long for one forward; what several pieces share is read in each."""
+        past = self._past(beginning)
+        states = past.end.new_empty((1 + len(tree), len(past.end)))
+        states[0] = past.end
+        parents = set(tree.parents.tolist())
+        ends = [at for at in range(len(tree)) if at not in parents]
+        while ends:
+            wanted: set[int] = set()
+            while ends:
+                way, at = [], ends[-1]
+                while at >= 0 and at not in wanted:
+                    way.append(at)
+                    at = int(tree.parents[at])
+                if wanted and len(wanted) + len(way) > self.tokens:
+                    break
+                wanted.update(way)
+                ends.pop()
+            piece = np.array(sorted(wanted))
+            parents_of = tree.parents[piece]
+            part = Tree(tree.tokens[piece], np.where(parents_of < 0, -1, np.searchsorted(piece, parents_of)))
+            hidden, _ = forward(self.body, [_row(beginning, part, past)])
+            states[1 + torch.from_numpy(piece)] = hidden[0].float()
+        return states
+
+    def _longest(self, beginning: Sequence[int]) -> Past | None:
+        """The longest kept part of a beginning; it is moved to the end of the queue."""
+        if not self._kept:
+            return None
+        whole = np.asarray(beginning, dtype=np.int32)
+        lengths = sorted({past.length for past in self._kept.values()}, reverse=True)
+        for length in lengths:
+            if length > len(whole):
+                continue
+            key = whole[:length].tobytes()
+            if key in self._kept:
+                self._kept.move_to_end(key)
+                return self._kept[key]
+        return None
+
+    def _keep(
+        self,
+        beginning: Sequence[int],
+        row: Row,
+        layers: Sequence[tuple[Tensor, Tensor]],
+        at: int,
+        read: int,
+        end: Tensor,
+    ) -> Past:
+        new = len(beginning) - row.read
+        fresh = torch.stack(
+            [torch.stack([k[at, :, read : read + new], v[at, :, read : read + new]]) for k, v in layers]
+        )
+        kept = fresh if row.past is None else torch.cat([row.past, fresh], dim=3)
+        past = Past(kept, end.clone())
+        key = np.asarray(beginning, dtype=np.int32).tobytes()
+        if row.past is not None:
+            # The user went on: what was kept of the shorter history is of no more use.
+            shorter = self._kept.pop(key[: 4 * row.read], None)
+            self._size -= shorter.size if shorter is not None else 0
+        if past.size <= self.memory and key not in self._kept:
+            self._kept[key] = past
+            self._size += past.size
+            while self._size > self.memory:
+                _, dropped = self._kept.popitem(last=False)
+                self._size -= dropped.size
+        return past
+
+
+def _row(beginning: Sequence[int], tree: Tree, past: Past | None) -> Row:
+    """The tokens of a beginning that were not read yet, and the tree behind them."""
+    read = 0 if past is None else past.length
+    rest = np.asarray(beginning[read:], dtype=np.int64)
+    new, n = len(rest), len(rest) + len(tree)
+    sees = np.zeros((n, read + n), dtype=np.bool_)
+    sees[:, :read] = True
+    sees[:new, read : read + new] = np.tri(new, dtype=np.bool_)
+    sees[new:, read : read + new] = True
+    sees[new:, read + new :] = tree.sees()
+    positions = np.concatenate([read + np.arange(new), len(beginning) + tree.depths()])
+    return Row(None if past is None else past.kept, np.concatenate([rest, tree.tokens]), positions, sees)

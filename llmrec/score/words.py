@@ -1,0 +1,188 @@
+"""What the word modes share: the vocabulary, the prompt in tokens, and a causal LM with its word head.
+
+The prompt is an instruction, one line for each item of the history, the typed wish if there is one, and
+what the mode asks. Each piece is tokenised by itself and ends in a line end, so that a history has the same
+tokens whatever follows it, in training and in serving.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmrec.errors import ConfigError, ModelError
+from llmrec.prompt import Prompt
+from llmrec.protocols import Codes, Query
+from llmrec.quiet import quiet_transformers
+
+STEP = 10
+"""The window of a history moves by so many items, so that what was read of it can mostly be extended."""
+
+LINE_ENDS = ("\n", " ")
+"""What may end a line; the end-of-text token where a tokenizer has neither."""
+
+
+class Vocabulary:
+    """The tokenizer of a causal LM, as prompts of pieces need it. Words never become control tokens.
+
+    Attributes
+    ----------
+    end
+        The token that ends a line.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        from transformers import AutoTokenizer
+
+        with quiet_transformers():
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        found = self.label(*LINE_ENDS)
+        end = self._tokenizer.eos_token_id if found is None else found
+        if end is None:
+            raise ModelError(f"the tokenizer in {folder} has no line end and no end-of-text token")
+        self.end: int = end
+
+    def tokens(self, words: str) -> list[int]:
+        """Tokens of words, without any that the tokenizer would add."""
+        encoded = self._tokenizer(words, add_special_tokens=False, split_special_tokens=True)
+        found: list[int] = encoded["input_ids"]
+        return found
+
+    def first(self, words: str) -> list[int]:
+        """Tokens of the words that a prompt begins with, and the begin-of-text token where there is one."""
+        begin = self._tokenizer.bos_token_id
+        return ([] if begin is None else [begin]) + self.tokens(words)
+
+    def lines(self, texts: Sequence[str], limit: int) -> list[list[int]]:
+        """Tokens of the lines of items, at most `limit` each, without the line end."""
+        return [[token for token in self.tokens(text)[:limit] if token != self.end] for text in texts]
+
+    def label(self, *words: str) -> int | None:
+        """The token of the first of these that is one known token."""
+        single = (tokens[0] for tokens in map(self.tokens, words) if len(tokens) == 1)
+        return next((token for token in single if token != self._tokenizer.unk_token_id), None)
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A prompt of the word modes in pieces: text files with one piece a line.
+
+    Parameters
+    ----------
+    first
+        Words before the history.
+    between
+        Lines after the history; one with ``{wish}`` is left out where no wish was typed.
+    last
+        Words after the candidates, empty where the prompt has none.
+    """
+
+    first: str
+    between: tuple[str, ...]
+    last: str
+
+    @classmethod
+    def of(cls, prompt: Prompt, slot: str | None) -> Layout:
+        """Split a prompt at ``{history}`` and at the slot of the candidates, each a line of its own.
+
+        Raises
+        ------
+        ConfigError
+            If a slot is missing, unknown, or not alone on its line.
+        """
+        lines = prompt.text.splitlines()
+        wanted = ["{history}"] if slot is None else ["{history}", f"{{{slot}}}"]
+        known = {line.strip("{}") for line in wanted} | {"wish"}
+        if [line for line in lines if line in wanted] != wanted or not set(prompt.slots) <= known:
+            raise ConfigError(
+                f"prompt {prompt.name!r} needs the lines {' and '.join(wanted)}, in this order, and knows no "
+                f"other slot than {{wish}}; it has {prompt.slots}"
+            )
+        places = [lines.index(line) for line in wanted]
+        if places[0] == 0:
+            raise ConfigError(f"prompt {prompt.name!r} must begin with words before {{history}}")
+        after = len(lines) if slot is None else places[1]
+        return cls(
+            "\n".join(lines[: places[0]]),
+            tuple(lines[places[0] + 1 : after]),
+            "\n".join(lines[after + 1 :]),
+        )
+
+
+class WordsModel(nn.Module):
+    """A causal LM that reads items as lines of words.
+
+    Parameters
+    ----------
+    body
+        Inner transformer.
+    head
+        Output vectors of the vocabulary, shape (words, hidden), frozen.
+    vocabulary, layout
+        Tokenizer and prompt.
+    lines
+        Tokens of each item's line by code.
+    window
+        Latest items of a history that are read, at most.
+    """
+
+    head: Tensor
+
+    def __init__(
+        self,
+        body: nn.Module,
+        head: Tensor,
+        vocabulary: Vocabulary,
+        layout: Layout,
+        lines: Sequence[list[int]],
+        window: int,
+    ) -> None:
+        super().__init__()
+        self.body = body
+        self.register_buffer("head", head, persistent=False)
+        self.vocabulary, self.layout, self.lines, self.window = vocabulary, layout, lines, window
+        self.start = [*vocabulary.first(layout.first), vocabulary.end]
+        # Scale of the logits: the learned one of `likelihood`, 1 to begin with elsewhere.
+        self.scale = nn.Parameter(torch.tensor(1.0))
+
+    def beginning(self, history: Codes) -> list[int]:
+        """Instruction and history in tokens."""
+        tokens = list(self.start)
+        for code in read(history, self.window):
+            tokens += self.lines[code]
+            tokens.append(self.vocabulary.end)
+        return tokens
+
+    def stem(self, query: Query) -> list[int]:
+        """What stands between history and candidates: the wish, and what the mode asks."""
+        tokens = []
+        for line in self.layout.between:
+            if "{wish}" in line:
+                if not query.text:
+                    continue
+                line = line.replace("{wish}", query.text)
+            tokens += [*self.vocabulary.tokens(line), self.vocabulary.end]
+        return tokens
+
+    def logits(self, states: Tensor, tokens: Tensor) -> Tensor:
+        """Scaled logits of some words: (n, hidden) and (m,) -> (n, m), in float32."""
+        with torch.autocast(states.device.type, enabled=False):
+            return states.float() @ self.head[tokens].float().T * self.scale
+
+    @property
+    def head_names(self) -> list[str]:
+        """Names of the parameters that are trained in full and saved beside the adapter."""
+        return ["scale"]
+
+
+def read(history: Codes, window: int) -> Codes:
+    """The latest items of a history, at most `window`; the first of them moves in steps."""
+    if len(history) <= window:
+        return history
+    step = min(STEP, window)
+    return history[-(-(len(history) - window) // step) * step :]

@@ -1,0 +1,269 @@
+"""The word modes: equal to naive scoring one by one, for models of different make and tokenizer."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmrec.errors import ConfigError, ModelError
+from llmrec.prompt import Prompt
+from llmrec.protocols import Query
+from llmrec.score.labels import LettersScorer, YesNoScorer, yes_no_labels
+from llmrec.score.likelihood import LikelihoodModel, LikelihoodScorer
+from llmrec.score.loading import load_causal
+from llmrec.score.packed import PackedReader
+from llmrec.score.trie import ROOT, ItemTrie, Tree
+from llmrec.score.words import Layout, Vocabulary, WordsModel, read
+from llmrec.testing import tiny_lm, toy_data
+
+TITLES = [item.title for item in toy_data(items=36)[0]] + ["Amber", "Amber Anchor", "Amber Anchor 2"]
+ITEMS = len(TITLES)
+COUNTS = np.random.default_rng(0).integers(0, 9, ITEMS)
+MAKES = ("llama", "gpt2", "qwen")
+
+
+def codes(*values):
+    return np.array(values, dtype=np.int32)
+
+
+@pytest.fixture(scope="module", params=MAKES)
+def base(request, tmp_path_factory):
+    return tiny_lm(tmp_path_factory.mktemp(request.param), make=request.param, seed=3)
+
+
+def words_of(base, prompt="likelihood", slot=None, window=20):
+    vocabulary = Vocabulary(base)
+    body, head = load_causal(base, None, torch.float32)
+    lines = vocabulary.lines(TITLES, 12)
+    model = WordsModel(body.eval(), head, vocabulary, Layout.of(Prompt.load(prompt), slot), lines, window)
+    with torch.no_grad():
+        # A random model is nearly indifferent; sharper logits show what is wrong.
+        model.scale.fill_(20.0)
+    return model
+
+
+def likelihood(base, beam=50, **reader):
+    words = words_of(base)
+    model = LikelihoodModel(words, ItemTrie(words.lines, words.vocabulary.end, COUNTS))
+    return LikelihoodScorer(model, PackedReader(words.body, **reader), beam)
+
+
+QUERIES = [
+    Query(codes(0, 5, 9)),
+    Query(codes()),
+    Query(codes(7), text="golden bridge"),
+    Query(codes(*range(30))),
+]
+
+
+def plain_states(words, tokens):
+    """Final hidden states of one sequence, read plainly."""
+    with torch.inference_mode():
+        return words.body(input_ids=torch.tensor([tokens])).last_hidden_state[0]
+
+
+def naive_log_probs(words, query):
+    """The mode's formula for every item, one prompt an item, over sets of lines instead of a trie."""
+    start = words.beginning(query.history) + words.stem(query)
+    paths = [(*line, words.vocabulary.end) for line in words.lines]
+    result = np.zeros(len(paths))
+    for code, path in enumerate(paths):
+        states = plain_states(words, [*start, *path])
+        for depth in range(len(path)):
+            under = {}
+            for other, count in zip(paths, COUNTS, strict=True):
+                if other[:depth] == path[:depth]:
+                    under[other[depth]] = under.get(other[depth], 0.0) + count + 1.0
+            with torch.inference_mode():
+                logits = words.logits(states[len(start) - 1 + depth][None], torch.tensor(list(under)))[0]
+            values = logits.double() + torch.tensor(list(under.values())).double().log()
+            result[code] += torch.log_softmax(values, 0)[list(under).index(path[depth])]
+        same = [i for i, other in enumerate(paths) if other == path]
+        result[code] += np.log((COUNTS[code] + 1.0) / (COUNTS[same] + 1.0).sum())
+    return result
+
+
+def test_likelihood_equals_one_prompt_an_item_and_sums_to_one(base):
+    scorer = likelihood(base)
+    everything = np.arange(ITEMS, dtype=np.int32)
+    scores = scorer.score(QUERIES, [everything] * len(QUERIES))
+    for query, found in zip(QUERIES, scores, strict=True):
+        expected = naive_log_probs(scorer.model.words, query)
+        np.testing.assert_allclose(found, expected, atol=1e-4)
+        assert np.exp(found.astype(float)).sum() == pytest.approx(1.0, abs=1e-4)
+    assert np.ptp(scores[0] - scores[1]) > 0.1, "the history must matter"
+    # Some candidates in another order, from what is kept by now.
+    some = codes(36, 3, 38, 12)
+    for query, found, whole in zip(QUERIES, scorer.score(QUERIES, [some] * 4), scores, strict=True):
+        assert query.history is not None
+        np.testing.assert_allclose(found, whole[some], atol=1e-4)
+
+
+def test_a_beam_as_wide_as_the_catalogue_is_the_full_ranking(base):
+    scorer = likelihood(base, beam=10 * ITEMS)
+    everything = np.arange(ITEMS, dtype=np.int32)
+    mask = np.random.default_rng(1).random(ITEMS) < 0.6
+    for query in [*QUERIES, Query(codes(4, 2), mask=mask), Query(codes(4), "piano", mask)]:
+        full = scorer.score([query], [everything])[0]
+        allowed = everything if query.mask is None else np.flatnonzero(query.mask)
+        expected = allowed[np.lexsort((allowed, -full[allowed]))]
+        hits = scorer.retrieve([query], ITEMS)[0]
+        np.testing.assert_array_equal(hits.items, expected)
+        np.testing.assert_allclose(hits.scores, full[expected], atol=1e-4)
+
+
+def test_a_narrow_beam_finds_what_a_naive_beam_finds_and_breaks_no_rule(base):
+    scorer = likelihood(base, beam=3)
+    mask = np.ones(ITEMS, bool)
+    mask[::2] = False
+    queries = [Query(codes(i, i + 3), mask=mask) for i in range(5)]
+    for query, hits in zip(queries, scorer.retrieve(queries, 9), strict=True):
+        assert mask[hits.items].all() and 1 <= len(hits.items) <= 4
+        full = scorer.score([query], [hits.items])[0]
+        np.testing.assert_allclose(hits.scores, full, atol=1e-4)
+    assert not len(scorer.retrieve([Query(mask=np.zeros(ITEMS, bool))], 5)[0].items)
+
+
+def test_yes_no_equals_one_prompt_a_candidate_in_any_order(base):
+    words = words_of(base, "yes_no", "candidate")
+    scorer = YesNoScorer(words, PackedReader(words.body))
+    asked = codes(3, 38, 36, 17, 37)
+    yes, no = yes_no_labels(words.vocabulary)
+    for query, found in zip(QUERIES, scorer.score(QUERIES, [asked] * 4), strict=True):
+        for code, score in zip(asked, found, strict=True):
+            tokens = words.beginning(query.history) + words.stem(query) + words.lines[code]
+            tokens += [words.vocabulary.end, *words.vocabulary.tokens("Answer:")]
+            state = plain_states(words, tokens)[-1]
+            expected = 20.0 * (words.head[yes] - words.head[no]) @ state
+            assert score == pytest.approx(float(expected), abs=1e-3)
+        turned = scorer.score([query], [asked[::-1]])[0][::-1]
+        np.testing.assert_allclose(turned, found, atol=1e-3)
+    texts = scorer.score_texts(QUERIES[0], [TITLES[3], "Something that is no item"], 12)
+    assert texts[0] == pytest.approx(float(scorer.score([QUERIES[0]], [asked])[0][0]), abs=1e-3)
+
+
+def test_letters_are_the_labels_of_one_prompt_and_orders_average(base):
+    words = words_of(base, "letters", "candidates")
+    scorer = LettersScorer(words, PackedReader(words.body))
+    asked = codes(3, 38, 36)
+    found = scorer.score([QUERIES[0]], [asked])[0]
+    tokens = words.beginning(QUERIES[0].history)
+    for line in ("One of the following was chosen next:",):
+        tokens += [*words.vocabulary.tokens(line), words.vocabulary.end]
+    for letter, code in zip("ABC", asked, strict=True):
+        tokens += [*words.vocabulary.tokens(f"{letter}: "), *words.lines[code], words.vocabulary.end]
+    state = plain_states(words, tokens + words.vocabulary.tokens("The letter of the chosen one:"))[-1]
+    labels = [words.vocabulary.label(f" {letter}", letter) for letter in "ABC"]
+    expected = torch.log_softmax(20.0 * words.head[labels] @ state, 0)
+    np.testing.assert_allclose(found, expected.detach().numpy(), atol=1e-3)
+
+    orders = [[0, 1, 2], [1, 2, 0], [2, 0, 1]]
+    mean = np.mean([scorer.score([QUERIES[0]], [asked[o]])[0][np.argsort(o)] for o in orders], axis=0)
+    turned = LettersScorer(words, scorer.reader, orders=3)
+    np.testing.assert_allclose(turned.score([QUERIES[0]], [asked])[0], mean, atol=1e-3)
+    other = turned.score([QUERIES[0]], [asked[[2, 0, 1]]])[0][np.argsort([2, 0, 1])]
+    np.testing.assert_allclose(other, mean, atol=1e-3)
+    # More than a window: every candidate is placed once.
+    long = scorer.score([QUERIES[0]], [np.arange(35, dtype=np.int32)])[0]
+    assert sorted(long.tolist()) == [float(-rank) for rank in range(35, 0, -1)]
+
+
+def test_what_is_kept_and_extended_and_read_in_pieces_changes_nothing(base):
+    everything = np.arange(ITEMS, dtype=np.int32)
+    long = [Query(codes(*range(n))) for n in range(1, 33)]
+    fresh = likelihood(base, memory=0)
+    kept, narrow = likelihood(base), likelihood(base, tokens=25)
+    for query in long:
+        expected = fresh.score([query], [everything])[0]
+        np.testing.assert_allclose(kept.score([query], [everything])[0], expected, atol=1e-4)
+    # Steps of ten: as the history grew, most forwards read one more item and replaced what was kept.
+    assert kept.reader._size > 0 and len(kept.reader._kept) <= 4 and not fresh.reader._kept
+    together = narrow.score(long, [everything] * len(long))
+    for query, found in zip(long, together, strict=True):
+        np.testing.assert_allclose(found, kept.score([query], [everything])[0], atol=1e-4)
+    assert kept.reader._size == sum(past.size for past in kept.reader._kept.values())
+    kept.forget()
+    assert kept.reader._size == 0 and not kept.reader._kept
+
+
+def test_a_history_is_read_from_steps_of_ten():
+    starts = [read(np.arange(n, dtype=np.int32), 20)[:1].tolist() for n in range(60)]
+    assert (
+        starts[:21] == [[], *[[0]] * 20] and starts[21] == [10] and starts[30] == [10] and starts[31] == [20]
+    )
+    assert all(11 <= len(read(np.arange(n, dtype=np.int32), 20)) <= 20 for n in range(11, 60))
+
+
+def test_memory_is_bounded(base):
+    words = words_of(base)
+    reader = PackedReader(words.body, memory=60_000)
+    for start in range(30):
+        reader.past(words.beginning(codes(start, start + 1)))
+        assert reader._size <= 60_000
+    assert 0 < len(reader._kept) < 30
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.lists(st.integers(0, 2), max_size=4), min_size=1, max_size=25), st.integers(0, 9))
+def test_the_trie_holds_every_line_its_items_and_their_mass(lines, seed):
+    rng = np.random.default_rng(seed)
+    counts = rng.integers(0, 5, len(lines))
+    trie = ItemTrie(lines, 9, counts)
+    under = {(): set()}
+    for code, line in enumerate(lines):
+        for n in range(len(line) + 2):
+            under.setdefault((*line, 9)[:n], set()).add(code)
+    nodes = {tuple(trie.tokens[trie.path(node)].tolist()): node for node in range(len(trie))}
+    assert set(nodes) == set(under)
+    mask = rng.random(len(lines)) < 0.5
+    for path, node in nodes.items():
+        items = trie.items[trie.low[node] : trie.high[node]].tolist()
+        assert set(items) == under[path] and trie.mass[node] == pytest.approx(
+            counts[items].sum() + len(items)
+        )
+        children = {other for other in under if len(other) == len(path) + 1 and other[: len(path)] == path}
+        assert {(*path, token) for token in trie.tokens[trie.children(node)].tolist()} == children
+        assert trie.allowed(mask)[node] == mask[items].any()
+    for code, line in enumerate(lines):
+        assert trie.leaf[code] == nodes[(*line, 9)]
+        same = under[(*line, 9)]
+        assert trie.share(codes(code))[0] == pytest.approx(
+            (counts[code] + 1) / (counts[list(same)] + 1).sum()
+        )
+    wanted = trie.to_score(np.arange(len(lines), dtype=np.int32))
+    forks = {n for n in range(len(trie)) if len(trie.children(n)) > 1} - {ROOT}
+    assert forks <= set(wanted.tolist())
+    assert all(set(trie.path(node)) <= set(wanted.tolist()) for node in wanted)
+
+
+def test_a_tree_joins_common_beginnings():
+    tree, ends = Tree.of([[1, 2], [1, 3, 4], [1, 2], [5]])
+    assert len(tree) == 5 and ends.tolist() == [1, 3, 1, 4]
+    moved = tree.after([8, 9])
+    assert moved.tokens.tolist() == [8, 9, 1, 2, 3, 4, 5] and moved.depths().tolist() == [0, 1, 2, 3, 3, 4, 2]
+    assert np.flatnonzero(moved.sees()[5]).tolist() == [0, 1, 2, 4, 5]
+
+
+def test_control_tokens_in_texts_are_words(base):
+    vocabulary = Vocabulary(base)
+    assert len(vocabulary.tokens("<eos>")) > 1 and vocabulary.tokens("") == []
+    assert vocabulary.end not in vocabulary.lines(["two\nlines"], 20)[0]
+    assert len(vocabulary.lines(["word " * 500], 12)[0]) <= 12
+
+
+def test_prompts_that_a_mode_cannot_use_are_errors(tmp_path):
+    path = tmp_path / "mine.md"
+    for text in ("{history}", "Before:\n{history}\n{other}", "Words {history}", "Only words"):
+        path.write_text(text)
+        with pytest.raises(ConfigError, match="history"):
+            Layout.of(Prompt.load(str(path)), None)
+    with pytest.raises(ConfigError, match="candidate"):
+        Layout.of(Prompt.load("likelihood"), "candidate")
+
+
+def test_a_tokenizer_without_labels_is_an_error(base):
+    vocabulary = Vocabulary(base)
+    vocabulary.tokens = lambda words: [1, 2]
+    with pytest.raises(ModelError, match="single tokens"):
+        yes_no_labels(vocabulary)
