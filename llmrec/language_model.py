@@ -28,6 +28,7 @@ from llmrec.recipe import HeldOut, Recipe, RetrievalConfig, hash_histories, rank
 from llmrec.score.config import ItemTokensConfig, TrainingConfig
 from llmrec.score.item_tokens import ItemTokenModel, ItemTokenScorer, instruction_tokens
 from llmrec.score.loading import body_dtype, load_body
+from llmrec.score.tasks import ItemTokensTask
 from llmrec.search import with_language_model
 from llmrec.training import LoRATrainer, Progress, TrainingReport, read_tensors, write_tensors
 
@@ -293,20 +294,13 @@ def train_language_model(
     items = hashlib.sha256(vectors.tobytes()).hexdigest()
     selected_on = held_out.sha256()
     key = json.dumps([config.model_dump(), training.model_dump(), asdict(card), items, selected_on])
-    trainer = LoRATrainer(
-        model.model,
-        histories,
-        config.window,
-        training,
-        folder,
-        hashlib.sha256(key.encode()).hexdigest(),
-        weights=weights,
-        dtype=model.dtype,
-    )
+    task = ItemTokensTask(model.model, histories, config.window, training, weights)
+    fingerprint = hashlib.sha256(key.encode()).hexdigest()
+    trainer = LoRATrainer(task, training, folder, fingerprint, dtype=model.dtype)
     sample = held_out.sample(VALIDATION_USERS, training.seed)
 
-    def validate(current: ItemTokenModel) -> dict[str, float]:
-        return measure(ItemTokenScorer(current, config.window, model.dtype), sample)
+    def validate() -> dict[str, float]:
+        return measure(ItemTokenScorer(model.model, config.window, model.dtype), sample)
 
     report = trainer.run(validate if len(sample.queries) else None, on_step)
     made = {

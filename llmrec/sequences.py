@@ -111,6 +111,34 @@ def batches(
     return [grouped[i] for i in rng.permutation(len(grouped))]
 
 
+def packs(sizes: Sequence[int], tokens: int, rng: np.random.Generator) -> list[list[int]]:
+    """Group pieces of these sizes at random, a batch of at most `tokens` positions or one piece."""
+    grouped: list[list[int]] = []
+    left = 0
+    for i in rng.permutation(len(sizes)).tolist():
+        if sizes[i] > left or not grouped:
+            grouped.append([])
+            left = tokens
+        grouped[-1].append(i)
+        left -= sizes[i]
+    return grouped
+
+
+def rows_of(sizes: Sequence[int], width: int) -> list[list[int]]:
+    """Lay pieces side by side in rows of at most `width`, the longest first; one that is longer is alone."""
+    rows: list[list[int]] = []
+    left: list[int] = []
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        row = next((r for r, space in enumerate(left) if space >= sizes[i]), None)
+        if row is None:
+            rows.append([])
+            left.append(width)
+            row = len(rows) - 1
+        rows[row].append(i)
+        left[row] -= sizes[i]
+    return rows
+
+
 def next_item_loss(model: NextItemModel, batch: Sequence[Window], negatives: int) -> Tensor:
     """Mean nats an item over all positions of a batch, each counted with the weight of its event.
 
@@ -121,15 +149,22 @@ def next_item_loss(model: NextItemModel, batch: Sequence[Window], negatives: int
     codes, lengths = pad([window.items for window in batch])
     codes, lengths = codes.to(device), lengths.to(device)
     real = torch.arange(codes.shape[1], device=device)[None, :] < lengths[:, None]
-    states, targets = model.before(codes)[real], codes[real]
-    popularity = model.popularity()
-    if len(popularity) <= FULL_SOFTMAX_UP_TO:
-        logits = model.logits(states, model.item_outputs(), popularity)
-        nats = functional.cross_entropy(logits, targets, reduction="none")
-    else:
-        nats = _sampled_nats(model, states, targets, popularity, negatives)
-    weights = torch.from_numpy(np.concatenate([window.weights for window in batch])).to(device)
+    return weighted_mean(item_nats(model, model.before(codes)[real], codes[real], negatives), batch)
+
+
+def weighted_mean(nats: Tensor, batch: Sequence[Window]) -> Tensor:
+    """Mean of the nats of all items of a batch, in its order, each with the weight of its event."""
+    weights = torch.from_numpy(np.concatenate([window.weights for window in batch])).to(nats.device)
     return (weights * nats).sum() / weights.sum()
+
+
+def item_nats(model: NextItemModel, states: Tensor, targets: Tensor, negatives: int) -> Tensor:
+    """Nats of each target after its state: (n, dim) and (n,) -> (n,); the softmax of `next_item_loss`."""
+    popularity = model.popularity()
+    if len(popularity) > FULL_SOFTMAX_UP_TO:
+        return _sampled_nats(model, states, targets, popularity, negatives)
+    logits = model.logits(states, model.item_outputs(), popularity)
+    return functional.cross_entropy(logits, targets, reduction="none")
 
 
 def _sampled_nats(

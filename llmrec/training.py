@@ -1,4 +1,4 @@
-"""LoRA fine-tuning on histories: the loop and its checkpoints. Shared by finetune/ and the CLI."""
+"""LoRA fine-tuning: the loop and its checkpoints. Shared by finetune/ and the CLI."""
 
 from __future__ import annotations
 
@@ -7,22 +7,19 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic
 
 import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from llmrec.errors import DataError
-from llmrec.protocols import Codes, Floats
 from llmrec.score.config import TrainingConfig
-from llmrec.score.item_tokens import ItemTokenModel
-from llmrec.sequences import Window, batches, next_item_loss, windows
+from llmrec.score.tasks import Batch, Task
 
 logger = logging.getLogger(__name__)
 
@@ -63,11 +60,11 @@ class TrainingReport:
         )
 
 
-Validate = Callable[[ItemTokenModel], Mapping[str, float]]
-"""Returns the measures of a model; ``ndcg@10`` among them decides which state is kept."""
+Validate = Callable[[], Mapping[str, float]]
+"""Measures the model as it is; ``ndcg@10`` among the measures decides which state is kept."""
 
 
-def trainable(model: ItemTokenModel) -> dict[str, Tensor]:
+def trainable(model: nn.Module) -> dict[str, Tensor]:
     """Parameters that are trained: the LoRA matrices and the head."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
@@ -89,43 +86,33 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         return {key: opened.get_tensor(key) for key in opened.keys()}, dict(opened.metadata() or {})  # noqa: SIM118
 
 
-class LoRATrainer:
-    """One training run of an item-token model, resumable from its folder.
+class LoRATrainer(Generic[Batch]):
+    """One training run, resumable from its folder.
 
     Parameters
     ----------
-    model
-        Its body carries LoRA matrices already; everything else in the body is frozen.
-    histories
-        Training histories, oldest first.
-    window
-        Longest window in items.
+    task
+        Model, batches and loss. The model's body carries LoRA matrices already; everything else in the
+        body is frozen.
     folder
         Where checkpoint and best state are written. A checkpoint of the same `fingerprint` is continued.
     fingerprint
         Hash of data and settings; a checkpoint of another run is not continued.
-    weights
-        Of the events, one array a history: what each counts in the loss.
     """
 
     def __init__(
         self,
-        model: ItemTokenModel,
-        histories: Sequence[Codes],
-        window: int,
+        task: Task[Batch],
         config: TrainingConfig,
         folder: Path,
         fingerprint: str,
         *,
-        weights: Sequence[Floats] | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         from accelerate import Accelerator
 
-        if not any(len(h) for h in histories):
-            raise DataError("no events to train on: all training histories are empty")
-        self.config, self.window, self.folder = config, window, folder
-        self.histories, self.weights = list(histories), weights
+        self.task, self.config, self.folder = task, config, folder
+        model = task.model
         self.fingerprint = fingerprint
         self.progress = Progress()
         self.accelerator = Accelerator(
@@ -182,31 +169,29 @@ class LoRATrainer:
         by_step = self.progress.step / self.config.steps if self.config.steps else 0.0
         return max(by_time, by_step)
 
-    def _stream(self) -> Iterator[list[Window]]:
+    def _stream(self) -> Iterator[Batch]:
         """Batches without end; their order depends on seed and epoch alone, so a resumed run is exact."""
         p = self.progress
         while True:
             rng = np.random.default_rng([self.config.seed, p.epoch])
-            pieces = windows(self.histories, self.window, rng, self.weights)
-            overhead = len(self.model.instruction)
-            for batch in batches(pieces, overhead, self.config.tokens_per_step, rng)[p.batch :]:
+            for batch in self.task.epoch(rng)[p.batch :]:
                 p.batch += 1
                 yield batch
             p.epoch, p.batch = p.epoch + 1, 0
 
-    def _step(self, batch: Sequence[Window], done: float) -> float:
+    def _step(self, batch: Batch, done: float) -> float:
         warm = min(1.0, (self.progress.step + 1) / max(1, self.config.warmup_steps))
         for group in self.optimiser.param_groups:
             group["lr"] = group["base"] * warm * max(0.0, 1.0 - done)
         self.model.train()
         with self.accelerator.autocast():
-            loss = next_item_loss(self.model, batch, self.config.negatives)
+            loss = self.task.loss(batch)
         self.accelerator.backward(loss)
         self.accelerator.clip_grad_norm_(self.parameters.values(), self.config.clip)
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
         self.progress.step += 1
-        self.progress.events += sum(map(len, batch))
+        self.progress.events += self.task.events(batch)
         return float(loss.detach())
 
     def _validate(self, validate: Validate) -> float:
@@ -214,7 +199,7 @@ class LoRATrainer:
         begun = time.monotonic()
         p = self.progress
         self.model.eval()
-        measures = dict(validate(self.model))
+        measures = dict(validate())
         p.validated = math.floor(self._done() * self.config.validations + 1e-9)
         p.curve.append(
             {"step": p.step, "events": p.events, "seconds": p.seconds, "train_nats": p.loss, **measures}

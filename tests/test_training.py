@@ -14,9 +14,9 @@ from llmrec.language_model import LanguageModel, train_language_model
 from llmrec.protocols import Query
 from llmrec.recipe import HeldOut
 from llmrec.score.config import ItemTokensConfig, TrainingConfig
+from llmrec.score.tasks import ItemTokensTask
 from llmrec.sequences import Window, batches, next_item_loss, windows
 from llmrec.testing import tiny_lm
-from llmrec.training import LoRATrainer
 
 ITEMS = 12
 
@@ -129,6 +129,35 @@ def test_the_loss_is_the_weighted_mean_negative_log_probability_of_what_followed
     assert float(loss) == pytest.approx(np.average(nats, weights=weights), abs=1e-4)
 
 
+@pytest.mark.parametrize("width", [1, 9, 40])
+def test_windows_side_by_side_have_the_states_that_they_have_alone(base, width):
+    lm = LanguageModel.new(config(base), base, VECTORS, np.full(ITEMS, 3))
+    lm.model.eval()
+    lengths = [3, 6, 1, 6, 2, 5, 4, 4]
+    pieces = [RULE[5 * i][:n] for i, n in enumerate(lengths)]
+    with torch.inference_mode():
+        states, order = lm.model.packed(pieces, width)
+        assert sorted(order) == list(range(len(pieces)))
+        alone = [lm.model.before(torch.from_numpy(pieces[i].astype(np.int64))[None])[0] for i in order]
+    torch.testing.assert_close(states, torch.cat(alone), atol=1e-4, rtol=1e-4)
+
+
+def test_the_loss_of_a_packed_batch_is_that_of_the_padded_one(base):
+    lm = LanguageModel.new(config(base), base, VECTORS, np.full(ITEMS, 3))
+    lm.model.eval()
+    rng = np.random.default_rng(5)
+    task = ItemTokensTask(
+        lm.model, RULE, 4, settings(), [rng.uniform(0.1, 3, len(h)).astype(np.float32) for h in RULE]
+    )
+    grouped = task.epoch(rng)
+    assert sum(map(task.events, grouped)) == sum(map(len, RULE))
+    assert all(task.events(batch) <= 300 for batch in grouped)
+    for batch in grouped:
+        with torch.inference_mode():
+            expected = next_item_loss(lm.model, batch, negatives=0)
+            assert float(task.loss(batch)) == pytest.approx(float(expected), abs=1e-4)
+
+
 def test_events_of_little_weight_change_little(base, tmp_path):
     """Of two followers of an item, the one whose events weigh more is expected."""
     follows = [np.array([s, 10 + t], dtype=np.int32) for s in range(8) for t in (0, 1, 1)]
@@ -197,7 +226,7 @@ def test_other_data_than_it_was_trained_on_is_a_warning(base, tmp_path, caplog):
     assert "other events than the retrievers" in caplog.text
 
 
-def test_nothing_to_train_on_is_a_clear_error(base, tmp_path):
+def test_nothing_to_train_on_is_a_clear_error(base):
     lm = LanguageModel.new(config(base), base, VECTORS, np.zeros(ITEMS))
     with pytest.raises(DataError, match="no events to train on"):
-        LoRATrainer(lm.model, [RULE[0][:0]], 10, settings(), tmp_path, "x")
+        ItemTokensTask(lm.model, [RULE[0][:0]], 10, settings())

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from llmrec.errors import ModelError
 from llmrec.protocols import Codes, Floats, Hits, Query
 from llmrec.ranking import tops
-from llmrec.sequences import pad
+from llmrec.sequences import pad, rows_of
 
 CHUNK = 128
 """Queries whose scores of the whole catalogue are held at once."""
@@ -136,6 +136,56 @@ class ItemTokenModel(nn.Module):
         hidden = self.body(inputs_embeds=inputs, use_cache=False).last_hidden_state
         after: Tensor = hidden[:, len(self.instruction) - 1 :].float()
         return after
+
+    def packed(self, windows: Sequence[Codes], width: int) -> tuple[Tensor, list[int]]:
+        """States before each item of several windows that lie side by side behind one instruction.
+
+        A window sees the instruction and itself (block mask), and its positions go on from the instruction:
+        the states are those of `before`, without padding and with the instruction read once a row.
+
+        Parameters
+        ----------
+        width
+            Items in a row, at most.
+
+        Returns
+        -------
+        tuple
+            States (items, head_dim), window after window, and the order in which the windows come.
+        """
+        rows = rows_of([len(window) for window in windows], width)
+        longest, lead = max(sum(len(windows[i]) for i in row) for row in rows), len(self.instruction)
+        codes = np.zeros((len(rows), longest), np.int64)
+        # Of each place: the number of its window, and how many items of it came before.
+        block, offset = np.full((len(rows), longest), -1), np.zeros((len(rows), longest), np.int64)
+        for r, row in enumerate(rows):
+            at = 0
+            for i in row:
+                n = len(windows[i])
+                codes[r, at : at + n], block[r, at : at + n] = windows[i], i
+                offset[r, at : at + n] = np.arange(n)
+                at += n
+        device = self.counts.device
+        places = torch.from_numpy(np.concatenate([np.full((len(rows), lead), -2), block], axis=1)).to(device)
+        steps = torch.arange(lead + longest, device=device)
+        sees = (places[:, :, None] == places[:, None, :]) | (steps < lead)
+        sees &= steps[:, None] >= steps[None, :]
+        positions = np.concatenate([np.tile(np.arange(lead), (len(rows), 1)), lead + offset], axis=1)
+        words = self.body.get_input_embeddings()(self.instruction)  # type: ignore[operator]
+        prefix = words.float().unsqueeze(0).expand(len(rows), -1, -1)
+        items = self.dropout(self.item_inputs(torch.from_numpy(codes).to(device)))
+        mask = torch.zeros(sees.shape, dtype=words.dtype, device=device)
+        mask = mask.masked_fill_(~sees, torch.finfo(words.dtype).min)[:, None]
+        hidden = self.body(
+            inputs_embeds=torch.cat([prefix, items], dim=1).to(words.dtype),
+            attention_mask=mask,
+            position_ids=torch.from_numpy(positions).to(device),
+            use_cache=False,
+        ).last_hidden_state
+        row_of, place = np.nonzero(block >= 0)
+        before = np.where(offset[row_of, place] == 0, lead - 1, lead + place - 1)
+        found = hidden[torch.from_numpy(row_of).to(device), torch.from_numpy(before).to(device)]
+        return self.states(found), [i for row in rows for i in row]
 
     def before(self, codes: Tensor) -> Tensor:
         """State before each item, from the items that precede it: (batch, n) -> (batch, n, head_dim)."""
