@@ -1,0 +1,152 @@
+"""What every HTTP request passes first: an id, a key, a limit on its size, and a last resort for errors.
+
+Plain ASGI, so that it stands around the routes of the app and around MCP alike.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import time
+import uuid
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from http import HTTPStatus
+from typing import Any
+
+from llmrec.serve.config import ServeConfig
+from llmrec.serve.models import Problem
+
+logger = logging.getLogger(__name__)
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+OPEN = frozenset({"/health", "/ready", "/docs", "/openapi.json"})
+"""Paths that need no key."""
+
+PROBLEM = "application/problem+json"
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:/=+-]{1,128}")
+
+
+def problem(
+    status: int, detail: str, code: str, request_id: str, errors: list[dict[str, str]] | None = None
+) -> bytes:
+    """Return an error as JSON, RFC 9457."""
+    made = Problem(
+        title=HTTPStatus(status).phrase,
+        status=status,
+        detail=detail,
+        code=code,
+        request_id=request_id,
+        errors=errors,
+    )
+    return json.dumps(made.model_dump(exclude_none=True)).encode()
+
+
+class Gate:
+    """ASGI middleware.
+
+    Sets ``request_id`` and ``role`` in the state of a request.
+
+    Parameters
+    ----------
+    app
+        What comes after.
+    config
+        Keys and the largest body.
+    on_done
+        Told of each answer: scope, status and seconds.
+    """
+
+    def __init__(self, app: App, config: ServeConfig, on_done: Callable[[Scope, int, float], None]) -> None:
+        self._app, self._config, self._on_done = app, config, on_done
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let a request through, or refuse it."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = {
+            name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]
+        }
+        given = headers.get("x-request-id", "")
+        request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        began, status = time.monotonic(), 0
+
+        async def answer(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", []), (b"x-request-id", request_id.encode())]
+            await send(message)
+
+        async def refuse(code: int, detail: str, name: str, *extra: tuple[bytes, bytes]) -> None:
+            body = problem(code, detail, name, request_id)
+            length = str(len(body)).encode()
+            head = [(b"content-type", PROBLEM.encode()), (b"content-length", length), *extra]
+            await answer({"type": "http.response.start", "status": code, "headers": head})
+            await answer({"type": "http.response.body", "body": body})
+
+        role = self._config.role_of(_key(headers))
+        scope["state"] = {**scope.get("state", {}), "request_id": request_id, "role": role}
+        try:
+            if role is None and scope["path"] not in OPEN:
+                detail = "this server needs a key it knows, in a header: Authorization: Bearer KEY"
+                await refuse(401, detail, "unauthorized", (b"www-authenticate", b"Bearer"))
+                return
+            body = await _body(receive, headers, self._config.max_body)
+            if body is None:
+                await refuse(413, f"the body may have {self._config.max_body:,} bytes at most", "too_large")
+                return
+            await self._app(scope, _replay(body, receive), answer)
+        except Exception:
+            logger.exception("request %s failed: %s %s", request_id, scope["method"], scope["path"])
+            if status:
+                raise
+            detail = f"an error inside the server; its log has it under the request id {request_id}"
+            await refuse(500, detail, "internal")
+        finally:
+            self._on_done(scope, status, time.monotonic() - began)
+
+
+def _key(headers: Mapping[str, str]) -> str | None:
+    scheme, _, key = headers.get("authorization", "").partition(" ")
+    if scheme.lower() == "bearer":
+        return key.strip()
+    return headers.get("x-api-key")
+
+
+async def _body(receive: Receive, headers: Mapping[str, str], limit: int) -> bytes | None:
+    """Read the whole body; None if it is larger than the limit, said or found."""
+    said = headers.get("content-length", "")
+    if said.isdigit() and int(said) > limit:
+        return None
+    parts, size, more = [], 0, True
+    while more:
+        message = await receive()
+        if message["type"] != "http.request":
+            break
+        parts.append(message.get("body", b""))
+        size += len(parts[-1])
+        if size > limit:
+            return None
+        more = message.get("more_body", False)
+    return b"".join(parts)
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """Give the body that was read, then whatever comes next, such as the end of the connection."""
+    given = False
+
+    async def again() -> Message:
+        nonlocal given
+        if given:
+            return await receive()
+        given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return again
