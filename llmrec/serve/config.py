@@ -54,7 +54,7 @@ class ServeConfig(BaseModel):
     def _guarded(self) -> ServeConfig:
         if not self.keys and not is_loopback(self.host):
             raise ValueError(
-                f"host {self.host!r} can be reached from other machines, and there are no keys: "
+                f"{self.host!r} can be reached from other machines, and there are no keys: "
                 "add a key (a [[keys]] table with name, sha256 and role), or listen on 127.0.0.1"
             )
         return self
@@ -75,7 +75,10 @@ class ServeConfig(BaseModel):
             return cls.model_validate({**values, **given})
         except ValidationError as invalid:
             # The input is not repeated: it may hold a key.
-            problems = [f"{'.'.join(map(str, e['loc'])) or 'keys'}: {e['msg']}" for e in invalid.errors()]
+            problems = [
+                f"{'.'.join(map(str, e['loc'])) or 'host'}: {e['msg'].removeprefix('Value error, ')}"
+                for e in invalid.errors()
+            ]
             raise ConfigError(f"{len(problems)} problem(s) in {where}:\n  " + "\n  ".join(problems)) from None
 
     def role_of(self, key: str | None) -> Role | None:

@@ -102,6 +102,10 @@ class Gate:
             if body is None:
                 await refuse(413, f"the body may have {self._config.max_body:,} bytes at most", "too_large")
                 return
+            if not _is_text(body):
+                detail = "a text in the body holds half of a surrogate pair, such as \\ud800 alone"
+                await refuse(400, detail, "bad_request")
+                return
             await self._app(scope, _replay(body, receive), answer)
         except Exception:
             logger.exception("request %s failed: %s %s", request_id, scope["method"], scope["path"])
@@ -136,6 +140,22 @@ async def _body(receive: Receive, headers: Mapping[str, str], limit: int) -> byt
             return None
         more = message.get("more_body", False)
     return b"".join(parts)
+
+
+def _is_text(body: bytes) -> bool:
+    r"""Whether all texts of a JSON body can be stored and answered.
+
+    Python reads ``"\ud800"`` alone, but cannot write it. What is no JSON is left to whoever reads it.
+    """
+    if b"\\ud" not in body and b"\\uD" not in body:
+        return True
+    try:
+        json.dumps(json.loads(body), ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    except (ValueError, RecursionError):
+        pass
+    return True
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

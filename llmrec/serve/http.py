@@ -314,6 +314,7 @@ class _Documented(FastAPI):
 
 
 _ERRORS = {
+    "400": "the body is no JSON",
     "401": "no key that the server knows",
     "403": "the key may only read",
     "404": "unknown item",
@@ -335,9 +336,25 @@ def _complete(document: dict[str, Any]) -> dict[str, Any]:
     answer = {PROBLEM: {"schema": {"$ref": "#/components/schemas/Problem"}}}
     for path, operations in document["paths"].items():
         for operation in operations.values():
-            codes = {"503"} if path in OPEN else set(_ERRORS)
-            for code in sorted(codes):
+            operation["responses"].pop("422", None)
+            for code in _errors_of(path, operation):
                 operation["responses"][code] = {"description": _ERRORS[code], "content": answer}
             if path not in OPEN:
                 operation["security"] = [{}, {"key": []}]
     return document
+
+
+def _errors_of(path: str, operation: Mapping[str, Any]) -> list[str]:
+    """Return the statuses with which an operation refuses."""
+    if path in OPEN:
+        return ["503"] if path == "/ready" else []
+    codes = {"401"}
+    if operation["tags"] != ["operate"]:
+        codes |= {"422", "503"}
+    if "requestBody" in operation:
+        codes |= {"400", "413"}
+    if "change" in operation["tags"]:
+        codes |= {"403"}
+    if "204" in operation["responses"]:
+        codes |= {"404"}
+    return sorted(codes)
