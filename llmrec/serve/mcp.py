@@ -127,7 +127,7 @@ def _add_finding(server: MCPServer, service: Service) -> None:
         """
         body = dict(user=user, history=history, query=query, k=k, where=where, exclude=exclude)
         with _told():
-            return _found(service.recommend(m.RecommendRequest.model_validate(body)))
+            return _found(service.recommend(m.read(m.RecommendRequest, body)))
 
     @server.tool(title="Search the catalogue", annotations=READ)
     def search_items(
@@ -138,7 +138,7 @@ def _add_finding(server: MCPServer, service: Service) -> None:
     ) -> Found:
         """Find items by words, also those that a user chose before. Use it to turn titles into item ids."""
         with _told():
-            body = m.SearchRequest.model_validate(dict(query=query, user=user, k=k, where=where))
+            body = m.read(m.SearchRequest, dict(query=query, user=user, k=k, where=where))
             return _found(service.search(body))
 
     @server.tool(title="Items like one item", annotations=READ)
@@ -147,7 +147,7 @@ def _add_finding(server: MCPServer, service: Service) -> None:
     ) -> Found:
         """Find items like one item: by their texts, and by what people chose around it."""
         with _told():
-            body = m.SimilarRequest.model_validate(dict(item_id=item_id, k=k, where=where))
+            body = m.read(m.SimilarRequest, dict(item_id=item_id, k=k, where=where))
             return _found(_pooled(service, service.similar, body))
 
 
@@ -166,7 +166,7 @@ def _add_ordering(server: MCPServer, service: Service) -> None:
         """Order items you have already by how well they suit a user, a history or a wish. All come back."""
         body = dict(items=item_ids, user=user, history=history, query=query)
         with _told():
-            return _found(_pooled(service, service.rank, m.RankRequest.model_validate(body)))
+            return _found(_pooled(service, service.rank, m.read(m.RankRequest, body)))
 
     @server.tool(title="Explain items", annotations=READ)
     def explain(
@@ -180,7 +180,7 @@ def _add_ordering(server: MCPServer, service: Service) -> None:
         """
         body = dict(items=item_ids, user=user, history=history, query=query)
         with _told():
-            ranked = _pooled(service, service.rank, m.RankRequest.model_validate(body))
+            ranked = _pooled(service, service.rank, m.read(m.RankRequest, body))
         return Explained(items=[ExplainedItem.model_validate(r.model_dump()) for r in ranked.items])
 
 
@@ -195,7 +195,7 @@ def _add_writing(server: MCPServer, service: Service) -> None:
         Only for what the user says they took, bought or watched, never for what was merely suggested.
         """
         with _told():
-            event = m.EventIn.model_validate(dict(user_id=user, item_id=item_id))
+            event = m.read(m.EventIn, dict(user_id=user, item_id=item_id))
             return Stored(events=_pooled(service, service.store, [event]).events)
 
 

@@ -7,13 +7,24 @@ the schemas of MCP name their values.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictFloat,
+    StrictInt,
+    StrictStr,
+    ValidationError,
+)
 
 from llmrec.errors import RequestError
 from llmrec.serve.config import ServeConfig
 from llmrec.types import Recommendation, Seen
+
+M = TypeVar("M", bound=BaseModel)
 
 MARK = "x-limit"
 """Key in a field's schema; its value is the name of the setting that bounds the field."""
@@ -277,6 +288,21 @@ class Problem(BaseModel):
 def plain(attributes: dict[str, Any]) -> dict[str, Any]:
     """Attributes as JSON has them: lists in place of tuples."""
     return {n: list(v) if isinstance(v, tuple) else v for n, v in attributes.items()}
+
+
+def read(model: type[M], values: Any) -> M:
+    """Make a request from plain values.
+
+    Raises
+    ------
+    RequestError
+        With every problem at once.
+    """
+    try:
+        return model.model_validate(values)
+    except ValidationError as invalid:
+        problems = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in invalid.errors()]
+        raise RequestError(f"the request is invalid: {'; '.join(problems)}") from None
 
 
 def limited(model: type[BaseModel]) -> Iterator[tuple[str, str]]:
