@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 from pathlib import Path
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -30,6 +32,7 @@ def serve(
 
     settings = ServeConfig.of(config, host=host, port=port)
     rec = Recommender.load(model)
+    app = None
     try:
         app = create_app(rec, settings)
         family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
@@ -37,8 +40,13 @@ def serve(
             taken = listening.getsockname()[1]
             shown = f"[{settings.host}]" if ":" in settings.host else settings.host
             say(f"serving on http://{shown}:{taken}, MCP at /mcp, OpenAPI at /docs; Ctrl-C ends")
+            # As Ctrl-C does, so that what follows is done.
+            signal.signal(signal.SIGTERM, _end)
             run_app(app, listening)
     finally:
+        if app is not None and app.state.service.changed:
+            say(f"saving the items that changed in {model}")
+            rec.save(model)
         rec.close()
 
 
@@ -54,3 +62,7 @@ def mcp(model: Model, config: Settings = None) -> None:
     finally:
         service.close()
         rec.close()
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(0)

@@ -411,12 +411,18 @@ def test_the_command_serves_until_it_is_told_to_end(saved):
             wait_until_ready(http.get)
             assert len(http.post("/v1/recommend", json={"user": "u1", "k": 3}).json()["items"]) == 3
             assert http.post("/v1/events", json={"user_id": "live", "item_id": "i3"}).status_code == 201
+            assert http.put("/v1/items/new", json={"title": "Zeppelin"}).status_code == 201
+            assert http.delete("/v1/items/i7").status_code == 204
     finally:
         process.send_signal(signal.SIGTERM)
         _, stderr = process.communicate(timeout=60)
-    assert process.returncode in (0, -signal.SIGTERM) and "Traceback" not in stderr, stderr
+    assert process.returncode == 0 and "Traceback" not in stderr, stderr
     again = Recommender.load(saved)
     assert [e.item_id for e in again.history("live")] == ["i3"]
+    assert (
+        again.search("zeppelin", k=1)[0].item_id == "new"
+        and not again.catalog.active[again.catalog.code("i7")]
+    )
     again.close()
 
 

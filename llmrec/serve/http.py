@@ -22,8 +22,8 @@ from llmrec.errors import DataError, LLMRecError, NotFoundError, OverloadError, 
 from llmrec.recommender import Recommender
 from llmrec.serve import models as m
 from llmrec.serve.config import ServeConfig
-from llmrec.serve.examples import EXAMPLES
-from llmrec.serve.gate import OPEN, PROBLEM, App, Gate, Receive, Scope, Send, problem
+from llmrec.serve.document import complete
+from llmrec.serve.gate import PROBLEM, App, Gate, Receive, Scope, Send, problem
 from llmrec.serve.mcp import create_server
 from llmrec.serve.metrics import CONTENT_TYPE, Metrics
 from llmrec.serve.service import Service
@@ -309,52 +309,5 @@ class _Documented(FastAPI):
             made = get_openapi(
                 title=self.title, version=self.version, summary=self.summary, routes=self.routes
             )
-            self.openapi_schema = _complete(m.bounded(made, self._config))
+            self.openapi_schema = complete(m.bounded(made, self._config))
         return self.openapi_schema
-
-
-_ERRORS = {
-    "400": "the body is no JSON",
-    "401": "no key that the server knows",
-    "403": "the key may only read",
-    "404": "unknown item",
-    "413": "the body is too large",
-    "422": "the request breaks its schema, a limit, or names what is not there",
-    "503": "too much to do, see Retry-After",
-}
-
-
-def _complete(document: dict[str, Any]) -> dict[str, Any]:
-    """Add examples, the ways to give a key, and the errors of each operation."""
-    schemas = document["components"]["schemas"]
-    for name in ("HTTPValidationError", "ValidationError"):
-        schemas.pop(name, None)
-    schemas["Problem"] = m.Problem.model_json_schema()
-    for name, examples in EXAMPLES.items():
-        schemas[name]["examples"] = examples
-    document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-    answer = {PROBLEM: {"schema": {"$ref": "#/components/schemas/Problem"}}}
-    for path, operations in document["paths"].items():
-        for operation in operations.values():
-            operation["responses"].pop("422", None)
-            for code in _errors_of(path, operation):
-                operation["responses"][code] = {"description": _ERRORS[code], "content": answer}
-            if path not in OPEN:
-                operation["security"] = [{}, {"key": []}]
-    return document
-
-
-def _errors_of(path: str, operation: Mapping[str, Any]) -> list[str]:
-    """Return the statuses with which an operation refuses."""
-    if path in OPEN:
-        return ["503"] if path == "/ready" else []
-    codes = {"401"}
-    if operation["tags"] != ["operate"]:
-        codes |= {"422", "503"}
-    if "requestBody" in operation:
-        codes |= {"400", "413"}
-    if "change" in operation["tags"]:
-        codes |= {"403"}
-    if "204" in operation["responses"]:
-        codes |= {"404"}
-    return sorted(codes)

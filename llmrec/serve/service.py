@@ -84,6 +84,7 @@ class Service:
         self.recommender = recommender
         self.config = config or ServeConfig()
         self.on_batch = on_batch
+        self.changed = False  # whether items were put or removed, which only `Recommender.save` keeps
         c = self.config
         lane = partial(Batcher[Request, ItemsResponse], batch=c.batch, wait=c.wait_ms / 1e3, limit=c.queue)
         self.whole = lane(partial(self._answer, degraded=False))
@@ -273,12 +274,14 @@ class Service:
         new = item_id not in self.recommender.catalog
         attributes = {n: tuple(v) if isinstance(v, list) else v for n, v in body.attributes.items()}
         self.recommender.add_items([Item(item_id, body.title, body.text, attributes)])
+        self.changed = True
         return self.item(item_id), new
 
     def remove_item(self, item_id: str) -> None:
         """Never return an item again; NotFoundError if it is unknown."""
         self._known(item_id)
         self.recommender.remove_items([item_id])
+        self.changed = True
 
     def forget(self, user_id: str) -> EventsResponse:
         """Erase a user's events; return how many there were."""
