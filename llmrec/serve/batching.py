@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
-from llmrec.errors import LLMRecError, OverloadError
+from llmrec.errors import OverloadError, RequestError
 
 Q = TypeVar("Q")
 A = TypeVar("A")
@@ -79,7 +79,7 @@ class Batcher(Generic[Q, A]):
     Parameters
     ----------
     answer
-        Returns one answer for each request, in their order. Where it raises an `LLMRecError` the batch is
+        Returns one answer for each request, in their order. Where it raises a `RequestError` the batch is
         halved until the requests that cannot be answered stand alone: only they get the error.
     batch
         Most requests that are answered at once.
@@ -150,7 +150,7 @@ class Batcher(Generic[Q, A]):
         """Answer all; return whether the first attempt succeeded, so that its time means something."""
         try:
             answers = self._answer([job.request for job in jobs])
-        except LLMRecError as error:
+        except RequestError as error:
             if len(jobs) == 1:
                 jobs[0].future.set_exception(error)
             else:

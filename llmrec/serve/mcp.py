@@ -26,6 +26,29 @@ Recommendations from one catalogue, learned from what people chose. Every item t
 catalogue; suggest no others. Items are named by item_id: find the ids of titles with search_items. The
 resource llmrec://attributes lists what `where` can name."""
 
+_ALIKE = "chosen by people whose histories are alike"
+_ORDER = "what people chose next after such a history"
+MEANINGS = {
+    "again": "this person chose it before, and people here choose the same again",
+    "als": _ALIKE,
+    "bm25": "words of the wish are in its text",
+    "caser": _ORDER,
+    "ease": "chosen together with items of the history",
+    "gru4rec": _ORDER,
+    "lightgcn": _ALIKE,
+    "lm": "the language model, having read the history, expects it",
+    "nearest": "its text is like that of an item of the history",
+    "popularity": "chosen by many",
+    "profile": "its text is like those of the history",
+    "recent": "chosen by many of late",
+    "sasrec": _ORDER,
+    "text": "its text means what the wish says",
+    "topics": "its topics are those of the history",
+    "transitions": "often chosen soon after the latest items of the history",
+    "trending": "chosen more and more of late",
+}
+"""What each component looks at, for `explain`."""
+
 READ = ToolAnnotations(read_only_hint=True, idempotent_hint=True, open_world_hint=False)
 WRITE = ToolAnnotations(
     read_only_hint=False, destructive_hint=False, idempotent_hint=False, open_world_hint=False
@@ -59,10 +82,16 @@ class Found(BaseModel):
     items: list[FoundItem]
 
 
+class Evidence(m.SourceOut):
+    """What one component found and added to the score; `meaning` says what it looks at."""
+
+    meaning: str
+
+
 class ExplainedItem(FoundItem):
     """An item with what each component added to its score, the largest part first."""
 
-    sources: list[m.SourceOut]
+    sources: list[Evidence]
 
 
 class Explained(BaseModel):
@@ -174,14 +203,13 @@ def _add_ordering(server: MCPServer, service: Service) -> None:
     ) -> Explained:
         """Show the evidence for items: which components speak for each and how much they add to its score.
 
-        Components: ease and transitions (what people with such a history chose), profile (texts like those
-        of the history), bm25 and dense (words of the query), popularity, again (chosen before), lm (the
-        language model). Say no more than the evidence does.
+        Each source has a meaning in words. An item without sources has nothing that speaks for it. Say no
+        more than the evidence does.
         """
         body = dict(items=item_ids, user=user, history=history, query=query)
         with _told():
             ranked = _pooled(service, service.rank, m.read(m.RankRequest, body))
-        return Explained(items=[ExplainedItem.model_validate(r.model_dump()) for r in ranked.items])
+        return Explained(items=[_explained(r) for r in ranked.items])
 
 
 def _add_writing(server: MCPServer, service: Service) -> None:
@@ -241,6 +269,13 @@ def _told() -> Iterator[None]:
         yield
     except LLMRecError as error:
         raise ToolError(str(error)) from error
+
+
+def _explained(item: m.Recommended) -> ExplainedItem:
+    values = item.model_dump()
+    # A component of one's own is known by its name alone.
+    values["sources"] = [{**s, "meaning": MEANINGS.get(s["name"], s["name"])} for s in values["sources"]]
+    return ExplainedItem.model_validate(values)
 
 
 def _found(answer: m.ItemsResponse) -> Found:
