@@ -58,6 +58,7 @@ def mcp(model: Model, config: Settings = None) -> None:
     rec = Recommender.load(model)
     service = Service(rec, ServeConfig.of(config))
     try:
+        service.submit(service.warm_up)
         create_server(service).run("stdio")
     finally:
         service.close()

@@ -264,6 +264,22 @@ def test_keys_open_what_their_role_allows(rec):
         assert rec.forget("keyed") == 1
 
 
+def test_without_keys_a_page_of_another_site_gets_nothing(rec):
+    with client_of(rec) as http:
+        for host in ("evil.example", "evil.example:8000", "", "127.0.0.1.evil.example", "[", "10.0.0.1"):
+            for path in ("/v1/recommend", "/mcp", "/v1/users/u1"):
+                answer = http.request("DELETE" if "u1" in path else "POST", path, headers={"Host": host})
+                assert answer.status_code == 421 and "add a key" in answer.json()["detail"]
+        for host in ("localhost:8000", "127.0.0.1", "[::1]:8000", "[::1]"):
+            assert http.post("/v1/recommend", json={}, headers={"Host": host}).status_code == 200
+        # What a form can send without asking first.
+        event = json.dumps({"user_id": "forged", "item_id": "i1"})
+        assert (
+            http.post("/v1/events", content=event, headers={"Content-Type": "text/plain"}).status_code == 422
+        )
+    assert rec.history("forged") == []
+
+
 def test_an_overloaded_server_says_when_to_come_back_and_a_broken_one_says_little(rec, monkeypatch):
     with client_of(rec) as http:
         service = http.app.state.service
@@ -361,7 +377,7 @@ def test_every_example_in_the_document_is_answered(http):
 
 @pytest.fixture(scope="module")
 def api():
-    return schemathesis.openapi.from_asgi("/openapi.json", create_app(fit()))
+    return schemathesis.openapi.from_asgi("/openapi.json", create_app(fit(), ServeConfig.of({"keys": KEYS})))
 
 
 def test_whatever_the_document_allows_is_answered_as_it_says(api):
@@ -375,13 +391,14 @@ def test_whatever_the_document_allows_is_answered_as_it_says(api):
         @settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
         def check(case):
             case.call_and_validate(
+                headers={"Authorization": f"Bearer {WRITE}"},
                 checks=[
                     checks.not_a_server_error,
                     checks.status_code_conformance,
                     checks.content_type_conformance,
                     checks.response_schema_conformance,
                     checks.negative_data_rejection,
-                ]
+                ],
             )
 
         check()

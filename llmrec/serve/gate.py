@@ -13,8 +13,9 @@ import uuid
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from http import HTTPStatus
 from typing import Any
+from urllib.parse import urlsplit
 
-from llmrec.serve.config import ServeConfig
+from llmrec.serve.config import Role, ServeConfig, is_loopback
 from llmrec.serve.models import Problem
 
 logger = logging.getLogger(__name__)
@@ -75,6 +76,8 @@ class Gate:
         }
         given = headers.get("x-request-id", "")
         request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        role = self._config.role_of(_key(headers))
+        scope["state"] = {**scope.get("state", {}), "request_id": request_id, "role": role}
         began, status = time.monotonic(), 0
 
         async def answer(message: Message) -> None:
@@ -84,37 +87,62 @@ class Gate:
                 message["headers"] = [*message.get("headers", []), (b"x-request-id", request_id.encode())]
             await send(message)
 
-        async def refuse(code: int, detail: str, name: str, *extra: tuple[bytes, bytes]) -> None:
-            body = problem(code, detail, name, request_id)
-            length = str(len(body)).encode()
-            head = [(b"content-type", PROBLEM.encode()), (b"content-length", length), *extra]
-            await answer({"type": "http.response.start", "status": code, "headers": head})
-            await answer({"type": "http.response.body", "body": body})
-
-        role = self._config.role_of(_key(headers))
-        scope["state"] = {**scope.get("state", {}), "request_id": request_id, "role": role}
         try:
-            if role is None and scope["path"] not in OPEN:
-                detail = "this server needs a key it knows, in a header: Authorization: Bearer KEY"
-                await refuse(401, detail, "unauthorized", (b"www-authenticate", b"Bearer"))
-                return
+            if scope["path"] not in OPEN:
+                self._admit(headers, role)
             body = await _body(receive, headers, self._config.max_body)
-            if body is None:
-                await refuse(413, f"the body may have {self._config.max_body:,} bytes at most", "too_large")
-                return
-            if not _is_text(body):
-                detail = "a text in the body holds half of a surrogate pair, such as \\ud800 alone"
-                await refuse(400, detail, "bad_request")
-                return
             await self._app(scope, _replay(body, receive), answer)
+        except _Refused as refused:
+            await _tell(answer, refused, request_id)
         except Exception:
             logger.exception("request %s failed: %s %s", request_id, scope["method"], scope["path"])
             if status:
                 raise
             detail = f"an error inside the server; its log has it under the request id {request_id}"
-            await refuse(500, detail, "internal")
+            await _tell(answer, _Refused(500, detail, "internal"), request_id)
         finally:
             self._on_done(scope, status, time.monotonic() - began)
+
+    def _admit(self, headers: Mapping[str, str], role: Role | None) -> None:
+        if not self._config.keys and not is_loopback(_host(headers)):
+            host = headers.get("host", "")
+            raise _Refused(
+                421,
+                f"a server without keys answers this machine alone, and the request was sent to {host!r}: "
+                "call 127.0.0.1 or localhost, or add a key",
+                "misdirected",
+            )
+        if role is None:
+            detail = "this server needs a key it knows, in a header: Authorization: Bearer KEY"
+            raise _Refused(401, detail, "unauthorized", (b"www-authenticate", b"Bearer"))
+
+
+class _Refused(Exception):
+    """Ends a request before the app has seen it."""
+
+    def __init__(self, status: int, detail: str, code: str, *headers: tuple[bytes, bytes]) -> None:
+        super().__init__(detail)
+        self.status, self.detail, self.code, self.headers = status, detail, code, headers
+
+
+async def _tell(send: Send, refused: _Refused, request_id: str) -> None:
+    body = problem(refused.status, refused.detail, refused.code, request_id)
+    length = (b"content-length", str(len(body)).encode())
+    head = [(b"content-type", PROBLEM.encode()), length, *refused.headers]
+    await send({"type": "http.response.start", "status": refused.status, "headers": head})
+    await send({"type": "http.response.body", "body": body})
+
+
+def _host(headers: Mapping[str, str]) -> str:
+    """Name or address that the request was sent to.
+
+    A page of another site can make a browser call this machine under a name of its own, and would read what
+    it answers; that name is all that tells such a request apart.
+    """
+    try:
+        return urlsplit(f"//{headers.get('host', '')}").hostname or ""
+    except ValueError:
+        return ""
 
 
 def _key(headers: Mapping[str, str]) -> str | None:
@@ -124,11 +152,12 @@ def _key(headers: Mapping[str, str]) -> str | None:
     return headers.get("x-api-key")
 
 
-async def _body(receive: Receive, headers: Mapping[str, str], limit: int) -> bytes | None:
-    """Read the whole body; None if it is larger than the limit, said or found."""
+async def _body(receive: Receive, headers: Mapping[str, str], limit: int) -> bytes:
+    """Read the whole body; refused if it is larger than the limit, said or found, or holds broken text."""
+    too_large = _Refused(413, f"the body may have {limit:,} bytes at most", "too_large")
     said = headers.get("content-length", "")
     if said.isdigit() and int(said) > limit:
-        return None
+        raise too_large
     parts, size, more = [], 0, True
     while more:
         message = await receive()
@@ -137,9 +166,13 @@ async def _body(receive: Receive, headers: Mapping[str, str], limit: int) -> byt
         parts.append(message.get("body", b""))
         size += len(parts[-1])
         if size > limit:
-            return None
+            raise too_large
         more = message.get("more_body", False)
-    return b"".join(parts)
+    body = b"".join(parts)
+    if not _is_text(body):
+        detail = "a text in the body holds half of a surrogate pair, such as \\ud800 alone"
+        raise _Refused(400, detail, "bad_request")
+    return body
 
 
 def _is_text(body: bytes) -> bool:

@@ -226,7 +226,7 @@ class _MCP:
 
     def __init__(self, service: Service, config: ServeConfig) -> None:
         self._servers = {writable: create_server(service, writable=writable) for writable in (False, True)}
-        # Another site in the browser may reach a local server by rebinding its name, but knows no key.
+        # Without keys the SDK refuses other names and origins; who has a key may come from anywhere.
         guard = TransportSecuritySettings(enable_dns_rebinding_protection=False) if config.keys else None
         self._apps: dict[bool, App] = {
             writable: server.streamable_http_app(
