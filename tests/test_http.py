@@ -153,7 +153,7 @@ def test_health_readiness_and_metrics(rec):
         assert 'llmrec_requests_total{method="POST",route="/v1/recommend",status="200"} 1.0' in shown.text
         assert 'llmrec_requests_total{method="GET",route="other",status="404"} 1.0' in shown.text
         assert "llmrec_batch_size_count 2.0" in shown.text
-        assert 'llmrec_pending{lane="batch"} 0.0' in shown.text
+        assert 'llmrec_pending{lane="plain"} 0.0' in shown.text
     starting = TestClient(create_app(rec), base_url=URL)
     assert starting.get("/ready").status_code == 503
 

@@ -54,9 +54,10 @@ def serve():
 
 
 class Gated:
-    """A recommender whose batches wait until they are let through; counts them."""
+    """A recommender whose batches, with the model or without, wait until they are let through."""
 
-    def __init__(self, rec):
+    def __init__(self, rec, *, lm):
+        self._held = lm
         self.open = threading.Event()
         self.sizes = []
         self._rec = rec
@@ -66,7 +67,7 @@ class Gated:
 
     def recommend_many(self, requests, *, lm=True):
         self.sizes.append(len(requests))
-        if lm:
+        if lm is self._held:
             assert self.open.wait(30)
         return self._rec.recommend_many(requests, lm=lm)
 
@@ -80,7 +81,7 @@ def ids(answer):
 
 
 def test_requests_that_arrive_together_share_calls_and_get_the_answers_they_would_get_alone(fitted, serve):
-    gated = Gated(fitted)
+    gated = Gated(fitted, lm=False)
     sizes = []
     service = serve(gated, lambda size, degraded: sizes.append(size), batch=16, wait_ms=50)
     bodies = [m.RecommendRequest(user=f"u{n}", k=1 + n % 7) for n in range(40)]
@@ -111,14 +112,14 @@ def test_search_shares_the_batches_and_lets_seen_items_return(fitted, serve):
     found = service.search(m.SearchRequest(query=title, user="u1", k=3))
     assert ids(found) == ids(fitted.search(title, user="u1", k=3))
     assert seen in ids(found)
-    assert service.whole.load.seconds > 0
+    assert service.without_lm.load.seconds > 0
 
 
 def test_a_full_queue_refuses_with_a_time_to_come_back(fitted, serve):
-    gated = Gated(fitted)
+    gated = Gated(fitted, lm=False)
     service = serve(gated, queue=4, batch=2, wait_ms=0)
     futures = [service.begin(m.RecommendRequest(user="u1")) for _ in range(4)]
-    service.whole.load.seconds = 2.0
+    service.without_lm.load.seconds = 2.0
     with pytest.raises(OverloadError, match="try again in 10 s") as refused:
         service.begin(m.RecommendRequest(user="u1"))
     assert refused.value.retry_after == 10
@@ -182,23 +183,23 @@ def test_a_budget_that_the_language_model_would_overrun_gets_the_retrieval_order
     counted = []
     service = serve(tuned, lambda size, degraded: counted.append((size, degraded)))
     service.warm_up()
-    assert service.whole.load.seconds > 0
-    service.whole.load.seconds = 0.5
+    assert service.with_lm.load.seconds > 0
+    service.with_lm.load.seconds = 0.5
     stages = tuned.stages(user="u3", k=8)
     assert ids(stages["retrieval"]) != ids(stages["default"])
     late = service.recommend(m.RecommendRequest(user="u3", k=8, budget_ms=100))
     assert late.degraded and ids(late) == ids(stages["retrieval"])
-    service.whole.load.seconds = 0.5
+    service.with_lm.load.seconds = 0.5
     kept = service.recommend(m.RecommendRequest(user="u3", k=8, budget_ms=10_000))
     assert not kept.degraded and ids(kept) == ids(stages["default"])
     assert {s.name for r in kept.items for s in r.sources} >= {"lm"}
-    assert counted[-2:] == [(1, True), (1, False)]
+    assert counted[-2:] == [(1, 1), (1, 0)]
 
 
 def test_a_degraded_request_does_not_wait_behind_the_language_model(tuned, serve):
-    gated = Gated(tuned)
+    gated = Gated(tuned, lm=True)
     service = serve(gated)
-    service.whole.load.seconds = 0.2
+    service.with_lm.load.seconds = 0.2
     slow = [service.begin(m.RecommendRequest(user=f"u{n}")) for n in range(3)]
     fast = service.begin(m.RecommendRequest(user="u3", budget_ms=500))
     assert fast.result(30).degraded and not any(future.done() for future in slow)
@@ -206,10 +207,20 @@ def test_a_degraded_request_does_not_wait_behind_the_language_model(tuned, serve
     assert not any(future.result(30).degraded for future in slow)
 
 
-def test_without_a_language_model_nothing_is_degraded(fitted, serve):
+def test_what_the_language_model_has_no_weight_in_is_not_degraded_and_does_not_wait_for_it(
+    fitted, tuned, serve
+):
     service = serve(fitted)
-    service.whole.load.seconds = 99.0
+    service.with_lm.load.seconds = 99.0
     assert not service.recommend(m.RecommendRequest(user="u1", budget_ms=1)).degraded
+    assert tuned.recipe.query.most_lm == 0
+    gated = Gated(tuned, lm=True)
+    service = serve(gated)
+    slow = service.begin(m.RecommendRequest(user="u1"))
+    found = service.search(m.SearchRequest(query="silver river", budget_ms=1))
+    assert ids(found) == ids(tuned.search("silver river")) and not found.degraded and not slow.done()
+    gated.open.set()
+    assert slow.result(30).items
 
 
 # ---- documents and vectors -----------------------------------------------------------------------------

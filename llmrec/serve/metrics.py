@@ -27,22 +27,23 @@ class Metrics:
         )
         self._seconds = Histogram("llmrec_request_seconds", "Time to answer.", ["route"], **kept)
         self._batches = Histogram("llmrec_batch_size", "Requests in a batch.", buckets=SIZES, **kept)
-        self._degraded = Counter("llmrec_degraded", "Answers without the language model.", **kept)
+        self._degraded = Counter(
+            "llmrec_degraded", "Answers without the language model to keep a budget.", **kept
+        )
 
     def watch(self, service: Service) -> None:
         """Show how much is under way, and the average time of one request."""
         pending = Gauge("llmrec_pending", "Requests under way.", ["lane"], registry=self._registry)
         share = Gauge("llmrec_expected_seconds", "Average of a request.", ["lane"], registry=self._registry)
-        lanes = {"batch": service.whole.load, "degraded": service.degraded.load, "pool": service.pool.load}
+        lanes = {"lm": service.with_lm.load, "plain": service.without_lm.load, "pool": service.pool.load}
         for lane, load in lanes.items():
             pending.labels(lane).set_function(partial(_pending, load))
             share.labels(lane).set_function(partial(_seconds, load))
 
-    def on_batch(self, size: int, degraded: bool) -> None:
+    def on_batch(self, size: int, degraded: int) -> None:
         """Count a batch."""
         self._batches.observe(size)
-        if degraded:
-            self._degraded.inc(size)
+        self._degraded.inc(degraded)
 
     def on_done(self, scope: Mapping[str, Any], status: int, seconds: float) -> None:
         """Count an answer. Paths that are no route are one label: they come from outside."""

@@ -3,7 +3,8 @@
     recommend, search -> gathered into batches -> Recommender.recommend_many
     everything else   -> a bounded pool of threads
 
-A request with a budget that the language model would overrun goes to a lane of its own, without the model.
+There are two lanes of batches, with the language model and without it. The second one answers what the model
+has no weight in, and requests with a budget that the model would overrun: those are degraded.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
-import polars as pl
 
 from llmrec.errors import NotFoundError, RequestError
 from llmrec.protocols import Floats
@@ -50,16 +50,16 @@ from llmrec.serve.models import (
     check,
     plain,
 )
+from llmrec.serve.summary import summarise
 from llmrec.text import neutralise
 from llmrec.types import Item, Request
 
 A = TypeVar("A")
+_Asked = tuple[Request, bool]
+"""A request, and whether the language model is left out to keep its budget."""
 
 DOCUMENT_LIMIT = 5_000
 """Longest document to rerank in characters; the rest is not read."""
-
-FREQUENT = 20
-"""Values of an attribute that `Service.attributes` lists."""
 
 
 class Service:
@@ -72,28 +72,28 @@ class Service:
     config
         Limits, sizes of batches and queues; defaults if None.
     on_batch
-        Told of every batch: how many requests it held, and whether the language model was left out.
+        Told of every batch: how many requests it held, and how many of them were degraded.
     """
 
     def __init__(
         self,
         recommender: Recommender,
         config: ServeConfig | None = None,
-        on_batch: Callable[[int, bool], None] = lambda size, degraded: None,
+        on_batch: Callable[[int, int], None] = lambda size, degraded: None,
     ) -> None:
         self.recommender = recommender
         self.config = config or ServeConfig()
         self.on_batch = on_batch
         self.changed = False  # whether items were put or removed, which only `Recommender.save` keeps
         c = self.config
-        lane = partial(Batcher[Request, ItemsResponse], batch=c.batch, wait=c.wait_ms / 1e3, limit=c.queue)
-        self.whole = lane(partial(self._answer, degraded=False))
-        self.degraded = lane(partial(self._answer, degraded=True))
+        lane = partial(Batcher[_Asked, ItemsResponse], batch=c.batch, wait=c.wait_ms / 1e3, limit=c.queue)
+        self.with_lm = lane(partial(self._answer, lm=True))
+        self.without_lm = lane(partial(self._answer, lm=False))
         self.pool = Pool(c.workers, c.queue)
 
     def close(self) -> None:
         """Answer what is under way and end the threads."""
-        for part in (self.whole, self.degraded, self.pool):
+        for part in (self.with_lm, self.without_lm, self.pool):
             part.close()
 
     def warm_up(self) -> None:
@@ -128,20 +128,25 @@ class Service:
             exclude=body.exclude if isinstance(body, RecommendRequest) else (),
             seen=seen,
         )
-        return (self.degraded if self._late(body.budget_ms) else self.whole).submit(request)
+        recipe = self.recommender.recipe
+        typed = body.query is not None and body.query.strip()
+        weights = recipe.query if typed else recipe.history
+        if weights.most_lm == 0 and weights.plain is None:
+            return self.without_lm.submit((request, False))
+        if body.budget_ms is not None and self._seconds_with_lm() > body.budget_ms / 1e3:
+            return self.without_lm.submit((request, True))
+        return self.with_lm.submit((request, False))
 
-    def _late(self, budget_ms: float | None) -> bool:
-        """Whether the language model, after all who wait for it, would not be finished in time."""
-        if budget_ms is None or not self.recommender.recipe.uses_lm:
-            return False
-        return self.whole.load.expected() + self.config.wait_ms / 1e3 > budget_ms / 1e3
+    def _seconds_with_lm(self) -> float:
+        """How long the language model would take for one more, after all who wait for it."""
+        return self.with_lm.load.expected() + self.config.wait_ms / 1e3
 
-    def _answer(self, requests: Sequence[Request], *, degraded: bool) -> list[ItemsResponse]:
-        found = self.recommender.recommend_many(requests, lm=not degraded)
-        self.on_batch(len(requests), degraded)
+    def _answer(self, asked: Sequence[_Asked], *, lm: bool) -> list[ItemsResponse]:
+        found = self.recommender.recommend_many([request for request, _ in asked], lm=lm)
+        self.on_batch(len(asked), sum(degraded for _, degraded in asked))
         return [
             ItemsResponse.model_construct(items=[Recommended.of(r) for r in items], degraded=degraded)
-            for items in found
+            for items, (_, degraded) in zip(found, asked, strict=True)
         ]
 
     def recommend(self, body: RecommendRequest) -> ItemsResponse:
@@ -304,24 +309,8 @@ class Service:
         )
 
     def attributes(self) -> dict[str, dict[str, Any]]:
-        """Return the kind of each attribute, and its range or most frequent values among active items."""
-        catalog = self.recommender.catalog
-        summary: dict[str, dict[str, Any]] = {}
-        for name, kind in catalog.attributes.items():
-            values = catalog.column(name).filter(pl.Series(catalog.active)).drop_nulls()
-            about: dict[str, Any] = {"kind": kind, "items": len(values)}
-            if kind == "number":
-                about |= {"min": values.min(), "max": values.max()}
-            if kind == "list of strings":
-                values = values.explode().drop_nulls()
-            counts = (
-                values.rename("value")
-                .value_counts(name="items")
-                .sort(["items", "value"], descending=[True, False])
-            )
-            about |= {"different": len(counts), "frequent": counts.head(FREQUENT).to_dicts()}
-            summary[name] = about
-        return summary
+        """Return what conditions can name, see `llmrec.serve.summary.summarise`."""
+        return summarise(self.recommender.catalog)
 
     def _known(self, item_id: str) -> None:
         try:
