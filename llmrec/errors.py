@@ -32,3 +32,15 @@ class ModelError(LLMRecError):
 
 class LeakError(LLMRecError):
     """An evaluation would report on events that a fitted parameter has seen."""
+
+
+class NotFoundError(RequestError):
+    """An item that a request is about is not in the catalogue."""
+
+
+class OverloadError(LLMRecError):
+    """A server has too much to do; `retry_after` is in whole seconds, at least 1."""
+
+    def __init__(self, message: str, retry_after: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after

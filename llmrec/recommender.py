@@ -23,6 +23,7 @@ from llmrec.errors import RequestError
 from llmrec.evaluation.run import Systems, run_systems
 from llmrec.evaluation.split import Part, tail
 from llmrec.events import EventLog
+from llmrec.families import Texts
 from llmrec.fetch import resolve
 from llmrec.pipeline import Weights
 from llmrec.protocols import Codes, Query
@@ -68,6 +69,11 @@ class Recommender:
     def recipe(self) -> Recipe:
         """Settings and weights that were chosen, with the log of all trials."""
         return self._state.recipe
+
+    @property
+    def texts(self) -> Texts:
+        """The items in words and vectors, by code, and the encoder that made the vectors."""
+        return self._state.texts
 
     # ---- making one -----------------------------------------------------------------------------
 
@@ -305,10 +311,16 @@ class Recommender:
         """
         return self.recommend_many([_request(request, fields)])[0]
 
-    def recommend_many(self, requests: Sequence[Request]) -> list[list[Recommendation]]:
-        """Answer many requests; those of a chunk go through each component as one batch."""
-        state = self._ready(lm=self._state.recipe.uses_lm)
+    def recommend_many(self, requests: Sequence[Request], *, lm: bool = True) -> list[list[Recommendation]]:
+        """Answer many requests; those of a chunk go through each component as one batch.
+
+        With ``lm=False`` the language model is neither loaded nor run: the answers are in retrieval order.
+        """
+        state = self._ready(lm=lm and self._state.recipe.uses_lm)
         pipeline = state.pipeline()
+        if not lm:
+            history, query = pipeline.history.with_lm(0.0), pipeline.query.with_lm(0.0)
+            pipeline = replace(pipeline, history=history, query=query)
         answers: list[list[Recommendation]] = []
         for start in range(0, len(requests), CHUNK):
             chunk = requests[start : start + CHUNK]
@@ -430,6 +442,10 @@ class Recommender:
             return np.empty(0, dtype=np.int32)
         codes = state.catalog.find([e.item_id for e in self._store.history(request.user)])
         return codes[codes >= 0]
+
+    def history(self, user: str, limit: int | None = None) -> list[Event]:
+        """Return the latest `limit` stored events of a user, oldest first; none for an unknown user."""
+        return self._store.history(user, limit)
 
     # ---- what changes while serving ---------------------------------------------------------------
 

@@ -41,8 +41,8 @@ LAYERS = [
     {"tuning", "stages"},
     {"offline"},
     {"recommender"},
-    {"testing", "cli_show"},
-    {"cli_evaluate"},
+    {"testing", "cli_show", "serve"},
+    {"cli_evaluate", "cli_serve", "client"},
     {"cli"},
 ]
 HEAVY = {"torch", "transformers", "sentence_transformers", "peft", "accelerate", "datasets"}

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+PROMPTS = ["conversation", "item_tokens", "letters", "likelihood", "yes_no"]
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +23,9 @@ def wheel(tmp_path_factory):
 def test_the_wheel_holds_the_package_and_its_prompts_and_no_more(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert {n.split("/")[0] for n in names if ".dist-info" not in n} == {"llmrec"}
-    assert [n for n in names if n.startswith("llmrec/prompts/")] == ["llmrec/prompts/item_tokens.md"]
+    prompts = [f"llmrec/prompts/{name}.md" for name in PROMPTS]
+    assert sorted(n for n in names if n.startswith("llmrec/prompts/")) == prompts
+    assert "llmrec/serve/openapi.json" in names
     assert "llmrec/py.typed" in names
 
 
@@ -36,8 +39,8 @@ def test_installed_elsewhere_every_prompt_loads(wheel, tmp_path):
         "import llmrec; from pathlib import Path; from llmrec.prompt import Prompt\n"
         "assert Path(llmrec.__file__).is_relative_to(sys.argv[1]), llmrec.__file__\n"
         "folder = Path(llmrec.__file__).parent / 'prompts'\n"
-        "names = [p.stem for p in folder.glob('*.md')]\n"
-        "assert names == ['item_tokens'], names\n"
+        "names = sorted(p.stem for p in folder.glob('*.md'))\n"
+        f"assert names == {PROMPTS}, names\n"
         "print([Prompt.load(n).sha256 for n in names])\n"
     )
     done = subprocess.run(

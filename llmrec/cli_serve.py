@@ -1,0 +1,69 @@
+"""The commands that serve a recommender: over HTTP with MCP, and MCP over standard input and output."""
+
+from __future__ import annotations
+
+import signal
+import socket
+from pathlib import Path
+from types import FrameType
+from typing import Annotated
+
+import typer
+
+from llmrec.cli_show import say
+
+Model = Annotated[Path, typer.Argument(help="Directory of a saved recommender.", show_default=False)]
+Settings = Annotated[Path | None, typer.Option("--config", help="TOML file: keys, limits, batching.")]
+
+
+def serve(
+    model: Model,
+    host: Annotated[str | None, typer.Option(help="Address to listen on; 127.0.0.1 if not given.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port, 8000 if not given; 0 takes a free one.")] = None,
+    config: Settings = None,
+) -> None:
+    """Serve a recommender over HTTP, with MCP at /mcp, until Ctrl-C.
+
+    A host that other machines can reach needs keys: a file with tables [[keys]], each with a name, the
+    SHA-256 of the key, and a role, read or write.
+    """
+    from llmrec.recommender import Recommender
+    from llmrec.serve import ServeConfig, create_app, run_app
+
+    settings = ServeConfig.of(config, host=host, port=port)
+    rec = Recommender.load(model)
+    app = None
+    try:
+        app = create_app(rec, settings)
+        family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+        with socket.create_server((settings.host, settings.port), family=family) as listening:
+            taken = listening.getsockname()[1]
+            shown = f"[{settings.host}]" if ":" in settings.host else settings.host
+            say(f"serving on http://{shown}:{taken}, MCP at /mcp, OpenAPI at /docs; Ctrl-C ends")
+            # As Ctrl-C does, so that what follows is done.
+            signal.signal(signal.SIGTERM, _end)
+            run_app(app, listening)
+    finally:
+        if app is not None and app.state.service.changed:
+            say(f"saving the items that changed in {model}")
+            rec.save(model)
+        rec.close()
+
+
+def mcp(model: Model, config: Settings = None) -> None:
+    """Serve a recommender to one chat app: MCP over standard input and output."""
+    from llmrec.recommender import Recommender
+    from llmrec.serve import ServeConfig, Service, create_server
+
+    rec = Recommender.load(model)
+    service = Service(rec, ServeConfig.of(config))
+    try:
+        service.submit(service.warm_up)
+        create_server(service).run("stdio")
+    finally:
+        service.close()
+        rec.close()
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(0)

@@ -1,0 +1,269 @@
+"""A client of `llmrec serve`, blocking and asynchronous: the verbs of `Recommender` over HTTP."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
+from urllib.parse import quote
+
+from pydantic import BaseModel, TypeAdapter, ValidationError
+
+from llmrec.errors import LLMRecError, NotFoundError, OverloadError, RequestError
+from llmrec.serve import models as m
+from llmrec.types import AttributeValue, Item
+
+if TYPE_CHECKING:
+    import httpx2
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class _Call(Generic[T]):
+    """A call as it is sent, and what its answer is read as (the type of T)."""
+
+    answer: type[T]
+    path: str
+    body: BaseModel | None = None
+    method: str = "POST"
+
+    def sent(self) -> dict[str, Any]:
+        """Arguments of httpx2's `request`."""
+        body = self.body.model_dump(exclude_unset=True) if self.body is not None else None
+        return {"method": self.method, "url": self.path, "json": body}
+
+    def read(self, answer: httpx2.Response) -> T:
+        """Return what a good answer holds; raise what a bad one says."""
+        if answer.is_success:
+            return TypeAdapter(self.answer).validate_json(answer.content or b"null")
+        try:
+            problem = m.Problem.model_validate_json(answer.content)
+        except ValidationError:
+            raise LLMRecError(f"{answer.url} answered {answer.status_code}: {answer.text[:200]}") from None
+        match answer.status_code:
+            case 503:
+                retry_after = answer.headers.get("retry-after", "")
+                raise OverloadError(problem.detail, int(retry_after) if retry_after.isdigit() else 1)
+            case 404:
+                raise NotFoundError(problem.detail)
+            case status if status < 500:
+                raise RequestError(problem.detail)
+        raise LLMRecError(f"{problem.detail} (status {problem.status})")
+
+
+# ---- the verbs as calls: what both clients share --------------------------------------------------------
+
+
+def _items(path: str, model: type[BaseModel], fields: Mapping[str, Any]) -> _Call[m.ItemsResponse]:
+    return _Call(m.ItemsResponse, path, m.read(model, fields))
+
+
+def _predict(items: Sequence[str], fields: Mapping[str, Any]) -> _Call[m.PredictResponse]:
+    return _Call(m.PredictResponse, "/v1/predict", m.read(m.PredictRequest, {"items": list(items), **fields}))
+
+
+def _rerank(query: str, documents: Sequence[Any], fields: Mapping[str, Any]) -> _Call[m.RerankResponse]:
+    asked = {"query": query, "documents": list(documents), **fields}
+    return _Call(m.RerankResponse, "/v2/rerank", m.read(m.RerankRequest, asked))
+
+
+def _embed(texts: Sequence[str]) -> _Call[m.EmbeddingsResponse]:
+    asked = m.read(m.EmbeddingsRequest, {"input": list(texts)})
+    return _Call(m.EmbeddingsResponse, "/v1/embeddings", asked)
+
+
+def _observe(user: str, item: str, timestamp: int | None, weight: float) -> _Call[m.EventsResponse]:
+    event = dict(user_id=user, item_id=item, timestamp=timestamp, weight=weight)
+    return _Call(m.EventsResponse, "/v1/events", m.read(m.EventIn, event))
+
+
+def _put_item(item: Item) -> _Call[m.ItemOut]:
+    values = dict(title=item.title, text=item.text, attributes=m.plain(dict(item.attributes)))
+    return _Call(m.ItemOut, f"/v1/items/{quote(item.item_id, safe='')}", m.read(m.ItemIn, values), "PUT")
+
+
+def _remove_item(item_id: str) -> _Call[None]:
+    return _Call(type(None), f"/v1/items/{quote(item_id, safe='')}", method="DELETE")
+
+
+def _forget(user: str) -> _Call[m.EventsResponse]:
+    return _Call(m.EventsResponse, f"/v1/users/{quote(user, safe='')}", method="DELETE")
+
+
+def _vectors(answer: m.EmbeddingsResponse) -> list[list[float]]:
+    return [one.embedding for one in answer.data if isinstance(one.embedding, list)]
+
+
+def _item(kept: m.ItemOut) -> Item:
+    attributes: dict[str, AttributeValue] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in kept.attributes.items()
+    }
+    return Item(kept.item_id, kept.title, kept.text, attributes)
+
+
+def _http() -> Any:
+    try:
+        import httpx2
+    except ImportError as missing:
+        raise ImportError('the client needs: pip install "llmrec[serve]"') from missing
+    return httpx2
+
+
+def _settings(url: str, key: str | None, timeout: float, transport: Any) -> dict[str, Any]:
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    return {"base_url": url, "headers": headers, "timeout": timeout, "transport": transport}
+
+
+# ---- the clients ----------------------------------------------------------------------------------------
+
+
+class Client:
+    """A blocking client. Fields of a verb are those of the request models in `llmrec.serve.models`.
+
+    Every verb raises `RequestError` for what the server refuses, `NotFoundError` for an unknown item in a
+    path, `OverloadError` with `retry_after` where it is busy, and the errors of httpx2 where it is not there.
+
+    Parameters
+    ----------
+    url
+        Of the server, e.g. ``http://127.0.0.1:8000``.
+    key
+        API key.
+    timeout
+        Seconds.
+    transport
+        Of httpx2, for tests and proxies.
+    """
+
+    def __init__(
+        self, url: str, key: str | None = None, *, timeout: float = 30.0, transport: Any = None
+    ) -> None:
+        self._http: httpx2.Client = _http().Client(**_settings(url, key, timeout, transport))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._http.close()
+
+    def _ask(self, call: _Call[T]) -> T:
+        return call.read(self._http.request(**call.sent()))
+
+    def recommend(self, **fields: Any) -> m.ItemsResponse:
+        """Recommend items; fields of `RecommendRequest`."""
+        return self._ask(_items("/v1/recommend", m.RecommendRequest, fields))
+
+    def search(self, query: str, **fields: Any) -> m.ItemsResponse:
+        """Find items by words; fields of `SearchRequest`."""
+        return self._ask(_items("/v1/search", m.SearchRequest, {"query": query, **fields}))
+
+    def similar(self, item_id: str, **fields: Any) -> m.ItemsResponse:
+        """Find items like one item; fields of `SimilarRequest`."""
+        return self._ask(_items("/v1/similar", m.SimilarRequest, {"item_id": item_id, **fields}))
+
+    def rank(self, items: Sequence[str], **fields: Any) -> m.ItemsResponse:
+        """Order items; fields of `RankRequest`."""
+        return self._ask(_items("/v1/rank", m.RankRequest, {"items": list(items), **fields}))
+
+    def predict(self, items: Sequence[str], **fields: Any) -> dict[str, float]:
+        """Return the probability of each item to be the next; fields of `PredictRequest`."""
+        return self._ask(_predict(items, fields)).probabilities
+
+    def rerank(
+        self, query: str, documents: Sequence[str | Mapping[str, str]], **fields: Any
+    ) -> m.RerankResponse:
+        """Order documents by relevance; fields of `RerankRequest`."""
+        return self._ask(_rerank(query, documents, fields))
+
+    def embed(self, texts: Sequence[str]) -> list[list[float]]:
+        """Return a unit vector for each text."""
+        return _vectors(self._ask(_embed(texts)))
+
+    def observe(self, user: str, item: str, timestamp: int | None = None, weight: float = 1.0) -> None:
+        """Store an event; without a time stamp it happened now."""
+        self._ask(_observe(user, item, timestamp, weight))
+
+    def put_item(self, item: Item) -> Item:
+        """Add or replace an item; return it as the catalogue keeps it."""
+        return _item(self._ask(_put_item(item)))
+
+    def remove_item(self, item_id: str) -> None:
+        """Never return an item again."""
+        self._ask(_remove_item(item_id))
+
+    def forget(self, user: str) -> int:
+        """Erase a user's events; return how many there were."""
+        return self._ask(_forget(user)).events
+
+
+class AsyncClient:
+    """The same as `Client` for asynchronous programs."""
+
+    def __init__(
+        self, url: str, key: str | None = None, *, timeout: float = 30.0, transport: Any = None
+    ) -> None:
+        self._http: httpx2.AsyncClient = _http().AsyncClient(**_settings(url, key, timeout, transport))
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *failure: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._http.aclose()
+
+    async def _ask(self, call: _Call[T]) -> T:
+        return call.read(await self._http.request(**call.sent()))
+
+    async def recommend(self, **fields: Any) -> m.ItemsResponse:
+        """Recommend items; fields of `RecommendRequest`."""
+        return await self._ask(_items("/v1/recommend", m.RecommendRequest, fields))
+
+    async def search(self, query: str, **fields: Any) -> m.ItemsResponse:
+        """Find items by words; fields of `SearchRequest`."""
+        return await self._ask(_items("/v1/search", m.SearchRequest, {"query": query, **fields}))
+
+    async def similar(self, item_id: str, **fields: Any) -> m.ItemsResponse:
+        """Find items like one item; fields of `SimilarRequest`."""
+        return await self._ask(_items("/v1/similar", m.SimilarRequest, {"item_id": item_id, **fields}))
+
+    async def rank(self, items: Sequence[str], **fields: Any) -> m.ItemsResponse:
+        """Order items; fields of `RankRequest`."""
+        return await self._ask(_items("/v1/rank", m.RankRequest, {"items": list(items), **fields}))
+
+    async def predict(self, items: Sequence[str], **fields: Any) -> dict[str, float]:
+        """Return the probability of each item to be the next; fields of `PredictRequest`."""
+        return (await self._ask(_predict(items, fields))).probabilities
+
+    async def rerank(
+        self, query: str, documents: Sequence[str | Mapping[str, str]], **fields: Any
+    ) -> m.RerankResponse:
+        """Order documents by relevance; fields of `RerankRequest`."""
+        return await self._ask(_rerank(query, documents, fields))
+
+    async def embed(self, texts: Sequence[str]) -> list[list[float]]:
+        """Return a unit vector for each text."""
+        return _vectors(await self._ask(_embed(texts)))
+
+    async def observe(self, user: str, item: str, timestamp: int | None = None, weight: float = 1.0) -> None:
+        """Store an event; without a time stamp it happened now."""
+        await self._ask(_observe(user, item, timestamp, weight))
+
+    async def put_item(self, item: Item) -> Item:
+        """Add or replace an item; return it as the catalogue keeps it."""
+        return _item(await self._ask(_put_item(item)))
+
+    async def remove_item(self, item_id: str) -> None:
+        """Never return an item again."""
+        await self._ask(_remove_item(item_id))
+
+    async def forget(self, user: str) -> int:
+        """Erase a user's events; return how many there were."""
+        return (await self._ask(_forget(user))).events

@@ -1,0 +1,65 @@
+"""Serving a recommender to chat and search apps: a service without transport, HTTP and MCP around it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from llmrec.serve.config import ApiKey, ServeConfig
+from llmrec.serve.service import Service
+
+if TYPE_CHECKING:
+    import socket
+
+    from fastapi import FastAPI
+    from mcp.server.mcpserver import MCPServer
+
+    from llmrec.recommender import Recommender
+
+__all__ = ["ApiKey", "ServeConfig", "Service", "create_app", "create_server", "run_app"]
+
+
+def create_app(recommender: Recommender, config: ServeConfig | None = None) -> FastAPI:
+    """Make the HTTP app, with MCP at ``/mcp``; see `llmrec.serve.http.create_app`.
+
+    Raises
+    ------
+    ImportError
+        If the packages for serving are not installed.
+    """
+    try:
+        from llmrec.serve.http import create_app as create
+    except ImportError as missing:
+        raise ImportError('serving over HTTP needs: pip install "llmrec[serve]"') from missing
+    return create(recommender, config)
+
+
+def create_server(recommender: Recommender | Service, *, writable: bool = True) -> MCPServer:
+    """Make the MCP server; see `llmrec.serve.mcp.create_server`.
+
+    Raises
+    ------
+    ImportError
+        If the packages for serving are not installed.
+    """
+    try:
+        from llmrec.serve.mcp import create_server as create
+    except ImportError as missing:
+        raise ImportError('serving over MCP needs: pip install "llmrec[serve]"') from missing
+    return create(recommender, writable=writable)
+
+
+def run_app(app: FastAPI, listening: socket.socket) -> None:
+    """Answer on a socket that listens until SIGINT or SIGTERM; what is under way is finished.
+
+    Raises
+    ------
+    ImportError
+        If the packages for serving are not installed.
+    """
+    try:
+        import uvicorn
+    except ImportError as missing:
+        raise ImportError('serving over HTTP needs: pip install "llmrec[serve]"') from missing
+    # The access log would hold user ids; what went wrong is logged by the app.
+    settings = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False)
+    uvicorn.Server(settings).run(sockets=[listening])

@@ -1,0 +1,75 @@
+"""What the OpenAPI document says beyond the types: examples, the ways to give a key, the errors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from llmrec.serve.gate import OPEN, PROBLEM
+from llmrec.serve.models import Problem
+
+EXAMPLES: dict[str, list[dict[str, Any]]] = {
+    "RecommendRequest": [
+        {"user": "42", "k": 5},
+        {"history": ["i1", "i2"], "where": {"year": {"gte": 1990}}, "exclude": ["i7"]},
+        {"query": "something like Alien, but funny", "budget_ms": 200},
+    ],
+    "SearchRequest": [{"query": "waterproof eyeliner", "user": "42", "k": 5}],
+    "SimilarRequest": [{"item_id": "i1", "k": 5}],
+    "RankRequest": [{"items": ["i3", "i1", "i2"], "user": "42"}],
+    "PredictRequest": [{"items": ["i1", "i2"], "history": ["i0"]}],
+    "EventIn": [{"user_id": "42", "item_id": "i1", "timestamp": 1700000000}],
+    "ItemIn": [{"title": "Alien", "text": "In space.", "attributes": {"year": 1979, "genres": ["Horror"]}}],
+    "RerankRequest": [
+        {"query": "space horror", "documents": ["Alien (1979)", {"text": "Toy Story"}], "top_n": 1},
+        {"query": "", "user": "42", "documents": [{"id": "i1"}, {"id": "i2"}], "return_documents": True},
+    ],
+    "TextsRequest": [{"query": "space horror", "texts": ["Alien", "Toy Story"]}],
+    "EmbeddingsRequest": [{"model": "llmrec", "input": ["space horror"]}],
+}
+
+ERRORS = {
+    "400": "the body is no JSON",
+    "401": "no key that the server knows",
+    "403": "the key may only read",
+    "404": "unknown item",
+    "413": "the body is too large",
+    "422": "the request breaks its schema, a limit, or names what is not there",
+    "503": "too much to do, see Retry-After",
+}
+
+
+def complete(document: dict[str, Any]) -> dict[str, Any]:
+    """Add examples, the ways to give a key, and the errors of each operation."""
+    schemas = document["components"]["schemas"]
+    for name in ("HTTPValidationError", "ValidationError"):
+        schemas.pop(name, None)
+    schemas["Problem"] = Problem.model_json_schema()
+    for name, examples in EXAMPLES.items():
+        schemas[name]["examples"] = examples
+    document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+    answer = {PROBLEM: {"schema": {"$ref": "#/components/schemas/Problem"}}}
+    for path, operations in document["paths"].items():
+        for operation in operations.values():
+            operation["responses"].pop("422", None)
+            for code in _errors_of(path, operation):
+                operation["responses"][code] = {"description": ERRORS[code], "content": answer}
+            if path not in OPEN:
+                operation["security"] = [{}, {"key": []}]
+    return document
+
+
+def _errors_of(path: str, operation: Mapping[str, Any]) -> list[str]:
+    """Return the statuses with which an operation refuses."""
+    if path in OPEN:
+        return ["503"] if path == "/ready" else []
+    codes = {"401"}
+    if operation["tags"] != ["operate"]:
+        codes |= {"422", "503"}
+    if "requestBody" in operation:
+        codes |= {"400", "413"}
+    if "change" in operation["tags"]:
+        codes |= {"403"}
+    if "204" in operation["responses"]:
+        codes |= {"404"}
+    return sorted(codes)

@@ -1,0 +1,313 @@
+"""The HTTP app: routes around `Service`, errors as problem+json, and MCP at ``/mcp``."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from http import HTTPStatus
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, FastAPI, HTTPException, Path, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.openapi.utils import get_openapi
+from mcp.server.transport_security import TransportSecuritySettings
+from pydantic import BaseModel, RootModel
+from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.routing import Route
+
+from llmrec import __version__
+from llmrec.errors import DataError, LLMRecError, NotFoundError, OverloadError, RequestError
+from llmrec.recommender import Recommender
+from llmrec.serve import models as m
+from llmrec.serve.config import ServeConfig
+from llmrec.serve.document import complete
+from llmrec.serve.gate import PROBLEM, App, Gate, Receive, Scope, Send, problem
+from llmrec.serve.mcp import create_server
+from llmrec.serve.metrics import CONTENT_TYPE, Metrics
+from llmrec.serve.service import Service
+
+logger = logging.getLogger(__name__)
+
+ItemId = Annotated[m.Id, Path(description="item id; a slash in it is written %2F")]
+UserId = Annotated[m.Id, Path(description="user id; a slash in it is written %2F")]
+
+
+class _Texts(RootModel[list[m.TextScore]]):
+    """Scores of texts, the best first."""
+
+
+def create_app(recommender: Recommender, config: ServeConfig | None = None) -> FastAPI:
+    """Make the HTTP app of a recommender. It answers once its lifespan has begun; ``/ready`` says when.
+
+    The app does not close the recommender.
+
+    Parameters
+    ----------
+    recommender
+        Fitted or loaded.
+    config
+        Limits, keys and batching; defaults if None.
+    """
+    config = config or ServeConfig()
+    metrics = Metrics()
+    service = Service(recommender, config, metrics.on_batch)
+    metrics.watch(service)
+    mcp = _MCP(service, config)
+    state: dict[str, Any] = {"ready": False, "why": "the model is being loaded"}
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        async with mcp.running():
+            warming = asyncio.create_task(_warm_up(service, state))
+            try:
+                yield
+            finally:
+                await warming
+                await asyncio.to_thread(service.close)
+
+    app = _Documented(
+        config,
+        title="llmrec",
+        version=__version__,
+        summary="Recommendations from a log and a catalogue.",
+        lifespan=lifespan,
+        redoc_url=None,
+    )
+    app.state.service = service
+    for router in (_asking(service), _reranking(service), _changing(service), _watching(metrics, state)):
+        app.include_router(router)
+    app.router.routes.append(Route("/mcp", endpoint=mcp, include_in_schema=False))
+    app.add_exception_handler(LLMRecError, _on_error)
+    app.add_exception_handler(RequestValidationError, _on_invalid)
+    app.add_exception_handler(StarletteHTTPException, _on_http)
+    app.add_middleware(Gate, config=config, on_done=metrics.on_done)
+    return app
+
+
+async def _warm_up(service: Service, state: dict[str, Any]) -> None:
+    try:
+        await asyncio.to_thread(service.warm_up)
+    except Exception as error:
+        logger.exception("the first request failed")
+        state["why"] = f"the first request failed: {type(error).__name__}; see the log"
+    else:
+        state.update(ready=True, why="")
+
+
+def _json(answer: BaseModel, status: int = 200) -> Response:
+    return Response(answer.model_dump_json(exclude_none=True), status, media_type="application/json")
+
+
+# ---- routes -------------------------------------------------------------------------------------------
+
+
+def _asking(service: Service) -> APIRouter:
+    router = APIRouter(prefix="/v1", tags=["recommend"])
+
+    async def pooled(verb: Callable[[Any], BaseModel], body: BaseModel) -> Response:
+        # Numbers become text in the thread too: vectors and long lists take a while.
+        return await asyncio.wrap_future(service.submit(lambda: _json(verb(body))))
+
+    @router.post("/recommend", response_model=m.ItemsResponse)
+    async def recommend(body: m.RecommendRequest) -> Response:
+        """Recommend items to a user, for a history, for a wish in words, or for nobody in particular."""
+        answer = await asyncio.wrap_future(service.begin(body))
+        return _json(answer)
+
+    @router.post("/search", response_model=m.ItemsResponse)
+    async def search(body: m.SearchRequest) -> Response:
+        """Find items by words, in the order that suits who asks."""
+        answer = await asyncio.wrap_future(service.begin(body))
+        return _json(answer)
+
+    @router.post("/similar", response_model=m.ItemsResponse)
+    async def similar(body: m.SimilarRequest) -> Response:
+        """Find items like one item."""
+        return await pooled(service.similar, body)
+
+    @router.post("/rank", response_model=m.ItemsResponse)
+    async def rank(body: m.RankRequest) -> Response:
+        """Order given items, best first; all of them come back."""
+        return await pooled(service.rank, body)
+
+    @router.post("/predict", response_model=m.PredictResponse)
+    async def predict(body: m.PredictRequest) -> Response:
+        """Give the probability that the next event is each item."""
+        return await pooled(service.predict, body)
+
+    @router.post("/embeddings", response_model=m.EmbeddingsResponse, tags=["compatible"])
+    async def embeddings(body: m.EmbeddingsRequest) -> Response:
+        """Turn texts into vectors; the format is that of OpenAI."""
+        return await pooled(service.embed, body)
+
+    return router
+
+
+def _reranking(service: Service) -> APIRouter:
+    router = APIRouter(tags=["compatible"])
+
+    @router.post("/v1/rerank", response_model=m.RerankResponse, operation_id="rerank_v1")
+    @router.post("/v2/rerank", response_model=m.RerankResponse, operation_id="rerank_v2")
+    async def rerank(body: m.RerankRequest) -> Response:
+        """Order documents by relevance; the format is that of Cohere and Jina."""
+        return await asyncio.wrap_future(service.submit(lambda: _json(service.rerank(body))))
+
+    @router.post("/rerank", response_model=list[m.TextScore])
+    async def rerank_texts(body: m.TextsRequest) -> Response:
+        """Order texts by relevance; the format is that of Text Embeddings Inference."""
+        return await asyncio.wrap_future(service.submit(lambda: _json(_Texts(service.rerank_texts(body)))))
+
+    return router
+
+
+def _writer(request: Request) -> None:
+    if request.state.role != "write":
+        raise HTTPException(403, "this key may read only; storing and deleting needs one with role write")
+
+
+def _changing(service: Service) -> APIRouter:
+    router = APIRouter(prefix="/v1", tags=["change"], dependencies=[Depends(_writer)])
+
+    @router.post("/events", status_code=201, response_model=m.EventsResponse)
+    async def store(body: m.EventIn | list[m.EventIn]) -> Response:
+        """Store one event or many; they count in the next request."""
+        events = body if isinstance(body, list) else [body]
+        return _json(await asyncio.wrap_future(service.submit(service.store, events)), 201)
+
+    @router.put("/items/{item_id:path}", response_model=m.ItemOut, responses={201: {"model": m.ItemOut}})
+    async def put_item(item_id: ItemId, body: m.ItemIn) -> Response:
+        """Add an item (201), or replace the one with this id (200); recommendable at once."""
+        item, new = await asyncio.wrap_future(service.submit(service.put_item, item_id, body))
+        return _json(item, 201 if new else 200)
+
+    @router.delete("/items/{item_id:path}", status_code=204)
+    async def remove_item(item_id: ItemId) -> None:
+        """Never return an item again; its events stay."""
+        await asyncio.wrap_future(service.submit(service.remove_item, item_id))
+
+    @router.delete("/users/{user_id:path}", response_model=m.EventsResponse)
+    async def forget(user_id: UserId) -> Response:
+        """Erase all events of a user; the answer says how many there were."""
+        return _json(await asyncio.wrap_future(service.submit(service.forget, user_id)))
+
+    return router
+
+
+def _watching(metrics: Metrics, state: Mapping[str, Any]) -> APIRouter:
+    router = APIRouter(tags=["operate"])
+
+    @router.get("/health")
+    async def health() -> dict[str, str]:
+        """Say that the process answers."""
+        return {"status": "ok", "version": __version__}
+
+    @router.get("/ready")
+    async def ready() -> dict[str, str]:
+        """Say that requests are answered at full speed; 503 until then."""
+        if not state["ready"]:
+            raise HTTPException(503, state["why"], headers={"Retry-After": "1"})
+        return {"status": "ready"}
+
+    @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
+    async def show() -> Response:
+        """Counters for Prometheus."""
+        return Response(metrics.text(), media_type=CONTENT_TYPE)
+
+    return router
+
+
+# ---- MCP ----------------------------------------------------------------------------------------------
+
+
+class _MCP:
+    """The MCP servers as one endpoint: a key that may only read sees no tool that writes."""
+
+    def __init__(self, service: Service, config: ServeConfig) -> None:
+        self._servers = {writable: create_server(service, writable=writable) for writable in (False, True)}
+        # Without keys the SDK refuses other names and origins; who has a key may come from anywhere.
+        guard = TransportSecuritySettings(enable_dns_rebinding_protection=False) if config.keys else None
+        self._apps: dict[bool, App] = {
+            writable: server.streamable_http_app(
+                stateless_http=True,
+                json_response=True,
+                max_request_body_size=config.max_body,
+                transport_security=guard,
+            )
+            for writable, server in self._servers.items()
+        }
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Run the session managers."""
+        async with AsyncExitStack() as stack:
+            for server in self._servers.values():
+                await stack.enter_async_context(server.session_manager.run())
+            yield
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._apps[scope["state"]["role"] == "write"](scope, receive, send)
+
+
+# ---- errors -------------------------------------------------------------------------------------------
+
+
+def _problem(
+    request: Request,
+    status: int,
+    detail: str,
+    code: str,
+    headers: Mapping[str, str] | None = None,
+    errors: list[dict[str, str]] | None = None,
+) -> Response:
+    body = problem(status, detail, code, request.state.request_id, errors)
+    return Response(body, status, headers, media_type=PROBLEM)
+
+
+async def _on_error(request: Request, error: Exception) -> Response:
+    code = type(error).__name__
+    match error:
+        case OverloadError():
+            return _problem(request, 503, str(error), code, {"Retry-After": str(error.retry_after)})
+        case NotFoundError():
+            return _problem(request, 404, str(error), code)
+        case RequestError() | DataError():
+            return _problem(request, 422, str(error), code)
+    # The rest is about this server's own files and models.
+    raise error
+
+
+async def _on_invalid(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    found = [{"at": "/".join(map(str, e["loc"])), "message": e["msg"]} for e in error.errors()]
+    detail = f"{len(found)} problem(s) in the request: " + "; ".join(
+        f"{one['at']}: {one['message']}" for one in found[:3]
+    )
+    return _problem(request, 422, detail, "invalid", errors=found[:50])
+
+
+async def _on_http(request: Request, error: Exception) -> Response:
+    assert isinstance(error, StarletteHTTPException)
+    code = HTTPStatus(error.status_code).name.lower()
+    return _problem(request, error.status_code, error.detail, code, error.headers)
+
+
+# ---- the OpenAPI document -----------------------------------------------------------------------------
+
+
+class _Documented(FastAPI):
+    """An app whose OpenAPI document names the limits, the keys and the errors."""
+
+    def __init__(self, config: ServeConfig, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._config = config
+
+    def openapi(self) -> dict[str, Any]:
+        """Return the document."""
+        if self.openapi_schema is None:
+            made = get_openapi(
+                title=self.title, version=self.version, summary=self.summary, routes=self.routes
+            )
+            self.openapi_schema = complete(m.bounded(made, self._config))
+        return self.openapi_schema

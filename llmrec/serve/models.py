@@ -1,0 +1,346 @@
+"""What a server is asked and what it answers: the wire format of HTTP, of MCP and of the client.
+
+Bounds that a server may set are marked ``x-limit``: `check` enforces them, and the OpenAPI document and
+the schemas of MCP name their values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictFloat,
+    StrictInt,
+    StrictStr,
+    ValidationError,
+)
+
+from llmrec.errors import RequestError
+from llmrec.serve.config import ServeConfig
+from llmrec.types import Recommendation, Seen
+
+M = TypeVar("M", bound=BaseModel)
+
+MARK = "x-limit"
+"""Key in a field's schema; its value is the name of the setting that bounds the field."""
+
+Whole = Annotated[StrictInt, Field(ge=-(2**53), le=2**53)]
+Number = Annotated[StrictFloat, Field(allow_inf_nan=False)]
+Value = StrictStr | StrictBool | Whole | Number | list[StrictStr]
+"""What an item attribute may hold."""
+
+Id = Annotated[str, Field(min_length=1, max_length=500)]
+Ids = list[Id]
+
+
+class Strict(BaseModel):
+    """Values as they are, and no others: the format of this library's own endpoints."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class Loose(BaseModel):
+    """For formats of other services: fields that mean nothing here are left aside."""
+
+    model_config = ConfigDict(extra="ignore")
+
+
+class Asker(Strict):
+    """Whom a request is for."""
+
+    user: Id | None = Field(None, description="id of a user whose stored history counts")
+    history: Ids | None = Field(
+        None,
+        description="item ids, oldest first, in place of a stored history",
+        json_schema_extra={MARK: "max_history"},
+    )
+
+
+class RecommendRequest(Asker):
+    """A request for recommendations; everything may be left out."""
+
+    query: str | None = Field(None, description="a wish in words")
+    k: int = Field(10, ge=1, description="how many at most", json_schema_extra={MARK: "max_k"})
+    where: dict[str, Any] | None = Field(None, description="conditions on item attributes")
+    exclude: Ids = Field([], description="ids never to return", json_schema_extra={MARK: "max_candidates"})
+    seen: Seen = Field("auto", description="whether items of the history may come back")
+    budget_ms: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="answer without the language model where it would take longer",
+    )
+
+
+class SearchRequest(Asker):
+    """Words to find items by; who asks makes the order personal."""
+
+    query: str = Field(min_length=1, pattern=r"\S", description="what to look for, in words")
+    k: int = Field(10, ge=1, description="how many at most", json_schema_extra={MARK: "max_k"})
+    where: dict[str, Any] | None = Field(None, description="conditions on item attributes")
+    budget_ms: float | None = Field(None, gt=0, allow_inf_nan=False)
+
+
+class SimilarRequest(Strict):
+    """A request for items like one item."""
+
+    item_id: Id
+    k: int = Field(10, ge=1, description="how many at most", json_schema_extra={MARK: "max_k"})
+    where: dict[str, Any] | None = Field(None, description="conditions on item attributes")
+
+
+class RankRequest(Asker):
+    """Items to order."""
+
+    items: Ids = Field(description="ids, each once", json_schema_extra={MARK: "max_candidates"})
+    query: str | None = Field(None, description="a wish in words")
+
+
+class PredictRequest(Asker):
+    """Items to give probabilities for."""
+
+    items: Ids = Field(json_schema_extra={MARK: "max_candidates"})
+
+
+class SourceOut(Strict):
+    """Which component found an item, at which rank (0 if it did not), and what it added to the score."""
+
+    name: str
+    rank: int
+    score: float
+
+
+class Recommended(Strict):
+    """One item of an answer. Rank starts at 1; scores compare within one answer only."""
+
+    item_id: str
+    title: str
+    rank: int
+    score: float
+    attributes: dict[str, Value] = {}
+    sources: list[SourceOut] = []
+
+    @classmethod
+    def of(cls, found: Recommendation) -> Recommended:
+        """Make one from what the library returns."""
+        return cls.model_construct(
+            item_id=found.item_id,
+            title=found.title,
+            rank=found.rank,
+            score=found.score,
+            attributes=plain(dict(found.item.attributes)),
+            sources=[
+                SourceOut.model_construct(name=s.name, rank=s.rank, score=s.score) for s in found.sources
+            ],
+        )
+
+
+class ItemsResponse(Strict):
+    """Items, best first. `degraded`: the language model was left out to keep the budget."""
+
+    items: list[Recommended]
+    degraded: bool = False
+
+
+class PredictResponse(Strict):
+    """Probability that the next event is each item; over the whole catalogue they sum to 1."""
+
+    probabilities: dict[str, float]
+
+
+class EventIn(Strict):
+    """One purchase, click or watch. Without a time stamp it happened now."""
+
+    user_id: Id = Field(pattern=r"\S")
+    item_id: Id
+    timestamp: int | None = Field(None, ge=-(10**11), le=10**11, description="seconds since 1970")
+    weight: float = Field(1.0, gt=0, le=1e9, allow_inf_nan=False)
+
+
+class EventsResponse(Strict):
+    """How many events were stored, or erased."""
+
+    events: int
+
+
+class ItemIn(Strict):
+    """An item without its id."""
+
+    title: str = Field(min_length=1, pattern=r"\S")
+    text: str = ""
+    attributes: dict[str, Value] = Field({}, description="of the kinds that the catalogue has")
+
+
+class ItemOut(ItemIn):
+    """An item as the catalogue keeps it: cleaned of control and template characters."""
+
+    item_id: str
+    active: bool = Field(True, description="False for a removed item")
+
+
+class Document(Loose):
+    """Words, or the id of an item of the catalogue; words win where both are given."""
+
+    text: str | None = None
+    id: str | None = None
+
+
+class RerankRequest(Loose):
+    """Documents to order, in the format of Cohere and Jina; `user` and `history` are extensions."""
+
+    model: str = "llmrec"
+    query: str = ""
+    documents: list[str | Document] = Field(
+        description="texts, or ids of the catalogue", json_schema_extra={MARK: "max_candidates"}
+    )
+    top_n: int | None = Field(None, ge=1)
+    return_documents: bool = False
+    user: str | None = None
+    history: list[str] | None = Field(None, json_schema_extra={MARK: "max_history"})
+
+
+class DocumentOut(Strict):
+    """A document that was asked for."""
+
+    text: str
+    id: str | None = None
+
+
+class RerankResult(Strict):
+    """Position of a document in the request, and its relevance in [0, 1]."""
+
+    index: int
+    relevance_score: float
+    document: DocumentOut | None = None
+
+
+class RerankResponse(Strict):
+    """Documents, the most relevant first."""
+
+    id: str
+    model: str
+    results: list[RerankResult]
+    meta: dict[str, Any] = {}
+    usage: dict[str, int] = {}
+
+
+class TextsRequest(Loose):
+    """Texts to order, in the format of Text Embeddings Inference; `user` and `history` are extensions."""
+
+    query: str = ""
+    texts: list[str] = Field(json_schema_extra={MARK: "max_candidates"})
+    return_text: bool = False
+    user: str | None = None
+    history: list[str] | None = Field(None, json_schema_extra={MARK: "max_history"})
+
+
+class TextScore(Strict):
+    """Position of a text in the request, and its relevance in [0, 1]."""
+
+    index: int
+    score: float
+    text: str | None = None
+
+
+class EmbeddingsRequest(Loose):
+    """Texts to turn into vectors, in the format of OpenAI."""
+
+    input: str | list[str] = Field(json_schema_extra={MARK: "max_candidates"})
+    model: str = "llmrec"
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: int | None = Field(None, ge=1, description="only the encoder's own length is known")
+
+
+class Embedding(Strict):
+    """One unit vector: numbers, or float32 little-endian in base64."""
+
+    object: Literal["embedding"] = "embedding"
+    index: int
+    embedding: list[float] | str
+
+
+class EmbeddingsResponse(Strict):
+    """Vectors in the order of the texts; `usage` counts words, since encoders count tokens each their way."""
+
+    object: Literal["list"] = "list"
+    data: list[Embedding]
+    model: str
+    usage: dict[str, int]
+
+
+class Problem(BaseModel):
+    """An error, RFC 9457."""
+
+    type: str = "about:blank"
+    title: str
+    status: int
+    detail: str
+    code: str = Field(description="name of the error in the library, or of the rule of HTTP")
+    request_id: str = ""
+    errors: list[dict[str, str]] | None = Field(None, description="where the request breaks its schema")
+
+
+def plain(attributes: dict[str, Any]) -> dict[str, Any]:
+    """Attributes as JSON has them: lists in place of tuples."""
+    return {n: list(v) if isinstance(v, tuple) else v for n, v in attributes.items()}
+
+
+def read(model: type[M], values: Any) -> M:
+    """Make a request from plain values.
+
+    Raises
+    ------
+    RequestError
+        With every problem at once.
+    """
+    try:
+        return model.model_validate(values)
+    except ValidationError as invalid:
+        problems = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in invalid.errors()]
+        raise RequestError(f"the request is invalid: {'; '.join(problems)}") from None
+
+
+def limited(model: type[BaseModel]) -> Iterator[tuple[str, str]]:
+    """Yield the fields that a setting bounds, with its name."""
+    for name, field in model.model_fields.items():
+        extra = field.json_schema_extra
+        if isinstance(extra, dict) and isinstance(setting := extra.get(MARK), str):
+            yield name, setting
+
+
+def check(request: BaseModel, config: ServeConfig) -> None:
+    """Enforce the bounds that a server sets.
+
+    Raises
+    ------
+    RequestError
+        If a number or a list is beyond its bound.
+    """
+    for name, setting in limited(type(request)):
+        value, bound = getattr(request, name), getattr(config, setting)
+        if isinstance(value, int) and value > bound:
+            raise RequestError(f"{name} may be {bound:,} at most, got {value:,}")
+        if isinstance(value, list) and len(value) > bound:
+            raise RequestError(f"{name} may hold {bound:,} entries at most, got {len(value):,}")
+
+
+def bounded(schema: Any, config: ServeConfig) -> Any:
+    """Return a JSON schema in which the marks of `MARK` became ``maximum`` or ``maxItems``."""
+    if isinstance(schema, list):
+        return [bounded(part, config) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    result = {key: bounded(part, config) for key, part in schema.items() if key != MARK}
+    if MARK in schema:
+        bound = getattr(config, schema[MARK])
+        for part in result.get("anyOf", [result]):
+            if part.get("type") == "integer":
+                part["maximum"] = bound
+            elif part.get("type") == "array":
+                part["maxItems"] = bound
+    return result

@@ -1,0 +1,354 @@
+"""One method for each verb, over a `Recommender`, without any transport: what HTTP and MCP have in common.
+
+    recommend, search -> gathered into batches -> Recommender.recommend_many
+    everything else   -> a bounded pool of threads
+
+There are two lanes of batches, with the language model and without it. The second one answers what the model
+has no weight in, and requests with a budget that the model would overrun: those are degraded.
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+import uuid
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from functools import partial
+from typing import Any, TypeVar
+
+import numpy as np
+
+from llmrec.errors import NotFoundError, RequestError
+from llmrec.protocols import Floats
+from llmrec.recommender import QUERY_LIMIT, Recommender
+from llmrec.serve.batching import Batcher, Pool
+from llmrec.serve.config import ServeConfig
+from llmrec.serve.models import (
+    Document,
+    DocumentOut,
+    Embedding,
+    EmbeddingsRequest,
+    EmbeddingsResponse,
+    EventIn,
+    EventsResponse,
+    ItemIn,
+    ItemOut,
+    ItemsResponse,
+    PredictRequest,
+    PredictResponse,
+    RankRequest,
+    Recommended,
+    RecommendRequest,
+    RerankRequest,
+    RerankResponse,
+    RerankResult,
+    SearchRequest,
+    SimilarRequest,
+    TextScore,
+    TextsRequest,
+    check,
+    plain,
+)
+from llmrec.serve.summary import summarise
+from llmrec.text import neutralise
+from llmrec.types import Item, Request
+
+A = TypeVar("A")
+_Asked = tuple[Request, bool]
+"""A request, and whether the language model is left out to keep its budget."""
+
+DOCUMENT_LIMIT = 5_000
+"""Longest document to rerank in characters; the rest is not read."""
+
+
+class Service:
+    """Answers requests from many threads. Made for one recommender, which it does not close.
+
+    Parameters
+    ----------
+    recommender
+        Fitted or loaded.
+    config
+        Limits, sizes of batches and queues; defaults if None.
+    on_batch
+        Told of every batch: how many requests it held, and how many of them were degraded.
+    """
+
+    def __init__(
+        self,
+        recommender: Recommender,
+        config: ServeConfig | None = None,
+        on_batch: Callable[[int, int], None] = lambda size, degraded: None,
+    ) -> None:
+        self.recommender = recommender
+        self.config = config or ServeConfig()
+        self.on_batch = on_batch
+        self.changed = False  # whether items were put or removed, which only `Recommender.save` keeps
+        c = self.config
+        lane = partial(Batcher[_Asked, ItemsResponse], batch=c.batch, wait=c.wait_ms / 1e3, limit=c.queue)
+        self.with_lm = lane(partial(self._answer, lm=True))
+        self.without_lm = lane(partial(self._answer, lm=False))
+        self.pool = Pool(c.workers, c.queue)
+
+    def close(self) -> None:
+        """Answer what is under way and end the threads."""
+        for part in (self.with_lm, self.without_lm, self.pool):
+            part.close()
+
+    def warm_up(self) -> None:
+        """Load the language model and measure a request, so that the first budget is kept."""
+        catalog = self.recommender.catalog
+        active = np.flatnonzero(catalog.active)[:1]
+        history = [catalog.ids[code] for code in active]
+        self.recommender.recommend_many([Request(history=history, k=1)])
+        self.recommend(RecommendRequest(history=history, k=1))
+
+    # ---- in batches -------------------------------------------------------------------------------
+
+    def begin(self, body: RecommendRequest | SearchRequest) -> Future[ItemsResponse]:
+        """Queue a request and return the answer to come.
+
+        Raises
+        ------
+        RequestError
+            If the request is invalid or beyond a limit; what only the catalogue can tell is raised by
+            the future.
+        OverloadError
+            If too many requests wait.
+        """
+        check(body, self.config)
+        seen = body.seen if isinstance(body, RecommendRequest) else "include"
+        request = Request(
+            user=body.user,
+            history=body.history,
+            query=body.query,
+            k=body.k,
+            where=body.where,
+            exclude=body.exclude if isinstance(body, RecommendRequest) else (),
+            seen=seen,
+        )
+        recipe = self.recommender.recipe
+        typed = body.query is not None and body.query.strip()
+        weights = recipe.query if typed else recipe.history
+        if weights.most_lm == 0 and weights.plain is None:
+            return self.without_lm.submit((request, False))
+        if body.budget_ms is not None and self._seconds_with_lm() > body.budget_ms / 1e3:
+            return self.without_lm.submit((request, True))
+        return self.with_lm.submit((request, False))
+
+    def _seconds_with_lm(self) -> float:
+        """How long the language model would take for one more, after all who wait for it."""
+        return self.with_lm.load.expected() + self.config.wait_ms / 1e3
+
+    def _answer(self, asked: Sequence[_Asked], *, lm: bool) -> list[ItemsResponse]:
+        found = self.recommender.recommend_many([request for request, _ in asked], lm=lm)
+        self.on_batch(len(asked), sum(degraded for _, degraded in asked))
+        return [
+            ItemsResponse.model_construct(items=[Recommended.of(r) for r in items], degraded=degraded)
+            for items, (_, degraded) in zip(found, asked, strict=True)
+        ]
+
+    def recommend(self, body: RecommendRequest) -> ItemsResponse:
+        """Recommend items to a user, for a history, for words, or for nobody in particular."""
+        return self.begin(body).result()
+
+    def search(self, body: SearchRequest) -> ItemsResponse:
+        """Find items by words, in the order that suits who asks; seen items may come back."""
+        return self.begin(body).result()
+
+    # ---- one by one -------------------------------------------------------------------------------
+
+    def submit(self, verb: Callable[..., A], *arguments: Any) -> Future[A]:
+        """Run a verb in the pool and return its result to come; OverloadError if too many wait."""
+        return self.pool.submit(verb, *arguments)
+
+    def similar(self, body: SimilarRequest) -> ItemsResponse:
+        """Return items like one item."""
+        check(body, self.config)
+        found = self.recommender.similar(body.item_id, body.k, body.where)
+        return ItemsResponse(items=[Recommended.of(r) for r in found])
+
+    def rank(self, body: RankRequest) -> ItemsResponse:
+        """Order given items, best first; all of them come back."""
+        check(body, self.config)
+        found = self.recommender.rank(body.items, body.user, body.history, body.query)
+        return ItemsResponse(items=[Recommended.of(r) for r in found])
+
+    def predict(self, body: PredictRequest) -> PredictResponse:
+        """Return how probable each item is to be the next."""
+        check(body, self.config)
+        return PredictResponse(probabilities=self.recommender.predict(body.items, body.user, body.history))
+
+    def rerank(self, body: RerankRequest) -> RerankResponse:
+        """Order documents by relevance to the query and to who asks.
+
+        Ids of the catalogue alone are ordered by the recommender, as `rank` does; as soon as there are
+        words among them, all are compared by `score_documents`.
+        """
+        check(body, self.config)
+        documents = [Document(text=d) if isinstance(d, str) else d for d in body.documents]
+        for row, document in enumerate(documents):
+            if document.text is None and document.id is None:
+                raise RequestError(f"document {row} has neither text nor id; give text, {{text}} or {{id}}")
+        scores = self._relevance(documents, body.query, body.user, body.history)
+        order = sorted(range(len(documents)), key=lambda row: (-scores[row], row))[: body.top_n]
+        results = [
+            RerankResult(
+                index=row,
+                relevance_score=scores[row],
+                document=self._shown(documents[row]) if body.return_documents else None,
+            )
+            for row in order
+        ]
+        words = len(body.query.split()) + sum(len((d.text or "").split()) for d in documents)
+        return RerankResponse(
+            id=uuid.uuid4().hex,
+            model=body.model,
+            results=results,
+            meta={"api_version": {"version": "2"}, "billed_units": {"search_units": 1}},
+            usage={"total_tokens": words},
+        )
+
+    def rerank_texts(self, body: TextsRequest) -> list[TextScore]:
+        """Order texts by relevance to the query and to who asks."""
+        check(body, self.config)
+        documents = [Document(text=text) for text in body.texts]
+        scores = self._relevance(documents, body.query, body.user, body.history)
+        order = sorted(range(len(documents)), key=lambda row: (-scores[row], row))
+        return [
+            TextScore(index=row, score=scores[row], text=body.texts[row] if body.return_text else None)
+            for row in order
+        ]
+
+    def _relevance(
+        self, documents: Sequence[Document], query: str, user: str | None, history: Sequence[str] | None
+    ) -> list[float]:
+        """Relevance of each document in [0, 1]."""
+        rec = self.recommender
+        if not query.strip() and user is None and history is None:
+            raise RequestError("relevant to what? give a query, a user or a history")
+        ids = [d.id for d in documents if d.text is None and d.id is not None]
+        Request(user=user, history=history)
+        if ids and len(ids) == len(documents):
+            found = rec.rank(list(dict.fromkeys(ids)), user, history, query or None)
+            by_id = {r.item_id: 1.0 / (1.0 + math.exp(-r.score)) for r in found}
+            return [by_id[item_id] for item_id in ids]
+        if history is None:
+            past = [e.item_id for e in rec.history(user)] if user is not None else []
+            history = [item_id for item_id in past if item_id in rec.catalog]
+        return [float(score) for score in score_documents(rec, documents, query, history)]
+
+    def _shown(self, document: Document) -> DocumentOut:
+        if document.text is not None or document.id is None:
+            return DocumentOut(text=document.text or "", id=document.id)
+        catalog = self.recommender.catalog
+        return DocumentOut(text=catalog.titles[catalog.code(document.id)], id=document.id)
+
+    def embed(self, body: EmbeddingsRequest) -> EmbeddingsResponse:
+        """Turn texts into unit vectors with the encoder of the catalogue."""
+        check(body, self.config)
+        texts = [body.input] if isinstance(body.input, str) else body.input
+        if not texts:
+            raise RequestError("nothing to embed: input is an empty list")
+        encoder = self.recommender.texts.encoder
+        if body.dimensions not in (None, encoder.dim):
+            raise RequestError(f"this encoder's vectors have {encoder.dim} numbers, got {body.dimensions}")
+        vectors = encoder.encode(texts)
+        shown = vectors.tolist() if body.encoding_format == "float" else [_base64(v) for v in vectors]
+        words = sum(len(text.split()) for text in texts)
+        return EmbeddingsResponse(
+            data=[Embedding(index=row, embedding=vector) for row, vector in enumerate(shown)],
+            model=body.model,
+            usage={"prompt_tokens": words, "total_tokens": words},
+        )
+
+    # ---- what changes -----------------------------------------------------------------------------
+
+    def store(self, events: Sequence[EventIn]) -> EventsResponse:
+        """Store events; they count in the next request. If an item is unknown, none is stored."""
+        if len(events) > self.config.max_events:
+            raise RequestError(f"{self.config.max_events:,} events at most at once, got {len(events):,}")
+        self.recommender.catalog.codes([e.item_id for e in events])
+        for e in events:
+            self.recommender.observe(e.user_id, e.item_id, e.timestamp, e.weight)
+        return EventsResponse(events=len(events))
+
+    def put_item(self, item_id: str, body: ItemIn) -> tuple[ItemOut, bool]:
+        """Add an item or replace the one with this id; return it as kept, and whether it is new."""
+        new = item_id not in self.recommender.catalog
+        attributes = {n: tuple(v) if isinstance(v, list) else v for n, v in body.attributes.items()}
+        self.recommender.add_items([Item(item_id, body.title, body.text, attributes)])
+        self.changed = True
+        return self.item(item_id), new
+
+    def remove_item(self, item_id: str) -> None:
+        """Never return an item again; NotFoundError if it is unknown."""
+        self._known(item_id)
+        self.recommender.remove_items([item_id])
+        self.changed = True
+
+    def forget(self, user_id: str) -> EventsResponse:
+        """Erase a user's events; return how many there were."""
+        return EventsResponse(events=self.recommender.forget(user_id))
+
+    # ---- the catalogue ----------------------------------------------------------------------------
+
+    def item(self, item_id: str) -> ItemOut:
+        """Return an item of the catalogue; NotFoundError if it is unknown."""
+        self._known(item_id)
+        catalog = self.recommender.catalog
+        code = catalog.code(item_id)
+        item = catalog.item(code)
+        return ItemOut(
+            item_id=item.item_id,
+            title=item.title,
+            text=item.text,
+            attributes=plain(dict(item.attributes)),
+            active=bool(catalog.active[code]),
+        )
+
+    def attributes(self) -> dict[str, dict[str, Any]]:
+        """Return what conditions can name, see `llmrec.serve.summary.summarise`."""
+        return summarise(self.recommender.catalog)
+
+    def _known(self, item_id: str) -> None:
+        try:
+            self.recommender.catalog.code(item_id)
+        except RequestError as unknown:
+            raise NotFoundError(str(unknown)) from None
+
+
+def score_documents(
+    recommender: Recommender, documents: Sequence[Document], query: str, history: Sequence[str]
+) -> Floats:
+    """Relevance of documents to a query and a history in [0, 1], shape (len(documents),).
+
+    (1 + c) / 2, where c is the mean of the cosines between a document and what there is of: the query, and
+    the mean vector of the history's items. A document is words, or an item of the catalogue.
+
+    Raises
+    ------
+    RequestError
+        If an id is unknown.
+    """
+    catalog, texts = recommender.catalog, recommender.texts
+    past = catalog.codes(list(history))
+    words = [neutralise(d.text, DOCUMENT_LIMIT) if d.text is not None else "" for d in documents]
+    wish = neutralise(query, QUERY_LIMIT)
+    encoded = texts.encoder.encode([*words, wish])
+    vectors, asked = encoded[:-1].copy(), [encoded[-1]] if wish else []
+    items = [row for row, d in enumerate(documents) if d.text is None]
+    vectors[items] = texts.vectors[catalog.codes([documents[row].id or "" for row in items])]
+    if len(past):
+        mean = texts.vectors[past].mean(axis=0)
+        asked.append(mean / max(float(np.linalg.norm(mean)), 1e-12))
+    if not asked:
+        return np.full(len(documents), 0.5, dtype=np.float32)
+    cosines = np.clip(vectors @ np.mean(asked, axis=0), -1.0, 1.0)
+    relevance: Floats = ((1.0 + cosines) / 2.0).astype(np.float32)
+    return relevance
+
+
+def _base64(vector: Floats) -> str:
+    return base64.b64encode(vector.astype("<f4").tobytes()).decode("ascii")

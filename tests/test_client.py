@@ -1,0 +1,143 @@
+"""The client, blocking and asynchronous, against a real server in a thread."""
+
+import asyncio
+import hashlib
+import inspect
+import socket
+import threading
+import time
+
+import pytest
+
+from llmrec import Item, Recommender
+from llmrec.client import AsyncClient, Client
+from llmrec.errors import LLMRecError, NotFoundError, OverloadError, RequestError
+from llmrec.serve import ServeConfig, create_app
+from llmrec.testing import toy_data
+
+pytest.importorskip("fastapi")
+import httpx2
+import uvicorn
+
+KEY = "a key"
+
+
+@pytest.fixture(scope="module")
+def rec():
+    return Recommender.fit(*toy_data(), {"encoder": {"name": "light", "dim": 16}})
+
+
+@pytest.fixture(scope="module")
+def url(rec):
+    key = {"name": "app", "role": "write", "sha256": hashlib.sha256(KEY.encode()).hexdigest()}
+    app = create_app(rec, ServeConfig.of({"keys": [key]}))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+        thread.start()
+        while not server.started:
+            assert thread.is_alive()
+            time.sleep(0.01)
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        server.should_exit = True
+        thread.join()
+
+
+class Blocking:
+    """An asynchronous client whose verbs block, so that one test asks both."""
+
+    def __init__(self, url, key):
+        self._runner = asyncio.Runner()
+        self._client = AsyncClient(url, key)
+
+    def __getattr__(self, name):
+        verb = getattr(self._client, name)
+        return lambda *arguments, **fields: self._runner.run(verb(*arguments, **fields))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *failure):
+        self.close()
+        self._runner.close()
+
+
+@pytest.fixture(params=[Client, Blocking])
+def client(request, url):
+    with request.param(url, KEY) as made:
+        yield made
+
+
+def ids(answer):
+    return [r.item_id for r in getattr(answer, "items", answer)]
+
+
+def test_every_verb_answers_as_the_library_does(rec, client):
+    found = client.recommend(user="u1", k=4, where={"brand": "Acme"})
+    assert ids(found) == ids(rec.recommend(user="u1", k=4, where={"brand": "Acme"})) and not found.degraded
+    assert found.items[0].attributes["brand"] == "Acme" and found.items[0].sources[0].name
+    assert ids(client.search("silver river", k=3)) == ids(rec.search("silver river", k=3))
+    assert ids(client.similar("i3", k=3)) == ids(rec.similar("i3", k=3))
+    assert ids(client.rank(["i9", "i3"], user="u1")) == ids(rec.rank(["i9", "i3"], user="u1"))
+    assert client.predict(["i9", "i3"], user="u1") == pytest.approx(rec.predict(["i9", "i3"], user="u1"))
+    assert [r.index for r in client.rerank("river", ["Piano", {"text": "Blue River"}]).results] == [1, 0]
+    assert client.embed(["piano"])[0] == pytest.approx(rec.texts.encoder.encode(["piano"])[0].tolist())
+
+
+def test_what_is_changed_counts(rec, client):
+    client.observe("we/ird", "i4")
+    assert ids(client.recommend(user="we/ird"))[0] == "i5"
+    assert client.forget("we/ird") == 1 and client.forget("we/ird") == 0
+    item = Item("n/1", "Zeppelin", attributes={"genres": ("Drama", "Waltz"), "brand": "Acme"})
+    assert client.put_item(item) == item
+    assert ids(client.search("zeppelin", k=1)) == ["n/1"]
+    client.remove_item("n/1")
+    assert not rec.catalog.active[rec.catalog.code("n/1")]
+
+
+def test_errors_are_those_of_the_library(client, url, request):
+    with pytest.raises(RequestError, match="unknown: 'nowhere'"):
+        client.recommend(history=["nowhere"])
+    with pytest.raises(RequestError, match="usr"):
+        client.recommend(usr="u1")
+    with pytest.raises(NotFoundError, match="unknown item 'nowhere'"):
+        client.remove_item("nowhere")
+    with Client(url, "another key") as stranger, pytest.raises(RequestError, match="needs a key"):
+        stranger.recommend()
+
+
+@pytest.mark.parametrize(
+    "status,headers,body,error,words",
+    [
+        (
+            503,
+            {"retry-after": "7"},
+            {"detail": "too much", "code": "OverloadError"},
+            OverloadError,
+            "too much",
+        ),
+        (500, {}, {"detail": "inside", "code": "internal"}, LLMRecError, r"inside \(status 500\)"),
+        (502, {}, "<html>", LLMRecError, "answered 502: <html>"),
+    ],
+)
+def test_what_a_server_in_trouble_says(status, headers, body, error, words):
+    def answer(request):
+        if isinstance(body, str):
+            return httpx2.Response(status, text=body)
+        return httpx2.Response(status, headers=headers, json={"title": "t", "status": status, **body})
+
+    with Client("http://there", transport=httpx2.MockTransport(answer)) as client:
+        with pytest.raises(error, match=words) as raised:
+            client.recommend(user="u1")
+        assert getattr(raised.value, "retry_after", 7) == 7
+
+
+def test_both_clients_have_the_same_verbs():
+    def verbs(client):
+        return {
+            name: str(inspect.signature(function))
+            for name, function in vars(client).items()
+            if inspect.isfunction(function) and not name.startswith("_")
+        }
+
+    assert verbs(Client) == verbs(AsyncClient) and len(verbs(Client)) == 12

@@ -1,0 +1,476 @@
+"""HTTP: every endpoint, every refusal, keys, the OpenAPI document, and a real server process."""
+
+import concurrent.futures
+import hashlib
+import itertools
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from llmrec import Recommender
+from llmrec.errors import OverloadError
+from llmrec.serve import ServeConfig, create_app
+from llmrec.testing import toy_data
+
+pytest.importorskip("fastapi")
+import httpx2
+import schemathesis
+from hypothesis import HealthCheck, given, settings
+from schemathesis import checks
+from starlette.testclient import TestClient
+
+LIGHT = {"encoder": {"name": "light", "dim": 16}}
+URL = "http://127.0.0.1:8000"
+OPENAPI = Path(__file__).parent.parent / "llmrec" / "serve" / "openapi.json"
+READ, WRITE = "key that reads", "key that writes"
+KEYS = [
+    {"name": role, "role": role, "sha256": hashlib.sha256(key.encode()).hexdigest()}
+    for role, key in (("read", READ), ("write", WRITE))
+]
+
+
+def fit():
+    return Recommender.fit(*toy_data(), LIGHT)
+
+
+@pytest.fixture(scope="module")
+def rec():
+    return fit()
+
+
+@pytest.fixture(scope="module")
+def http(rec):
+    with TestClient(create_app(rec), base_url=URL) as client:
+        yield client
+
+
+def client_of(rec, **values):
+    return TestClient(create_app(rec, ServeConfig.of(values)), base_url=URL, raise_server_exceptions=False)
+
+
+def ids(answer):
+    assert answer.status_code == 200, answer.text
+    return [one["item_id"] for one in answer.json()["items"]]
+
+
+def wait_until_ready(get):
+    for _ in range(600):
+        if get("/ready").status_code == 200:
+            return
+        time.sleep(0.05)
+    raise AssertionError(get("/ready").text)
+
+
+# ---- what works ----------------------------------------------------------------------------------------
+
+
+def test_the_verbs_answer_as_the_library_does(rec, http):
+    def expect(found):
+        return [r.item_id for r in found]
+
+    asked = {"user": "u1", "k": 4, "where": {"brand": ["Acme", "Dune"]}, "exclude": ["i0"]}
+    answer = http.post("/v1/recommend", json=asked)
+    assert ids(answer) == expect(rec.recommend(**asked))
+    first = answer.json()["items"][0]
+    assert first["rank"] == 1 and first["title"] and first["sources"][0]["name"]
+    assert isinstance(first["attributes"]["genres"], list)
+    assert answer.json()["degraded"] is False
+    assert ids(http.post("/v1/recommend", json={})) == expect(rec.recommend())
+    asked = {"query": "silver river", "user": "u1", "k": 3}
+    assert ids(http.post("/v1/search", json=asked)) == expect(rec.search("silver river", user="u1", k=3))
+    assert ids(http.post("/v1/similar", json={"item_id": "i3", "k": 5})) == expect(rec.similar("i3", 5))
+    asked = {"items": ["i9", "i3", "i20"], "history": ["i2"]}
+    assert ids(http.post("/v1/rank", json=asked)) == expect(rec.rank(**asked))
+    p = http.post("/v1/predict", json=asked).json()["probabilities"]
+    assert p == pytest.approx(rec.predict(**asked))
+
+
+def test_rerank_has_the_shape_of_cohere_and_jina(http):
+    for path in ("/v1/rerank", "/v2/rerank"):
+        body = {"model": "rerank-v3", "query": "river", "documents": ["Piano", {"text": "Blue River"}]}
+        answer = http.post(path, json={**body, "return_documents": True, "max_chunks_per_doc": 3}).json()
+        assert [r["index"] for r in answer["results"]] == [1, 0]
+        assert answer["results"][0]["document"]["text"] == "Blue River"
+        assert 1 >= answer["results"][0]["relevance_score"] > answer["results"][1]["relevance_score"] >= 0
+        assert answer["id"] and answer["model"] == "rerank-v3"
+        short = http.post(path, json={**body, "top_n": 1}).json()
+        assert len(short["results"]) == 1 and "document" not in short["results"][0]
+    body = {"user": "u1", "documents": [{"id": "i3"}, {"id": "i9"}], "return_documents": True}
+    first = http.post("/v2/rerank", json=body).json()["results"][0]["document"]
+    assert first["id"] in ("i3", "i9") and first["text"]
+
+
+def test_rerank_of_texts_has_the_shape_of_text_embeddings_inference(http):
+    asked = {"query": "river", "texts": ["Piano", "Blue River"], "raw_scores": False}
+    answer = http.post("/rerank", json=asked).json()
+    assert [one["index"] for one in answer] == [1, 0] and set(answer[0]) == {"index", "score"}
+    answer = http.post("/rerank", json={**asked, "query": "", "history": ["i3"], "return_text": True})
+    assert {one["text"] for one in answer.json()} == {"Piano", "Blue River"}
+
+
+def test_embeddings_have_the_shape_of_openai(rec, http):
+    answer = http.post("/v1/embeddings", json={"input": ["river", "piano"], "model": "m", "user": "x"}).json()
+    assert answer["object"] == "list" and answer["model"] == "m" and answer["usage"]["total_tokens"] == 2
+    assert [one["index"] for one in answer["data"]] == [0, 1]
+    assert answer["data"][1]["embedding"] == pytest.approx(rec.texts.encoder.encode(["piano"])[0].tolist())
+
+
+def test_events_items_and_users_change_what_is_answered():
+    with client_of(fit()) as http:
+        event = {"user_id": "new/1", "item_id": "i4"}
+        assert http.post("/v1/events", json=event).json() == {"events": 1}
+        many = [{**event, "item_id": "i5", "timestamp": 1_800_000_000}, {**event, "weight": 2.0}]
+        assert http.post("/v1/events", json=many).status_code == 201
+        assert ids(http.post("/v1/recommend", json={"user": "new/1"}))[0] == "i6"
+        item = {"title": "Zeppelin Waltz", "attributes": {"brand": "Acme", "genres": ["Drama"]}}
+        put = http.put("/v1/items/a%2Fb%20c", json=item)
+        assert put.status_code == 201 and put.json()["item_id"] == "a/b c"
+        assert http.put("/v1/items/a%2Fb%20c", json=item).status_code == 200
+        assert ids(http.post("/v1/search", json={"query": "zeppelin", "k": 1})) == ["a/b c"]
+        gone = http.delete("/v1/items/a%2Fb%20c")
+        assert gone.status_code == 204 and gone.content == b""
+        assert "a/b c" not in ids(http.post("/v1/search", json={"query": "zeppelin"}))
+        assert http.delete("/v1/users/new%2F1").json() == {"events": 3}
+        assert http.delete("/v1/users/new%2F1").json() == {"events": 0}
+
+
+def test_health_readiness_and_metrics(rec):
+    with client_of(rec) as http:
+        assert http.get("/health").json()["status"] == "ok"
+        wait_until_ready(http.get)
+        http.post("/v1/recommend", json={})
+        http.get("/nowhere/u1")
+        shown = http.get("/metrics")
+        assert shown.headers["content-type"].startswith("text/plain")
+        assert 'llmrec_requests_total{method="POST",route="/v1/recommend",status="200"} 1.0' in shown.text
+        assert 'llmrec_requests_total{method="GET",route="other",status="404"} 1.0' in shown.text
+        assert "llmrec_batch_size_count 2.0" in shown.text
+        assert 'llmrec_pending{lane="plain"} 0.0' in shown.text
+    starting = TestClient(create_app(rec), base_url=URL)
+    assert starting.get("/ready").status_code == 503
+
+
+# ---- what is refused -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "method,path,body,status,words",
+    [
+        ("POST", "/v1/recommend", {"k": 101}, 422, "k may be 100 at most, got 101"),
+        ("POST", "/v1/recommend", {"k": 0}, 422, "body/k"),
+        ("POST", "/v1/recommend", {"k": "5"}, 422, "body/k"),
+        ("POST", "/v1/recommend", {"usr": "u1"}, 422, "body/usr"),
+        ("POST", "/v1/recommend", {"user": "u1", "history": []}, 422, "not both"),
+        ("POST", "/v1/recommend", {"history": ["i1"] * 1001}, 422, "1,000 entries at most"),
+        ("POST", "/v1/recommend", {"history": ["nowhere"]}, 422, "unknown: 'nowhere'"),
+        ("POST", "/v1/recommend", {"where": {"colour": "red"}}, 422, "colour"),
+        ("POST", "/v1/recommend", {"budget_ms": 0}, 422, "budget_ms"),
+        ("POST", "/v1/search", {"query": "  "}, 422, "body/query"),
+        ("POST", "/v1/similar", {"item_id": "nowhere"}, 422, "unknown item 'nowhere'"),
+        ("POST", "/v1/rank", {"items": ["i1", "i1"]}, 422, "twice"),
+        ("POST", "/v1/rank", {"items": ["i1"] * 1001}, 422, "1,000 entries at most"),
+        ("POST", "/v1/predict", {"items": ["nowhere"]}, 422, "nowhere"),
+        ("POST", "/v1/rerank", {"documents": ["a"]}, 422, "relevant to what"),
+        ("POST", "/v1/embeddings", {"input": [], "model": "m"}, 422, "empty list"),
+        ("POST", "/v1/events", {"user_id": " ", "item_id": "i1"}, 422, "user_id"),
+        ("POST", "/v1/events", [{"user_id": "u1", "item_id": "nowhere"}], 422, "nowhere"),
+        ("PUT", "/v1/items/i1", {"title": " "}, 422, "title"),
+        ("PUT", "/v1/items/i1", {"title": "a", "attributes": {"year": "soon"}}, 422, "year"),
+        ("DELETE", "/v1/items/nowhere", None, 404, "unknown item 'nowhere'"),
+        ("GET", "/v1/recommend", None, 405, "Method Not Allowed"),
+        ("GET", "/nowhere", None, 404, "Not Found"),
+    ],
+)
+def test_a_refusal_is_a_problem_in_the_words_of_the_library(http, method, path, body, status, words):
+    answer = http.request(method, path, json=body, headers={"X-Request-ID": "mine-1"})
+    assert answer.status_code == status, answer.text
+    assert answer.headers["content-type"] == "application/problem+json"
+    assert answer.headers["x-request-id"] == "mine-1"
+    problem = answer.json()
+    assert problem["type"] == "about:blank" and problem["status"] == status and problem["title"]
+    assert problem["request_id"] == "mine-1" and problem["code"]
+    assert words in problem["detail"]
+    assert "Traceback" not in answer.text
+
+
+def test_what_is_not_json_is_a_problem_too(http):
+    head = {"content-type": "application/json"}
+    for body in (b"{", b"[" * 100_000, b'{"query": "\\ud800"}', b"\xff\xfe", b'{"k": 1e999}'):
+        answer = http.post("/v1/recommend", content=body, headers=head)
+        assert answer.status_code in (400, 422), body[:20]
+        assert answer.headers["content-type"] == "application/problem+json"
+    half = b'{"query": "a", "documents": ["\\uD83D"], "return_documents": true}'
+    assert http.post("/v1/rerank", content=half, headers=head).status_code == 400
+    whole = half.replace(b"D83D", b"D83D\\ude00")
+    assert (
+        http.post("/v1/rerank", content=whole, headers=head).json()["results"][0]["document"]["text"] == "😀"
+    )
+
+
+def test_request_ids_come_back_or_are_made(http):
+    for bad in ("bad id", "x" * 200, "a\tb", ""):
+        assert re.fullmatch(
+            "[0-9a-f]{32}", http.get("/health", headers={"X-Request-ID": bad}).headers["x-request-id"]
+        )
+    assert http.get("/health").headers["x-request-id"] != http.get("/health").headers["x-request-id"]
+
+
+def test_a_body_over_the_limit_is_refused_said_or_streamed(rec):
+    with client_of(rec, max_body=2000) as http:
+        fits = json.dumps({"query": "x" * 1900})
+        assert http.post("/v1/recommend", content=fits).status_code in (200, 422)
+        large = b" " * 3000
+        assert http.post("/v1/recommend", content=large).status_code == 413
+        streamed = http.post("/v1/recommend", content=(large[:700] for _ in range(4)))
+        assert streamed.status_code == 413 and "2,000 bytes" in streamed.json()["detail"]
+        assert http.post("/mcp", content=large).status_code == 413
+
+
+def test_keys_open_what_their_role_allows(rec):
+    event = {"user_id": "keyed", "item_id": "i1"}
+    with client_of(rec, keys=KEYS, host="0.0.0.0") as http:
+
+        def ask(method, path, key=None, body=None, header="Authorization"):
+            value = f"Bearer {key}" if header == "Authorization" else key
+            return http.request(method, path, json=body, headers={header: value} if key else {})
+
+        for path in ("/health", "/ready", "/openapi.json", "/docs"):
+            assert http.get(path).status_code in (200, 503)
+        for method, path in (("POST", "/v1/recommend"), ("GET", "/metrics"), ("POST", "/mcp"), ("GET", "/x")):
+            for key in (None, "wrong", READ.upper()):
+                refused = ask(method, path, key, {})
+                assert refused.status_code == 401 and refused.headers["www-authenticate"] == "Bearer"
+                assert refused.json()["code"] == "unauthorized"
+        assert ask("POST", "/v1/recommend", READ, {}).status_code == 200
+        assert ask("POST", "/v1/recommend", READ, {}, header="X-API-Key").status_code == 200
+        for method, path, body in (
+            ("POST", "/v1/events", event),
+            ("PUT", "/v1/items/i1", {"title": "a"}),
+            ("DELETE", "/v1/items/i1", None),
+            ("DELETE", "/v1/users/u1", None),
+        ):
+            refused = ask(method, path, READ, body)
+            assert refused.status_code == 403 and "role write" in refused.json()["detail"]
+        assert rec.history("keyed") == [] and rec.history("u1")
+        assert ask("POST", "/v1/events", WRITE, event).status_code == 201
+        assert rec.forget("keyed") == 1
+
+
+def test_without_keys_a_page_of_another_site_gets_nothing(rec):
+    with client_of(rec) as http:
+        for host in ("evil.example", "evil.example:8000", "", "127.0.0.1.evil.example", "[", "10.0.0.1"):
+            for path in ("/v1/recommend", "/mcp", "/v1/users/u1"):
+                answer = http.request("DELETE" if "u1" in path else "POST", path, headers={"Host": host})
+                assert answer.status_code == 421 and "add a key" in answer.json()["detail"]
+        for host in ("localhost:8000", "127.0.0.1", "[::1]:8000", "[::1]"):
+            assert http.post("/v1/recommend", json={}, headers={"Host": host}).status_code == 200
+        # What a form can send without asking first.
+        event = json.dumps({"user_id": "forged", "item_id": "i1"})
+        assert (
+            http.post("/v1/events", content=event, headers={"Content-Type": "text/plain"}).status_code == 422
+        )
+    assert rec.history("forged") == []
+
+
+def test_an_overloaded_server_says_when_to_come_back_and_a_broken_one_says_little(rec, monkeypatch):
+    with client_of(rec) as http:
+        service = http.app.state.service
+
+        def refuse(body):
+            raise OverloadError("too much", 7)
+
+        monkeypatch.setattr(service, "begin", refuse)
+        answer = http.post("/v1/recommend", json={})
+        assert (answer.status_code, answer.headers["retry-after"]) == (503, "7")
+
+        def fail(body):
+            raise ValueError("a secret of the server")
+
+        monkeypatch.setattr(service, "begin", fail)
+        answer = http.post("/v1/recommend", json={}, headers={"X-Request-ID": "mine-2"})
+        assert answer.status_code == 500 and answer.headers["x-request-id"] == "mine-2"
+        assert "mine-2" in answer.json()["detail"] and "secret" not in answer.text
+
+
+def test_a_slow_verb_does_not_hold_up_the_others(rec, monkeypatch):
+    started, open_ = threading.Event(), threading.Event()
+    with client_of(rec) as http, concurrent.futures.ThreadPoolExecutor() as threads:
+
+        def slow(*arguments):
+            started.set()
+            assert open_.wait(30)
+            return []
+
+        monkeypatch.setattr(rec, "similar", slow)
+        waiting = threads.submit(http.post, "/v1/similar", json={"item_id": "i1"})
+        assert started.wait(30)
+        assert http.get("/health").status_code == 200
+        assert ids(http.post("/v1/recommend", json={"user": "u1"}))
+        assert not waiting.done()
+        open_.set()
+        assert waiting.result(30).json()["items"] == []
+
+
+def test_concurrent_requests_share_calls(rec, monkeypatch):
+    sizes, many = [], rec.recommend_many
+
+    def counted(requests, *, lm=True):
+        sizes.append(len(requests))
+        time.sleep(0.05)
+        return many(requests, lm=lm)
+
+    expected = {n: [r.item_id for r in rec.recommend(user=f"u{n}", k=3)] for n in range(24)}
+    with client_of(rec) as http, concurrent.futures.ThreadPoolExecutor(24) as threads:
+        wait_until_ready(http.get)
+        monkeypatch.setattr(rec, "recommend_many", counted)
+        asked = {
+            n: threads.submit(http.post, "/v1/recommend", json={"user": f"u{n}", "k": 3}) for n in expected
+        }
+        assert {n: ids(future.result(60)) for n, future in asked.items()} == expected
+    assert sum(sizes) == 24 and len(sizes) <= 12
+
+
+# ---- the document --------------------------------------------------------------------------------------
+
+
+def test_the_checked_in_openapi_document_is_the_one_that_is_served(http):
+    served = http.get("/openapi.json").json()
+    if os.environ.get("WRITE_OPENAPI"):
+        OPENAPI.write_text(json.dumps(served, indent=1) + "\n", encoding="utf-8")
+    kept = json.loads(OPENAPI.read_text(encoding="utf-8"))
+    assert kept == served, "write it again: WRITE_OPENAPI=1 pytest tests/test_http.py -k openapi"
+
+
+def test_the_document_names_limits_examples_keys_and_errors(rec):
+    document = create_app(rec, ServeConfig(max_k=7, max_history=9)).openapi()
+    schemas = document["components"]["schemas"]
+    assert schemas["RecommendRequest"]["properties"]["k"]["maximum"] == 7
+    assert schemas["RecommendRequest"]["properties"]["history"]["anyOf"][0]["maxItems"] == 9
+    assert "x-limit" not in json.dumps(document)
+    answers = document["paths"]["/v1/recommend"]["post"]["responses"]
+    assert set(answers) == {"200", "400", "401", "413", "422", "503"}
+    assert list(answers["422"]["content"]) == ["application/problem+json"]
+
+
+def test_every_example_in_the_document_is_answered(http):
+    document = json.loads(OPENAPI.read_text(encoding="utf-8"))
+    tried = 0
+    for path, operations in document["paths"].items():
+        body = operations.get("post", {}).get("requestBody")
+        if body is None or path == "/v1/events":
+            continue
+        name = body["content"]["application/json"]["schema"]["$ref"].rpartition("/")[2]
+        for example in document["components"]["schemas"][name]["examples"]:
+            answer = http.post(path, json=example)
+            assert answer.status_code == 200, (path, example, answer.text)
+            tried += 1
+    assert tried >= 10
+
+
+@pytest.fixture(scope="module")
+def api():
+    return schemathesis.openapi.from_asgi("/openapi.json", create_app(fit(), ServeConfig.of({"keys": KEYS})))
+
+
+def test_whatever_the_document_allows_is_answered_as_it_says(api):
+    operations = [result.ok() for result in api.get_all_operations()]
+    assert len(operations) == 16
+    for operation, mode in itertools.product(operations, schemathesis.GenerationMode):
+        if mode.is_negative and operation.method == "get":
+            continue  # nothing in these requests can be wrong
+
+        @given(case=operation.as_strategy(generation_mode=mode))
+        @settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+        def check(case):
+            case.call_and_validate(
+                headers={"Authorization": f"Bearer {WRITE}"},
+                checks=[
+                    checks.not_a_server_error,
+                    checks.status_code_conformance,
+                    checks.content_type_conformance,
+                    checks.response_schema_conformance,
+                    checks.negative_data_rejection,
+                ],
+            )
+
+        check()
+
+
+# ---- a real process ------------------------------------------------------------------------------------
+
+
+def command(*arguments):
+    return [sys.executable, "-m", "llmrec.cli", *map(str, arguments)]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    made = fit()
+    made.save(folder)
+    made.close()
+    return folder
+
+
+def test_the_command_serves_until_it_is_told_to_end(saved):
+    process = subprocess.Popen(command("serve", saved, "--port", 0), stderr=subprocess.PIPE, text=True)
+    try:
+        url = re.search(r"http://127\.0\.0\.1:\d+", process.stderr.readline()).group()
+        with httpx2.Client(base_url=url, timeout=60) as http:
+            wait_until_ready(http.get)
+            assert len(http.post("/v1/recommend", json={"user": "u1", "k": 3}).json()["items"]) == 3
+            assert http.post("/v1/events", json={"user_id": "live", "item_id": "i3"}).status_code == 201
+            assert http.put("/v1/items/new", json={"title": "Zeppelin"}).status_code == 201
+            assert http.delete("/v1/items/i7").status_code == 204
+    finally:
+        process.send_signal(signal.SIGTERM)
+        _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 0 and "Traceback" not in stderr, stderr
+    again = Recommender.load(saved)
+    assert [e.item_id for e in again.history("live")] == ["i3"]
+    assert (
+        again.search("zeppelin", k=1)[0].item_id == "new"
+        and not again.catalog.active[again.catalog.code("i7")]
+    )
+    again.close()
+
+
+def test_the_command_refuses_what_it_must_in_one_line(saved, tmp_path):
+    config = tmp_path / "serve.toml"
+    config.write_text("max_k = 0\n")
+    for arguments, words in (
+        (("serve", saved, "--host", "0.0.0.0"), "add a key"),
+        (("serve", saved, "--config", config), "max_k"),
+        (("serve", tmp_path / "none"), "not a saved recommender"),
+        (("mcp", tmp_path / "none"), "not a saved recommender"),
+    ):
+        done = subprocess.run(command(*arguments), capture_output=True, text=True, timeout=120)
+        assert done.returncode == 2 and done.stdout == "", done.stderr
+        assert done.stderr.startswith("error: ") and words in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "package,call",
+    [
+        ("fastapi", "serve.create_app(None)"),
+        ("mcp", "serve.create_server(None)"),
+        ("uvicorn", "serve.run_app(None, None)"),
+        ("httpx2", "client.Client('http://127.0.0.1')"),
+    ],
+)
+def test_without_the_extra_the_names_import_and_using_them_says_what_to_install(package, call):
+    code = (
+        f"import sys; sys.modules[{package!r}] = None\n"
+        "from llmrec import client, serve\n"
+        f"try:\n    {call}\nexcept ImportError as e:\n    print(e)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip().endswith('needs: pip install "llmrec[serve]"'), done.stdout
