@@ -9,10 +9,12 @@ from hypothesis import strategies as st
 from llmrec.errors import ConfigError, ModelError
 from llmrec.prompt import Prompt
 from llmrec.protocols import Query
+from llmrec.score.config import TrainingConfig
 from llmrec.score.labels import LettersScorer, YesNoScorer, yes_no_labels
 from llmrec.score.likelihood import LikelihoodModel, LikelihoodScorer
 from llmrec.score.loading import load_causal
 from llmrec.score.packed import PackedReader
+from llmrec.score.tasks import Choice, LikelihoodTask, ListwiseTask
 from llmrec.score.trie import ROOT, ItemTrie, Tree
 from llmrec.score.words import Layout, Vocabulary, WordsModel, read
 from llmrec.testing import tiny_lm, toy_data
@@ -267,3 +269,37 @@ def test_a_tokenizer_without_labels_is_an_error(base):
     vocabulary.tokens = lambda words: [1, 2]
     with pytest.raises(ModelError, match="single tokens"):
         yes_no_labels(vocabulary)
+
+
+HISTORIES = [codes(0, 5, 9), codes(7), codes(*range(12, 36)), codes(36, 37, 38, 36)]
+
+
+def test_the_loss_of_likelihood_is_the_mean_nats_of_its_scores(base):
+    scorer = likelihood(base)
+    rng = np.random.default_rng(2)
+    weights = [rng.uniform(0.1, 3, len(h)).astype(np.float32) for h in HISTORIES]
+    config = TrainingConfig(tokens_per_step=10**6)
+    task = LikelihoodTask(scorer.model, HISTORIES, config, weights)
+    (batch,) = task.epoch(rng)
+    assert task.events(batch) == sum(map(len, HISTORIES))
+    nats = []
+    for window in batch:
+        queries = [Query(window.items[:n]) for n in range(len(window))]
+        found = scorer.score(queries, [window.items[n : n + 1] for n in range(len(window))])
+        nats += [-float(score[0]) for score in found]
+    counted = np.concatenate([window.weights for window in batch])
+    assert float(task.loss(batch).detach()) == pytest.approx(np.average(nats, weights=counted), abs=1e-3)
+
+
+@pytest.mark.parametrize("mode", [YesNoScorer, LettersScorer])
+def test_the_listwise_loss_is_that_of_the_scores(base, mode):
+    prompt, slot = ("yes_no", "candidate") if mode is YesNoScorer else ("letters", "candidates")
+    words = words_of(base, prompt, slot)
+    scorer = mode(words, PackedReader(words.body))
+    choices = [Choice(query, codes(3, 38, 36, 17), truth) for truth, query in enumerate(QUERIES)]
+    task = ListwiseTask(scorer, choices, TrainingConfig(tokens_per_step=10**6))
+    (batch,) = task.epoch(np.random.default_rng(0))
+    assert {int(choice.candidates[choice.truth]) for choice in batch} == {3, 38, 36, 17}
+    found = scorer.score([c.query for c in batch], [c.candidates for c in batch])
+    nats = [-torch.log_softmax(torch.tensor(s), 0)[c.truth] for s, c in zip(found, batch, strict=True)]
+    assert float(task.loss(batch).detach()) == pytest.approx(float(torch.stack(nats).mean()), abs=1e-3)

@@ -12,7 +12,7 @@ from torch import Tensor
 from llmrec.errors import ModelError
 from llmrec.protocols import Codes, Floats, Query
 from llmrec.score.packed import NOTHING, PackedReader
-from llmrec.score.trie import Tree
+from llmrec.score.trie import Ints, Tree
 from llmrec.score.words import Vocabulary, WordsModel
 
 YES_NO = ((" Yes", " No"), ("Yes", "No"), (" yes", " no"), ("yes", "no"), ("1", "0"))
@@ -60,40 +60,42 @@ class YesNoScorer:
     def __init__(self, words: WordsModel, reader: PackedReader) -> None:
         self.words, self.reader = words, reader
         self._labels = torch.tensor(yes_no_labels(words.vocabulary))
-        self._last = words.vocabulary.tokens(words.layout.last)
+        self.last = words.vocabulary.tokens(words.layout.last)
 
     def forget(self) -> None:
         """Drop what was read of histories."""
         self.reader.forget()
 
-    def tree(self, query: Query, lines: Sequence[Sequence[int]]) -> tuple[Tree, np.ndarray]:
-        """The tree of some lines behind a history, and the places that are answered, counted from 1."""
-        stem = self.words.stem(query)
-        tree, ends = Tree.of([[*line, self.words.vocabulary.end, *self._last] for line in lines])
-        return tree.after(stem), 1 + len(stem) + ends
+    def asks(self, query: Query, items: Codes) -> tuple[Tree, Ints]:
+        """The tree behind a history, and the places that are answered: 0 is the end of the history."""
+        return self._tree(query, [self.words.lines[code] for code in items])
 
-    def answers(self, states: Tensor) -> Tensor:
-        """Scores: states (n, hidden) -> (n,)."""
+    def answers(self, states: Tensor, candidates: int) -> Tensor:
+        """Scores from the states of the places that are answered: (candidates, hidden) -> (candidates,)."""
         logits = self.words.logits(states, self._labels.to(states.device))
         return logits[:, 0] - logits[:, 1]
 
     def score(self, queries: Sequence[Query], candidates: Sequence[Codes]) -> list[Floats]:
         """Log-odds of yes for each candidate of each query."""
-        return self.score_lines(queries, [[self.words.lines[code] for code in items] for items in candidates])
+        asked = [self.asks(query, items) for query, items in zip(queries, candidates, strict=True)]
+        return self._read(queries, asked)
 
     def score_texts(self, query: Query, texts: Sequence[str], limit: int) -> Floats:
         """The same for texts that need not be items, of which the first `limit` tokens are read."""
-        return self.score_lines([query], [self.words.vocabulary.lines(texts, limit)])[0]
+        return self._read([query], [self._tree(query, self.words.vocabulary.lines(texts, limit))])[0]
 
-    def score_lines(self, queries: Sequence[Query], lines: Sequence[Sequence[Sequence[int]]]) -> list[Floats]:
-        """Log-odds of yes for lines given in tokens."""
-        trees = [self.tree(query, own) for query, own in zip(queries, lines, strict=True)]
+    def _tree(self, query: Query, lines: Sequence[Sequence[int]]) -> tuple[Tree, Ints]:
+        stem = self.words.stem(query)
+        tree, ends = Tree.of([[*line, self.words.vocabulary.end, *self.last] for line in lines])
+        return tree.after(stem), 1 + len(stem) + ends
+
+    def _read(self, queries: Sequence[Query], asked: Sequence[tuple[Tree, Ints]]) -> list[Floats]:
         beginnings = [self.words.beginning(query.history) for query in queries]
-        states = self.reader.read(beginnings, [tree for tree, _ in trees])
+        states = self.reader.read(beginnings, [tree for tree, _ in asked])
         with torch.inference_mode():
             return [
-                self.answers(state[torch.from_numpy(places)]).cpu().numpy()
-                for state, (_, places) in zip(states, trees, strict=True)
+                self.answers(state[torch.from_numpy(places)], len(places)).cpu().numpy()
+                for state, (_, places) in zip(states, asked, strict=True)
             ]
 
 
@@ -116,19 +118,23 @@ class LettersScorer:
     def __init__(self, words: WordsModel, reader: PackedReader, *, window: int = 20, orders: int = 1) -> None:
         self.words, self.reader, self.window, self.orders = words, reader, window, orders
         self._labels = torch.tensor(letter_labels(words.vocabulary))
-        self._last = words.vocabulary.tokens(words.layout.last)
+        self.last = words.vocabulary.tokens(words.layout.last)
 
     def forget(self) -> None:
         """Drop what was read of histories."""
         self.reader.forget()
 
-    def prompt(self, query: Query, items: Codes) -> list[int]:
-        """Tokens after the history for candidates in this order, at most 26."""
+    def asks(self, query: Query, items: Codes) -> tuple[Tree, Ints]:
+        """The chain behind a history for at most 26 candidates in this order, and the place of its end."""
         tokens = self.words.stem(query)
         for letter, code in zip(string.ascii_uppercase, items, strict=False):
-            tokens += [*self.words.vocabulary.tokens(f"{letter}: "), *self.words.lines[code]]
-            tokens.append(self.words.vocabulary.end)
-        return tokens + self._last
+            tokens += [*self.words.vocabulary.tokens(f"{letter}: "), *self.words.chain([code])]
+        tokens += self.last
+        return NOTHING.after(tokens), np.array([len(tokens)])
+
+    def answers(self, states: Tensor, candidates: int) -> Tensor:
+        """Scores from the state of the place that is answered: (1, hidden) -> (candidates,)."""
+        return self.words.logits(states, self._labels[:candidates].to(states.device))[0]
 
     def score(self, queries: Sequence[Query], candidates: Sequence[Codes]) -> list[Floats]:
         """Mean log-probability of each candidate's letter; beyond one window, minus its final rank."""
@@ -156,12 +162,11 @@ class LettersScorer:
         """Mean log-probability of the letter of each of at most 26 candidates over the orders."""
         turns = np.arange(min(self.orders, len(items))) * len(items) // min(self.orders, len(items))
         orders = [np.roll(np.arange(len(items)), -turn) for turn in turns]
-        chains = [self.prompt(query, items[order]) for order in orders]
-        beginning = self.words.beginning(query.history)
-        states = self.reader.read([beginning] * len(chains), [NOTHING.after(chain) for chain in chains])
+        trees = [self.asks(query, items[order])[0] for order in orders]
+        states = self.reader.read([self.words.beginning(query.history)] * len(trees), trees)
         total = np.zeros(len(items))
         with torch.inference_mode():
             for order, state in zip(orders, states, strict=True):
-                logits = self.words.logits(state[-1:], self._labels[: len(items)].to(state.device))
-                total[order] += torch.log_softmax(logits, dim=-1)[0].cpu().numpy()
+                values = torch.log_softmax(self.answers(state[-1:], len(items)), dim=-1)
+                total[order] += values.cpu().numpy()
         return (total / len(orders)).astype(np.float32)

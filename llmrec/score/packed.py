@@ -78,8 +78,12 @@ class Row:
         return 0 if self.past is None else int(self.past.shape[3])
 
 
-def forward(body: nn.Module, rows: Sequence[Row]) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+def forward(
+    body: nn.Module, rows: Sequence[Row], keep: bool = True
+) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
     """Read the new tokens of several rows at once.
+
+    Without `keep` no keys and values are returned, as in training.
 
     Returns
     -------
@@ -110,9 +114,9 @@ def forward(body: nn.Module, rows: Sequence[Row]) -> tuple[Tensor, list[tuple[Te
         position_ids=torch.from_numpy(positions).to(device),
         attention_mask=mask[:, None].to(device),
         past_key_values=past,
-        use_cache=True,
+        use_cache=keep,
     )
-    layers = output.past_key_values.layers
+    layers = output.past_key_values.layers if keep else []
     return output.last_hidden_state, [(layer.keys, layer.values) for layer in layers]
 
 
@@ -189,7 +193,7 @@ class PackedReader:
         found = self._longest(beginning)
         if found is not None and found.length == len(beginning):
             return found
-        row = _row(beginning, NOTHING, found)
+        row = row_of(beginning, NOTHING, found)
         hidden, layers = forward(self.body, [row])
         return self._keep(beginning, row, layers, 0, row.read, hidden[0, len(row.tokens) - 1].float())
 
@@ -210,7 +214,7 @@ class PackedReader:
         pasts = [self._longest(beginning) for beginning in beginnings]
         if len(trees) == 1 and len(trees[0]) > self.tokens:
             return [self._in_pieces(beginnings[0], trees[0])]
-        rows = [_row(b, tree, past) for b, tree, past in zip(beginnings, trees, pasts, strict=True)]
+        rows = [row_of(b, tree, past) for b, tree, past in zip(beginnings, trees, pasts, strict=True)]
         asked = [i for i, row in enumerate(rows) if len(row.tokens)]
         if not asked:
             return [past.end[None] for past in pasts if past is not None]
@@ -247,7 +251,7 @@ class PackedReader:
             piece = np.array(sorted(wanted))
             parents_of = tree.parents[piece]
             part = Tree(tree.tokens[piece], np.where(parents_of < 0, -1, np.searchsorted(piece, parents_of)))
-            hidden, _ = forward(self.body, [_row(beginning, part, past)])
+            hidden, _ = forward(self.body, [row_of(beginning, part, past)])
             states[1 + torch.from_numpy(piece)] = hidden[0].float()
         return states
 
@@ -295,7 +299,7 @@ class PackedReader:
         return past
 
 
-def _row(beginning: Sequence[int], tree: Tree, past: Past | None) -> Row:
+def row_of(beginning: Sequence[int], tree: Tree, past: Past | None = None) -> Row:
     """The tokens of a beginning that were not read yet, and the tree behind them."""
     read = 0 if past is None else past.length
     rest = np.asarray(beginning[read:], dtype=np.int64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -11,10 +12,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from llmrec.errors import DataError
-from llmrec.protocols import Codes, Floats
+from llmrec.protocols import Codes, Floats, Query
 from llmrec.score.config import TrainingConfig
 from llmrec.score.item_tokens import ItemTokenModel
-from llmrec.sequences import Window, item_nats, packs, weighted_mean, windows
+from llmrec.score.labels import LettersScorer, YesNoScorer
+from llmrec.score.likelihood import LikelihoodModel
+from llmrec.score.packed import Row, forward, row_of
+from llmrec.score.trie import ROOT, Tree
+from llmrec.sequences import Window, item_nats, packs, rows_of, weighted_mean, windows
 
 Batch = TypeVar("Batch")
 
@@ -92,6 +97,164 @@ class ItemTokensTask:
     def events(self, batch: Sequence[Window]) -> int:
         """Items of a batch."""
         return sum(map(len, batch))
+
+
+class LikelihoodTask:
+    """The line of the next item at each place of a history, word by word, as `likelihood` scores it.
+
+    Every choice on the way to an item is learned from one forward over the history's own tokens; forced
+    words cost no head and give no loss. Histories lie side by side behind one instruction.
+
+    Parameters
+    ----------
+    histories
+        Oldest first.
+    weights
+        Of the events, one array a history; 1 if None.
+
+    Raises
+    ------
+    DataError
+        If there are no events.
+    """
+
+    def __init__(
+        self,
+        model: LikelihoodModel,
+        histories: Sequence[Codes],
+        config: TrainingConfig,
+        weights: Sequence[Floats] | None = None,
+    ) -> None:
+        if not any(len(h) for h in histories):
+            raise DataError("no events to train on: all training histories are empty")
+        self.likelihood, self.model = model, model.words
+        self.histories, self.config, self.weights = list(histories), config, weights
+        self._sizes = np.array([len(line) + 1 for line in model.words.lines])
+        self._choices: dict[int, list[tuple[int, int, int]]] = {}
+
+    def epoch(self, rng: np.random.Generator) -> list[list[Window]]:
+        """Windows that hold every event once, grouped at random."""
+        pieces = windows(self.histories, self.model.window, rng, self.weights)
+        sizes = [int(self._sizes[piece.items].sum()) for piece in pieces]
+        grouped = packs(sizes, self.config.tokens_per_step, rng)
+        return [[pieces[i] for i in group] for group in grouped]
+
+    def loss(self, batch: Sequence[Window]) -> Tensor:
+        """Mean nats an item, each with the weight of its event."""
+        words, trie = self.model, self.likelihood.trie
+        sizes = [int(self._sizes[window.items].sum()) for window in batch]
+        rows: list[Row] = []
+        ordered: list[int] = []
+        # By node: row, place of the state before the choice, child taken, and line that it belongs to.
+        asked: dict[int, list[tuple[int, int, int, int]]] = {}
+        lead = len(words.start)
+        for number, row in enumerate(rows_of(sizes, ROW)):
+            windows_of = [batch[i] for i in row]
+            chains = [words.chain(window.items) for window in windows_of]
+            tree, starts = Tree.beside(chains)
+            rows.append(row_of(words.start, tree))
+            for window, start in zip(windows_of, starts.tolist(), strict=True):
+                place = start
+                for code in window.items.tolist():
+                    line = len(ordered)
+                    ordered.append(code)
+                    for depth, node, child in self._on_the_way(code):
+                        # The state before a chain's first word is that of the instruction's last.
+                        before = lead - 1 if place + depth == start else lead + place + depth - 1
+                        asked.setdefault(node, []).append((number, before, child, line))
+                    place += int(self._sizes[code])
+        hidden, _ = forward(words.body, rows, keep=False)
+        nats = -torch.from_numpy(np.log(trie.share(np.array(ordered, np.int32)))).float().to(hidden.device)
+        for node, places in asked.items():
+            number, before, child, line = torch.tensor(places, device=hidden.device).T
+            values = self.likelihood.children(hidden[number, before], node)
+            nats = nats.index_add(0, line, -values.gather(1, child[:, None])[:, 0])
+        in_order = [batch[i] for row in rows_of(sizes, ROW) for i in row]
+        return weighted_mean(nats, in_order)
+
+    def events(self, batch: Sequence[Window]) -> int:
+        """Items of a batch."""
+        return sum(map(len, batch))
+
+    def _on_the_way(self, code: int) -> list[tuple[int, int, int]]:
+        """Choices on the way to an item: words before it, the node, and the number of the child taken."""
+        if code not in self._choices:
+            trie = self.likelihood.trie
+            path = trie.path(int(trie.leaf[code]))
+            steps = enumerate(zip([ROOT, *path[:-1]], path, strict=True))
+            self._choices[code] = [
+                (depth, node, int(child - trie.first[node]))
+                for depth, (node, child) in steps
+                if trie.last[node] - trie.first[node] > 1
+            ]
+        return self._choices[code]
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A history, candidates, and which of them came next."""
+
+    query: Query
+    candidates: Codes
+    truth: int
+
+
+class ListwiseTask:
+    """Which of some hard candidates came next: for the modes that answer with a label.
+
+    Parameters
+    ----------
+    scorer
+        Of the model that is trained.
+    choices
+        Candidates from retrievers that have not seen what came next.
+
+    Raises
+    ------
+    DataError
+        If there are no choices.
+    """
+
+    def __init__(
+        self, scorer: YesNoScorer | LettersScorer, choices: Sequence[Choice], config: TrainingConfig
+    ) -> None:
+        if not choices:
+            raise DataError("no events to train on: no history has an event that retrievers can be asked for")
+        self.scorer, self.model, self.choices, self.config = scorer, scorer.words, list(choices), config
+
+    def epoch(self, rng: np.random.Generator) -> list[list[Choice]]:
+        """All choices once, their candidates in an order drawn anew, grouped at random."""
+        shuffled = []
+        for choice in self.choices:
+            order = rng.permutation(len(choice.candidates))
+            truth = int(np.flatnonzero(order == choice.truth)[0])
+            shuffled.append(Choice(choice.query, choice.candidates[order], truth))
+        lines, end = self.model.lines, 1 + len(self.scorer.last)
+        sizes = [
+            len(self.model.beginning(c.query.history)) + sum(len(lines[i]) + end for i in c.candidates)
+            for c in shuffled
+        ]
+        return [[shuffled[i] for i in group] for group in packs(sizes, self.config.tokens_per_step, rng)]
+
+    def loss(self, batch: Sequence[Choice]) -> Tensor:
+        """Mean nats of what came next among the candidates."""
+        asked = [self.scorer.asks(choice.query, choice.candidates) for choice in batch]
+        rows = [
+            row_of(self.model.beginning(choice.query.history), tree)
+            for choice, (tree, _) in zip(batch, asked, strict=True)
+        ]
+        hidden, _ = forward(self.model.body, rows, keep=False)
+        nats = []
+        for at, (choice, (_, places)) in enumerate(zip(batch, asked, strict=True)):
+            behind = len(self.model.beginning(choice.query.history)) - 1
+            states = hidden[at, behind + as_tensor(places, hidden)]
+            values = self.scorer.answers(states, len(choice.candidates))
+            nats.append(-torch.log_softmax(values, dim=-1)[choice.truth])
+        return torch.stack(nats).mean()
+
+    def events(self, batch: Sequence[Choice]) -> int:
+        """Choices of a batch."""
+        return len(batch)
 
 
 def as_tensor(values: NDArray[Any], like: Tensor) -> Tensor:

@@ -54,6 +54,21 @@ class Tree:
         keys = np.array(list(places), dtype=np.int64).reshape(-1, 2)
         return cls(keys[:, 1], keys[:, 0]), np.array(ends, dtype=np.int64)
 
+    @classmethod
+    def beside(cls, chains: Sequence[Sequence[int]]) -> tuple[Tree, Ints]:
+        """Lay chains of tokens side by side, equal beginnings not joined.
+
+        Returns
+        -------
+        tuple
+            The tree, and the position of the first token of each chain, shape (chains,).
+        """
+        starts = np.cumsum([0, *map(len, chains)])[:-1]
+        tokens = np.concatenate([np.empty(0, np.int64), *(np.asarray(chain, np.int64) for chain in chains)])
+        parents = np.arange(-1, len(tokens) - 1)
+        parents[starts[starts < len(tokens)]] = -1
+        return cls(tokens, parents), starts
+
     def __len__(self) -> int:
         return len(self.tokens)
 

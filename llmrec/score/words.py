@@ -152,8 +152,12 @@ class WordsModel(nn.Module):
 
     def beginning(self, history: Codes) -> list[int]:
         """Instruction and history in tokens."""
-        tokens = list(self.start)
-        for code in read(history, self.window):
+        return self.start + self.chain(read(history, self.window))
+
+    def chain(self, items: Codes | Sequence[int]) -> list[int]:
+        """The lines of items in tokens, one after another, each with its end."""
+        tokens: list[int] = []
+        for code in items:
             tokens += self.lines[code]
             tokens.append(self.vocabulary.end)
         return tokens
