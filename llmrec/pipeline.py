@@ -1,6 +1,6 @@
 """Retrieve, merge, score, blend: the whole idea, without input or output.
 
-    queries -> retrieve -> merge -> score -> blend -> ranked items with provenance
+    queries -> retrieve -> merge -> score -> blend -> ranked items with provenance -> arrange.py
 
 Every candidate keeps which component found it, at which rank, and what that added to its score.
 """
@@ -116,7 +116,11 @@ class Candidates:
 
     def top(self, k: int) -> Candidates:
         """The first k."""
-        return Candidates(self.items[:k], self.scores[:k], self.names, self.parts[:k], self.ranks[:k])
+        return self.take(np.arange(min(k, len(self.items))))
+
+    def take(self, rows: NDArray[np.int64]) -> Candidates:
+        """Some of them, in the order of `rows`."""
+        return Candidates(self.items[rows], self.scores[rows], self.names, self.parts[rows], self.ranks[rows])
 
 
 def normalise(scores: Floats) -> Floats:

@@ -16,6 +16,7 @@ import numpy as np
 import polars as pl
 
 from llmrec import persistence
+from llmrec.answering import Asked, answer, ask, only, recommendations
 from llmrec.assembly import encode, read_catalog, read_log
 from llmrec.catalog import Catalog
 from llmrec.config import Config
@@ -25,20 +26,16 @@ from llmrec.evaluation.split import Part, tail
 from llmrec.events import EventLog
 from llmrec.fetch import resolve
 from llmrec.pipeline import Weights
-from llmrec.protocols import Codes, Query
+from llmrec.protocols import Codes
 from llmrec.recipe import Recipe
 from llmrec.selection import choose_recipe
 from llmrec.state import State
 from llmrec.store.sqlite import SQLiteStore
-from llmrec.text import neutralise
 from llmrec.types import Event, Item, Recommendation, Request
 
 if TYPE_CHECKING:
     from llmrec.training import Progress
     from llmrec.tuning import FinetuneReport
-
-QUERY_LIMIT = 1000
-"""Longest typed query in characters."""
 
 CHUNK = 64
 """Requests that go through the pipeline at once."""
@@ -311,10 +308,8 @@ class Recommender:
         pipeline = state.pipeline()
         answers: list[list[Recommendation]] = []
         for start in range(0, len(requests), CHUNK):
-            chunk = requests[start : start + CHUNK]
-            queries = [self._query(r, state) for r in chunk]
-            found = pipeline.recommend(queries, max(r.k for r in chunk))
-            answers += [state.answer(c.top(r.k)) for r, c in zip(chunk, found, strict=True)]
+            chunk = [self._ask(request, state) for request in requests[start : start + CHUNK]]
+            answers += answer(chunk, state, pipeline)
         return answers
 
     def stages(self, request: Request | None = None, **fields: Any) -> dict[str, list[Recommendation]]:
@@ -322,19 +317,17 @@ class Recommender:
 
         `default` is what `recommend` returns. Without a tuned model ``language model`` is not there.
         """
-        asked = _request(request, fields)
+        given = _request(request, fields)
         state = self._ready(lm=True)
         pipeline = state.pipeline()
-        query = self._query(asked, state)
         plain = replace(pipeline, history=pipeline.history.with_lm(0.0), query=pipeline.query.with_lm(0.0))
-        lists = {"retrieval": plain.recommend([query], asked.k)[0]}
+        stages = {"retrieval": plain}
         if state.lm is not None:
-            only = Weights({}, lm=1.0)
-            lists["language model"] = replace(pipeline, history=only, query=only).recommend([query], asked.k)[
-                0
-            ]
-        lists["default"] = pipeline.recommend([query], asked.k)[0]
-        return {name: state.answer(c) for name, c in lists.items()}
+            alone = Weights({}, lm=1.0)
+            stages["language model"] = replace(pipeline, history=alone, query=alone)
+        stages["default"] = pipeline
+        asked = [self._ask(given, state)]
+        return {name: answer(asked, state, stage)[0] for name, stage in stages.items()}
 
     def search(
         self, query: str, user: str | None = None, k: int = 10, where: Mapping[str, Any] | None = None
@@ -358,11 +351,10 @@ class Recommender:
             If the item is unknown.
         """
         state = self._state
-        code = state.catalog.code(item_id)
+        state.catalog.code(item_id)
         request = Request(history=[item_id], k=k, where=where, exclude=[item_id])
-        query = Query(np.array([code], dtype=np.int32), "", state.mask(request, np.empty(0, np.int32)))
         pipeline = replace(state.pipeline(), history=state.recipe.similar)
-        return state.answer(pipeline.recommend([query], k)[0])
+        return answer([self._ask(request, state)], state, pipeline)[0]
 
     def rank(
         self,
@@ -387,12 +379,10 @@ class Recommender:
             raise RequestError("an item is given twice; ids to rank must differ")
         if not ids:
             return []
-        request = Request(user=user, history=history, query=query, k=len(ids))
-        mask = np.zeros(len(state.catalog), dtype=np.bool_)
-        mask[codes] = True
-        asked = replace(self._query(request, state), mask=mask)
+        asked = self._ask(Request(user=user, history=history, query=query, k=len(ids)), state)
         pipeline = replace(state.pipeline(), depth=len(ids))
-        return state.answer(pipeline.order(asked, codes))
+        query_of_these = replace(asked.query, mask=only(codes, len(state.catalog)))
+        return recommendations(pipeline.order(query_of_these, codes), state.catalog)
 
     def predict(
         self,
@@ -413,14 +403,12 @@ class Recommender:
         ids = list(items)
         state = self._ready(lm=self._state.recipe.uses_lm)
         codes = state.catalog.codes(ids)
-        query = self._query(Request(user=user, history=history), state)
-        p = state.pipeline().predict([query])[0]
+        asked = self._ask(Request(user=user, history=history), state)
+        p = state.pipeline().predict([asked.query])[0]
         return {item_id: float(p[code]) for item_id, code in zip(ids, codes, strict=True)}
 
-    def _query(self, request: Request, state: State) -> Query:
-        history = self._history(request, state)
-        text = neutralise(request.query, QUERY_LIMIT) if request.query else ""
-        return Query(history, text, state.mask(request, history))
+    def _ask(self, request: Request, state: State) -> Asked:
+        return ask(request, self._history(request, state), state)
 
     def _history(self, request: Request, state: State) -> Codes:
         if request.history is not None:

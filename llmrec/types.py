@@ -55,11 +55,20 @@ class Request:
         Item ids never to return.
     seen
         Whether items of the history may come back.
+    caps
+        At most so many items of a value, by attribute: ``{"brand": 2}``. Each value of a list counts; an
+        item without the attribute is not capped.
+    pins
+        Item ids that come first, in this order, at most `k`. They may be seen items, and they count
+        towards `caps`; one that is removed, excluded, not allowed by `where` or over a cap is an error.
+    diversity
+        From 0, by score alone, to 1, as unlike each other as can be: maximal marginal relevance over the
+        text vectors (Carbonell and Goldstein 1998).
 
     Raises
     ------
     RequestError
-        If `k` is below 1, `seen` is unknown, or both `user` and `history` are given.
+        If a field is of the wrong type or out of its range, or both `user` and `history` are given.
     """
 
     user: str | None = None
@@ -69,18 +78,40 @@ class Request:
     where: Mapping[str, Any] | None = None
     exclude: Sequence[str] = ()
     seen: Seen = "auto"
+    caps: Mapping[str, int] | None = None
+    pins: Sequence[str] = ()
+    diversity: float = 0.0
 
     def __post_init__(self) -> None:
-        if isinstance(self.k, bool) or not isinstance(self.k, int) or self.k < 1:
+        if not _is_count(self.k):
             raise RequestError(f"k must be a whole number of at least 1, got {self.k!r}")
         if self.seen not in ("auto", "exclude", "include"):
             raise RequestError(f"seen must be 'auto', 'exclude' or 'include', got {self.seen!r}")
         if self.user is not None and self.history is not None:
             raise RequestError("give either user (its stored history is used) or history, not both")
-        if isinstance(self.history, str) or isinstance(self.exclude, str):
-            raise RequestError("history and exclude are lists of item ids, got one string")
+        if any(isinstance(ids, str) for ids in (self.history, self.exclude, self.pins)):
+            raise RequestError("history, exclude and pins are lists of item ids, got one string")
         if self.query is not None and not isinstance(self.query, str):
             raise RequestError(f"query must be text, got {type(self.query).__name__}")
+        self._check_arrangement()
+
+    def _check_arrangement(self) -> None:
+        if self.caps is not None and not isinstance(self.caps, Mapping):
+            raise RequestError(f'caps must be a mapping such as {{"brand": 2}}, got {self.caps!r:.100}')
+        wrong = [
+            f"{name!r}: {limit!r:.100}" for name, limit in (self.caps or {}).items() if not _is_count(limit)
+        ]
+        if wrong:
+            raise RequestError(f"a cap is a whole number of at least 1, got {', '.join(wrong)}")
+        if len(self.pins) > self.k:
+            raise RequestError(f"{len(self.pins)} pins do not fit into k = {self.k}; pin fewer, or raise k")
+        number = isinstance(self.diversity, int | float) and not isinstance(self.diversity, bool)
+        if not (number and 0 <= self.diversity <= 1):
+            raise RequestError(f"diversity must be a number from 0 to 1, got {self.diversity!r:.100}")
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +125,10 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Recommendation:
-    """One recommended item. Rank starts at 1; a higher score is better, comparable within one answer only."""
+    """One recommended item. Rank starts at 1; a higher score is better, comparable within one answer only.
+
+    Scores fall with the rank, save where pins, caps or diversity placed an item otherwise.
+    """
 
     item: Item
     rank: int
