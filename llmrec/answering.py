@@ -1,4 +1,4 @@
-"""One request from its rules to its answer: what it asks in codes, the pipeline, arranging, provenance."""
+"""One request from its rules to its answer: in codes, through the pipeline, arranged, explained."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import numpy as np
 
 from llmrec.arrange import Cap, arrange, pinned
 from llmrec.catalog import Catalog
+from llmrec.explain.evidence import leave_one_out
+from llmrec.explain.reasons import explain
 from llmrec.pipeline import Candidates, Pipeline
 from llmrec.protocols import Codes, Mask, Query
 from llmrec.rules import allowed_items, check_caps, pinned_items, values_of
@@ -74,7 +76,30 @@ def _answer(asked: Asked, state: State, pipeline: Pipeline, found: Candidates) -
         pipeline = replace(pipeline, depth=DEEPER * pipeline.depth)
         found = pipeline.recommend([asked.query], len(state.catalog))[0]
         shown = _arranged(asked, state, found)
-    return recommendations(shown, state.catalog)
+    answered = recommendations(shown, state.catalog)
+    if not asked.request.explain:
+        return answered
+    return _explained(answered, shown.items, found.items, asked, state, pipeline)
+
+
+def _explained(
+    answered: Sequence[Recommendation],
+    shown: Codes,
+    candidates: Codes,
+    asked: Asked,
+    state: State,
+    pipeline: Pipeline,
+) -> list[Recommendation]:
+    """Add reasons to what is shown: how its scores change when one history item is left out."""
+    left_out, queries = leave_one_out(asked.query)
+    changes = np.zeros((len(left_out), len(state.catalog)), np.float32)
+    if len(left_out) and len(candidates):
+        mask = only(candidates, len(state.catalog))
+        masked = [replace(query, mask=mask) for query in (asked.query, *queries)]
+        scores = pipeline.scores(masked, candidates, pipeline.weights_for(asked.query))
+        changes[:, candidates] = scores[0] - scores[1:]
+    reasons = explain(answered, asked.query, left_out, changes[:, shown], state.catalog)
+    return [replace(one, reason=reason) for one, reason in zip(answered, reasons, strict=True)]
 
 
 def _arranged(asked: Asked, state: State, found: Candidates) -> Candidates:

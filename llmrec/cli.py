@@ -175,6 +175,7 @@ def recommend(
     by_stage: Annotated[
         bool, typer.Option("--stages", help="Show what each stage alone would answer.")
     ] = False,
+    explain: Annotated[bool, typer.Option("--explain", help="Say why, for each item.")] = False,
     in_json: InJSON = False,
 ) -> None:
     """Recommend items to a user, for a history, for typed words, or for words and one of the others."""
@@ -194,6 +195,7 @@ def recommend(
         "caps": _object("--caps", caps, '{"brand": 2}'),
         "pins": _ids("--pins", pins) or [],
         "diversity": diversity,
+        "explain": explain,
     }
     request = Request(**fields)
     rec = Recommender.load(model)

@@ -227,6 +227,7 @@ def test_the_rules_hold_in_every_stage_and_for_many_requests(rec):
         ({"diversity": 1.1}, "diversity must be a number from 0 to 1, got 1.1"),
         ({"diversity": float("nan")}, "got nan"),
         ({"diversity": True}, "got True"),
+        ({"explain": 1}, "explain must be True or False, got 1"),
     ],
 )
 def test_mistakes_are_request_errors_that_say_what_to_do(rec, fields, message):

@@ -161,6 +161,17 @@ def test_rules_are_passed_on(fitted):
     assert ids(found)[:2] == ["i9", "i10"] and len({entry["attributes"]["brand"] for entry in found}) == 4
 
 
+def test_explain_says_why(fitted):
+    ask = ("recommend", fitted, "--history", "i20,i11,i30", "-k", 4, "--explain")
+    found = {entry["item_id"]: entry["reason"] for entry in run_json(*ask)}
+    assert found["i12"]["history"][0]["item_id"] == "i11" and found["i12"]["history"][0]["amount"] > 0
+    assert all(
+        set(reason) == {"sentence", "history", "shared", "words", "sources"} for reason in found.values()
+    )
+    table = run(*ask).stdout
+    assert "why" in table and all(reason["sentence"] in table for reason in found.values())
+
+
 def test_stages_show_the_language_model_beside_the_default(tuned):
     found = run_json("recommend", tuned, "--user", "u1", "-k", 3, "--stages")
     assert list(found) == ["retrieval", "language model", "default"]

@@ -25,7 +25,7 @@ LAYERS = [
     {"attributes", "clock", "weights"},
     {"catalog"},
     {"rules", "events", "sequences"},
-    {"encode", "index", "retrieve", "score", "store"},
+    {"encode", "explain", "index", "retrieve", "score", "store"},
     {"pipeline"},
     {"fusion", "arrange"},
     {"families"},
