@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -23,7 +22,7 @@ from llmrec.config import Config
 from llmrec.errors import RequestError
 from llmrec.evaluation.run import Systems, run_systems
 from llmrec.evaluation.split import Part, tail
-from llmrec.events import EventLog
+from llmrec.events import EventLog, live_events
 from llmrec.fetch import resolve
 from llmrec.pipeline import Weights
 from llmrec.protocols import Codes
@@ -424,24 +423,25 @@ class Recommender:
     def observe(self, user: str, item: str, timestamp: int | None = None, weight: float = 1.0) -> None:
         """Store a live event; it counts in the next request. `timestamp` is now unless given.
 
+        Once this has returned, the event of a saved recommender survives a kill and a power loss.
+
         Raises
         ------
         RequestError
             If the item is unknown, the user blank, the time no whole seconds, or the weight not above 0.
         """
-        self._state.catalog.code(item)
-        if not isinstance(user, str) or not user.strip():
-            raise RequestError(f"an event needs the id of its user, got {user!r}")
-        if not (isinstance(weight, int | float) and math.isfinite(weight) and weight > 0):
-            raise RequestError(f"weight must be a number above 0, got {weight!r}")
-        if self.config.data.clock == "none":
-            # The order of arrival is the order of events.
-            timestamp = None
-        elif timestamp is None:
-            timestamp = int(time.time())
-        elif isinstance(timestamp, bool) or not isinstance(timestamp, int) or abs(timestamp) > 10**11:
-            raise RequestError(f"timestamp must be whole seconds since 1970, got {timestamp!r}")
-        self._store.append([Event(user, item, timestamp, weight)])
+        self.observe_many([Event(user, item, timestamp, weight)])
+
+    def observe_many(self, events: Iterable[Event]) -> None:
+        """Store live events in the order given, in one transaction: all of them, or none if one is refused.
+
+        Raises
+        ------
+        RequestError
+            As `observe` does, for the first event that cannot be stored.
+        """
+        state = self._state
+        self._store.append(live_events(events, state.catalog, self.config.data.clock, int(time.time())))
 
     def forget(self, user: str) -> int:
         """Erase a user's events and cached states; return how many events there were.
