@@ -25,7 +25,7 @@ from llmrec.protocols import Codes, Mask
 from llmrec.rows import LoadReport, Policy, id_order
 from llmrec.tables import is_untyped, read_table
 from llmrec.text import shorten
-from llmrec.types import Item
+from llmrec.types import AttributeValue, Item
 
 LINE_LIMIT = 1_000
 """Longest line in characters."""
@@ -55,6 +55,7 @@ class Catalog:
         self._index = {item_id: code for code, item_id in enumerate(self.ids)}
         self._titles: list[str] | None = None
         self._lines: list[str] | None = None
+        self._counts: dict[str, dict[AttributeValue, int]] = {}
         self._fingerprint = ""
 
     @classmethod
@@ -111,6 +112,15 @@ class Catalog:
         if name not in self._frame.columns:
             raise RequestError(f"unknown attribute {name!r}; known are {', '.join(self._frame.columns)}")
         return self._frame[name]
+
+    def counts(self, name: str) -> Mapping[AttributeValue, int]:
+        """Return how many items have each value of an attribute, removed items included."""
+        if name not in self._counts:
+            column = self.column(name)
+            flat = column.explode() if kind_of(column.dtype) == "list of strings" else column
+            values, counts = flat.drop_nulls().rename("value").value_counts(name="count").get_columns()
+            self._counts[name] = dict(zip(values.to_list(), counts.to_list(), strict=True))
+        return self._counts[name]
 
     def code(self, item_id: str) -> int:
         """Return the code of an item.

@@ -168,9 +168,15 @@ def recommend(
     seen: Annotated[
         str, typer.Option(help="May items of the history return: auto, include, exclude.")
     ] = "auto",
+    caps: Annotated[
+        str | None, typer.Option(help="""At most so many of a value, as JSON: '{"brand": 2}'.""")
+    ] = None,
+    pins: Annotated[str | None, typer.Option(help="Item ids that come first, with commas between.")] = None,
+    diversity: Annotated[float, typer.Option(help="0: by score alone, to 1: as unlike as can be.")] = 0.0,
     by_stage: Annotated[
         bool, typer.Option("--stages", help="Show what each stage alone would answer.")
     ] = False,
+    explain: Annotated[bool, typer.Option("--explain", help="Say why, for each item.")] = False,
     in_json: InJSON = False,
 ) -> None:
     """Recommend items to a user, for a history, for typed words, or for words and one of the others."""
@@ -183,9 +189,16 @@ def recommend(
         "user": user,
         "history": _ids("--history", history),
         "query": query,
+        "k": k,
+        "where": _where(where),
+        "exclude": _ids("--exclude", exclude) or [],
         "seen": seen,
+        "caps": _object("--caps", caps, '{"brand": 2}'),
+        "pins": _ids("--pins", pins) or [],
+        "diversity": diversity,
+        "explain": explain,
     }
-    request = Request(**fields, k=k, where=_where(where), exclude=_ids("--exclude", exclude) or [])
+    request = Request(**fields)
     rec = Recommender.load(model)
     show(rec.stages(request) if by_stage else rec.recommend(request), in_json=in_json)
 
@@ -276,6 +289,11 @@ def _ids(flag: str, text: str | None) -> list[str] | None:
 
 def _where(text: str | None) -> dict[str, Any] | None:
     """Read conditions."""
+    return _object("--where", text, '{"genres": "Comedy"}')
+
+
+def _object(flag: str, text: str | None, example: str) -> dict[str, Any] | None:
+    """Read a JSON object."""
     if text is None:
         return None
     try:
@@ -283,11 +301,9 @@ def _where(text: str | None) -> dict[str, Any] | None:
     except json.JSONDecodeError as wrong:
         at = text[wrong.pos : wrong.pos + 20]
         found = f"before {at!r}" if at else "at the end"
-        raise RequestError(
-            f"--where is not JSON: {wrong.msg} at character {wrong.pos + 1}, {found}"
-        ) from None
+        raise RequestError(f"{flag} is not JSON: {wrong.msg} at character {wrong.pos + 1}, {found}") from None
     if not isinstance(values, dict):
-        raise RequestError(f'--where must be a JSON object such as {{"genres": "Comedy"}}, got {text}')
+        raise RequestError(f"{flag} must be a JSON object such as {example}, got {text}")
     return values
 
 

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -52,6 +53,7 @@ def as_json(found: Sequence[Recommendation]) -> list[dict[str, Any]]:
             "score": r.score,
             "attributes": dict(r.item.attributes),
             "sources": [{"name": s.name, "rank": s.rank, "score": s.score} for s in r.sources],
+            **({"reason": asdict(r.reason)} if r.reason is not None else {}),
         }
         for r in found
     ]
@@ -77,11 +79,13 @@ def _table(found: Sequence[Recommendation], title: str | None = None) -> Table:
     table.add_column("item", no_wrap=True)
     table.add_column("title")
     table.add_column("score", justify="right")
-    table.add_column("what each source added")
+    explained = any(r.reason for r in found)
+    table.add_column("why" if explained else "what each source added")
     for r in found:
         sources = ", ".join(f"{s.name} +{s.score:.2f}" for s in r.sources)
+        last = r.reason.sentence if r.reason else sources
         # `Text`, since in a plain string "[bold]" would be markup.
-        table.add_row(str(r.rank), Text(r.item_id), Text(r.title), f"{r.score:.3f}", Text(sources))
+        table.add_row(str(r.rank), Text(r.item_id), Text(r.title), f"{r.score:.3f}", Text(last))
     if not found:
         table.caption = "nothing: the rules leave no item"
     return table

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 
 from llmrec.catalog import Catalog
 from llmrec.clock import to_seconds
-from llmrec.errors import DataError
+from llmrec.errors import DataError, RequestError
 from llmrec.protocols import Codes, Floats, Mask
 from llmrec.rows import LoadReport, Policy, Problems, id_order, id_strings
 from llmrec.tables import read_table
@@ -216,6 +217,38 @@ class EventLog:
         stamps = [None] * len(self) if self.timestamp is None else self.timestamp.tolist()
         rows = zip(self.user.tolist(), self.item.tolist(), stamps, self.weight.tolist(), strict=True)
         return [Event(users[user], ids[item], stamp, weight) for user, item, stamp, weight in rows]
+
+
+def live_events(events: Iterable[Event], catalog: Catalog, clock: Clock, now: int) -> list[Event]:
+    """Return events as the store takes them, in the order given, or raise for the first that spoils the log.
+
+    Parameters
+    ----------
+    clock
+        With ``"none"`` time stamps are dropped: the order of arrival is the order of events.
+    now
+        Seconds since 1970, for events without a time stamp.
+
+    Raises
+    ------
+    RequestError
+        If an item is unknown, a user blank, a time no whole seconds, or a weight not above 0.
+    """
+    checked = []
+    for event in events:
+        if not isinstance(event, Event):
+            raise RequestError(f"expected events, got {event!r:.100}; make them with llmrec.Event")
+        user, stamp, weight = event.user_id, event.timestamp, event.weight
+        catalog.code(event.item_id)
+        if not isinstance(user, str) or not user.strip():
+            raise RequestError(f"an event needs the id of its user, got {user!r:.100}")
+        if not (isinstance(weight, int | float) and math.isfinite(weight) and weight > 0):
+            raise RequestError(f"weight must be a number above 0, got {weight!r:.100}")
+        whole = isinstance(stamp, int) and not isinstance(stamp, bool) and abs(stamp) <= 10**11
+        if clock == "time" and stamp is not None and not whole:
+            raise RequestError(f"timestamp must be whole seconds since 1970, got {stamp!r:.100}")
+        checked.append(replace(event, timestamp=None if clock == "none" else now if stamp is None else stamp))
+    return checked
 
 
 def _item_codes(ids: pl.Series, catalog: Catalog, problems: Problems) -> Codes:

@@ -1,6 +1,6 @@
 """Retrieve, merge, score, blend: the whole idea, without input or output.
 
-    queries -> retrieve -> merge -> score -> blend -> ranked items with provenance
+    queries -> retrieve -> merge -> score -> blend -> ranked items with provenance -> arrange.py
 
 Every candidate keeps which component found it, at which rank, and what that added to its score.
 """
@@ -116,17 +116,28 @@ class Candidates:
 
     def top(self, k: int) -> Candidates:
         """The first k."""
-        return Candidates(self.items[:k], self.scores[:k], self.names, self.parts[:k], self.ranks[:k])
+        return self.take(np.arange(min(k, len(self.items))))
+
+    def take(self, rows: NDArray[np.int64]) -> Candidates:
+        """Some of them, in the order of `rows`."""
+        return Candidates(self.items[rows], self.scores[rows], self.names, self.parts[rows], self.ranks[rows])
 
 
-def normalise(scores: Floats) -> Floats:
-    """Scale scores, best first, to [0, 1]: the best becomes 1, the last 0; a single or constant list 1."""
-    if len(scores) == 0:
-        return scores
-    low, high = float(scores.min()), float(scores.max())
-    if high - low < 1e-12:
-        return np.ones_like(scores)
-    return ((scores - low) / (high - low)).astype(np.float32)
+def normalise(scores: Floats, base: Floats | None = None) -> Floats:
+    """Scale scores to [0, 1]: the best becomes 1, the last 0; a single or constant list 1.
+
+    With `base`, on the scale of those scores: what is below all of them becomes 0, above them more than 1.
+    A constant base, which has no scale, is the unit where it is above 0.
+    """
+    base = scores if base is None else base
+    low, high = float(base.min(initial=np.inf)), float(base.max(initial=-np.inf))
+    if high - low >= 1e-12:
+        scaled: Floats = np.maximum((scores - low) / (high - low), 0.0).astype(np.float32)
+    elif base is scores or not 0 < low < np.inf:
+        scaled = np.ones_like(scores)
+    else:
+        scaled = np.maximum(scores / low, 0.0).astype(np.float32)
+    return scaled
 
 
 def gather(hits: Mapping[str, Hits]) -> tuple[Codes, Floats, NDArray[np.int32]]:
@@ -320,3 +331,26 @@ class Pipeline:
             np.concatenate([merged.ranks, np.zeros((len(missing), len(merged.names)), np.int32)]),
         )
         return self.rerank([query], [merged], [weights.lm])[0]
+
+    def scores(self, queries: Sequence[Query], items: Codes, weights: Weights) -> Floats:
+        """Blended scores of the same items for several queries, comparable, shape (queries, items).
+
+        Weights and the scale of each component are those of the first query, so that what an item loses or
+        gains for another query is not hidden by scaling that query's best item to 1; nothing falls back to
+        popularity. For the query and the candidates of an answer the first row is the answer's scores.
+        Masks have to allow these items and no others.
+        """
+        table = np.zeros((len(queries), len(items)), np.float32)
+        order = np.argsort(items)
+        for name in (name for name in self.retrievers if weights.uses(name)):
+            found = self.retrievers[name].retrieve(queries, self.depth)
+            for row, hits in enumerate(found):
+                bonus = weights.found.get(name, 0.0) + weights.rank.get(name, 0.0) * discount(
+                    np.arange(1, len(hits.items) + 1, dtype=np.int32)
+                )
+                part = weights.retrievers.get(name, 0.0) * normalise(hits.scores, found[0].scores) + bonus
+                table[row, order[np.searchsorted(items, hits.items, sorter=order)]] += part
+        if weights.lm > 0 and self.scorer is not None:
+            scores = self.scorer.score(queries, [items] * len(queries))
+            table += weights.lm * np.stack([normalise(row, scores[0]) for row in scores])
+        return table

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -16,30 +15,27 @@ import numpy as np
 import polars as pl
 
 from llmrec import persistence
+from llmrec.answering import Asked, answer, ask, only, recommendations
 from llmrec.assembly import encode, read_catalog, read_log
 from llmrec.catalog import Catalog
 from llmrec.config import Config
 from llmrec.errors import RequestError
 from llmrec.evaluation.run import Systems, run_systems
 from llmrec.evaluation.split import Part, tail
-from llmrec.events import EventLog
+from llmrec.events import EventLog, live_events
 from llmrec.families import Texts
 from llmrec.fetch import resolve
 from llmrec.pipeline import Weights
-from llmrec.protocols import Codes, Query
+from llmrec.protocols import Codes
 from llmrec.recipe import Recipe
 from llmrec.selection import choose_recipe
 from llmrec.state import State
 from llmrec.store.sqlite import SQLiteStore
-from llmrec.text import neutralise
 from llmrec.types import Event, Item, Recommendation, Request
 
 if TYPE_CHECKING:
     from llmrec.training import Progress
     from llmrec.tuning import FinetuneReport
-
-QUERY_LIMIT = 1000
-"""Longest typed query in characters."""
 
 CHUNK = 64
 """Requests that go through the pipeline at once."""
@@ -323,10 +319,8 @@ class Recommender:
             pipeline = replace(pipeline, history=history, query=query)
         answers: list[list[Recommendation]] = []
         for start in range(0, len(requests), CHUNK):
-            chunk = requests[start : start + CHUNK]
-            queries = [self._query(r, state) for r in chunk]
-            found = pipeline.recommend(queries, max(r.k for r in chunk))
-            answers += [state.answer(c.top(r.k)) for r, c in zip(chunk, found, strict=True)]
+            chunk = [self._ask(request, state) for request in requests[start : start + CHUNK]]
+            answers += answer(chunk, state, pipeline)
         return answers
 
     def stages(self, request: Request | None = None, **fields: Any) -> dict[str, list[Recommendation]]:
@@ -334,19 +328,17 @@ class Recommender:
 
         `default` is what `recommend` returns. Without a tuned model ``language model`` is not there.
         """
-        asked = _request(request, fields)
+        given = _request(request, fields)
         state = self._ready(lm=True)
         pipeline = state.pipeline()
-        query = self._query(asked, state)
         plain = replace(pipeline, history=pipeline.history.with_lm(0.0), query=pipeline.query.with_lm(0.0))
-        lists = {"retrieval": plain.recommend([query], asked.k)[0]}
+        stages = {"retrieval": plain}
         if state.lm is not None:
-            only = Weights({}, lm=1.0)
-            lists["language model"] = replace(pipeline, history=only, query=only).recommend([query], asked.k)[
-                0
-            ]
-        lists["default"] = pipeline.recommend([query], asked.k)[0]
-        return {name: state.answer(c) for name, c in lists.items()}
+            alone = Weights({}, lm=1.0)
+            stages["language model"] = replace(pipeline, history=alone, query=alone)
+        stages["default"] = pipeline
+        asked = [self._ask(given, state)]
+        return {name: answer(asked, state, stage)[0] for name, stage in stages.items()}
 
     def search(
         self, query: str, user: str | None = None, k: int = 10, where: Mapping[str, Any] | None = None
@@ -370,11 +362,10 @@ class Recommender:
             If the item is unknown.
         """
         state = self._state
-        code = state.catalog.code(item_id)
+        state.catalog.code(item_id)
         request = Request(history=[item_id], k=k, where=where, exclude=[item_id])
-        query = Query(np.array([code], dtype=np.int32), "", state.mask(request, np.empty(0, np.int32)))
         pipeline = replace(state.pipeline(), history=state.recipe.similar)
-        return state.answer(pipeline.recommend([query], k)[0])
+        return answer([self._ask(request, state)], state, pipeline)[0]
 
     def rank(
         self,
@@ -399,12 +390,10 @@ class Recommender:
             raise RequestError("an item is given twice; ids to rank must differ")
         if not ids:
             return []
-        request = Request(user=user, history=history, query=query, k=len(ids))
-        mask = np.zeros(len(state.catalog), dtype=np.bool_)
-        mask[codes] = True
-        asked = replace(self._query(request, state), mask=mask)
+        asked = self._ask(Request(user=user, history=history, query=query, k=len(ids)), state)
         pipeline = replace(state.pipeline(), depth=len(ids))
-        return state.answer(pipeline.order(asked, codes))
+        query_of_these = replace(asked.query, mask=only(codes, len(state.catalog)))
+        return recommendations(pipeline.order(query_of_these, codes), state.catalog)
 
     def predict(
         self,
@@ -425,14 +414,12 @@ class Recommender:
         ids = list(items)
         state = self._ready(lm=self._state.recipe.uses_lm)
         codes = state.catalog.codes(ids)
-        query = self._query(Request(user=user, history=history), state)
-        p = state.pipeline().predict([query])[0]
+        asked = self._ask(Request(user=user, history=history), state)
+        p = state.pipeline().predict([asked.query])[0]
         return {item_id: float(p[code]) for item_id, code in zip(ids, codes, strict=True)}
 
-    def _query(self, request: Request, state: State) -> Query:
-        history = self._history(request, state)
-        text = neutralise(request.query, QUERY_LIMIT) if request.query else ""
-        return Query(history, text, state.mask(request, history))
+    def _ask(self, request: Request, state: State) -> Asked:
+        return ask(request, self._history(request, state), state)
 
     def _history(self, request: Request, state: State) -> Codes:
         if request.history is not None:
@@ -452,24 +439,25 @@ class Recommender:
     def observe(self, user: str, item: str, timestamp: int | None = None, weight: float = 1.0) -> None:
         """Store a live event; it counts in the next request. `timestamp` is now unless given.
 
+        Once this has returned, the event of a saved recommender survives a kill and a power loss.
+
         Raises
         ------
         RequestError
             If the item is unknown, the user blank, the time no whole seconds, or the weight not above 0.
         """
-        self._state.catalog.code(item)
-        if not isinstance(user, str) or not user.strip():
-            raise RequestError(f"an event needs the id of its user, got {user!r}")
-        if not (isinstance(weight, int | float) and math.isfinite(weight) and weight > 0):
-            raise RequestError(f"weight must be a number above 0, got {weight!r}")
-        if self.config.data.clock == "none":
-            # The order of arrival is the order of events.
-            timestamp = None
-        elif timestamp is None:
-            timestamp = int(time.time())
-        elif isinstance(timestamp, bool) or not isinstance(timestamp, int) or abs(timestamp) > 10**11:
-            raise RequestError(f"timestamp must be whole seconds since 1970, got {timestamp!r}")
-        self._store.append([Event(user, item, timestamp, weight)])
+        self.observe_many([Event(user, item, timestamp, weight)])
+
+    def observe_many(self, events: Iterable[Event]) -> None:
+        """Store live events in the order given, in one transaction: all of them, or none if one is refused.
+
+        Raises
+        ------
+        RequestError
+            As `observe` does, for the first event that cannot be stored.
+        """
+        state = self._state
+        self._store.append(live_events(events, state.catalog, self.config.data.clock, int(time.time())))
 
     def forget(self, user: str) -> int:
         """Erase a user's events and cached states; return how many events there were.

@@ -1,4 +1,4 @@
-"""The `where` grammar: conditions on item attributes, compiled to a mask over the catalogue."""
+"""Rules in codes: the `where` grammar as a mask over the catalogue, what is allowed, pins and caps."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ import polars as pl
 from llmrec.attributes import CONTRACT, TEXT_LIMIT, TITLE_LIMIT, clean_text, kind_of
 from llmrec.catalog import Catalog
 from llmrec.errors import RequestError
-from llmrec.protocols import Mask
+from llmrec.protocols import Codes, Mask
 from llmrec.text import neutralise
+from llmrec.types import AttributeValue, Request
 
 OPERATORS = ("in", "not", "all", "gte", "gt", "lte", "lt", "exists", "match")
 
@@ -24,6 +25,75 @@ _COMPARE: dict[str, Callable[[pl.Series, float], pl.Series]] = {
     "lte": lambda column, bound: column <= bound,
     "lt": lambda column, bound: column < bound,
 }
+
+
+def allowed_items(request: Request, catalog: Catalog) -> Mask:
+    """Return which items are active, meet `where` and are not excluded, shape (n,). Seen items are in.
+
+    Raises
+    ------
+    RequestError
+        If `where` or `exclude` name what is not there.
+    """
+    mask: Mask = catalog.active.copy()
+    met = compile_where(request.where, catalog)
+    if met is not None:
+        mask &= met
+    if len(request.exclude):
+        mask[catalog.codes(list(request.exclude))] = False
+    return mask
+
+
+def pinned_items(request: Request, catalog: Catalog, allowed: Mask) -> Codes:
+    """Return the codes of the pins, in their order, shape (pins,).
+
+    Parameters
+    ----------
+    allowed
+        `allowed_items` of this request.
+
+    Raises
+    ------
+    RequestError
+        If a pin is unknown, given twice, or not allowed; the message says by which rule.
+    """
+    pins = catalog.codes(list(request.pins))
+    if len(np.unique(pins)) < len(pins):
+        raise RequestError("an item is pinned twice; pins must differ")
+    wrong = []
+    for item_id, code in zip(request.pins, pins, strict=True):
+        if not catalog.active[code]:
+            wrong.append(f"{item_id!r} was removed from the catalogue")
+        elif item_id in request.exclude:
+            wrong.append(f"{item_id!r} is in exclude")
+        elif not allowed[code]:
+            wrong.append(f"{item_id!r} does not meet where")
+    if wrong:
+        raise RequestError(f"pins break other rules: {'; '.join(wrong)}; leave these pins or those rules out")
+    return pins
+
+
+def check_caps(caps: Mapping[str, int] | None, catalog: Catalog) -> None:
+    """Raise RequestError if caps name an unknown attribute."""
+    for name in caps or ():
+        _check_known(name, catalog, "caps")
+
+
+def values_of(name: str, catalog: Catalog, items: Codes) -> list[tuple[AttributeValue, ...]]:
+    """Return the values of an attribute of some items, one tuple an item; empty where it has none."""
+    column = catalog.column(name)[items]
+    missing = (None, "")
+    return [
+        tuple(value) if isinstance(value, list) else () if value in missing else (value,)
+        for value in column.to_list()
+    ]
+
+
+def _check_known(name: Any, catalog: Catalog, rule: str) -> None:
+    known = [*catalog.attributes, *CONTRACT]
+    if name not in known:
+        also = ", and any" if rule == "where" else ""
+        raise RequestError(f"{rule}: unknown attribute {name!r}; known are {', '.join(known)}{also}")
 
 
 def compile_where(where: Mapping[str, Any] | None, catalog: Catalog) -> Mask | None:
@@ -124,9 +194,7 @@ class _Attribute:
     """One column with the tests that its kind allows. A missing value passes none of them."""
 
     def __init__(self, name: Any, catalog: Catalog) -> None:
-        known = [*catalog.attributes, *CONTRACT]
-        if name not in known:
-            raise RequestError(f"where: unknown attribute {name!r}; known are {', '.join(known)}, and any")
+        _check_known(name, catalog, "where")
         self.name: str = name
         column = catalog.column(name)
         self.kind = kind_of(column.dtype)

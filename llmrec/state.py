@@ -18,12 +18,10 @@ from llmrec.errors import DataError, ModelError
 from llmrec.evaluation.split import training_log
 from llmrec.events import EventLog
 from llmrec.families import Texts, TrainingLog
-from llmrec.pipeline import LM, Candidates, Pipeline
-from llmrec.protocols import Codes, Mask, Retriever
+from llmrec.pipeline import LM, Pipeline
+from llmrec.protocols import Retriever
 from llmrec.recipe import Recipe, fit_retrievers, load_retrievers, retriever_arrays
 from llmrec.retrieve.popularity import PopularityRetriever
-from llmrec.rules import compile_where
-from llmrec.types import Recommendation, Request, Source
 
 if TYPE_CHECKING:
     from llmrec.language_model import LanguageModel
@@ -88,39 +86,6 @@ class State:
         retrievers = load_retrievers(retriever_arrays(self.retrievers), texts, self.recipe)
         lm = self.lm.grown(texts.vectors) if self.lm is not None else None
         return replace(self, catalog=catalog, texts=texts, retrievers=retrievers, lm=lm)
-
-    def mask(self, request: Request, history: Codes) -> Mask:
-        """Which items a request allows, shape (items,): active, `where`, not excluded, not seen.
-
-        Raises
-        ------
-        RequestError
-            If `where` or `exclude` name what is not there.
-        """
-        mask: Mask = self.catalog.active.copy()
-        allowed = compile_where(request.where, self.catalog)
-        if allowed is not None:
-            mask &= allowed
-        if len(request.exclude):
-            mask[self.catalog.codes(list(request.exclude))] = False
-        if request.seen == "exclude" or (request.seen == "auto" and not self.repeats):
-            mask[history] = False
-        return mask
-
-    def answer(self, found: Candidates) -> list[Recommendation]:
-        """Candidates as recommendations, each with the components that proposed it or moved its score."""
-        answer = []
-        items, scores = self.catalog.items(found.items), found.scores.tolist()
-        provenance = zip(found.ranks.tolist(), found.parts.tolist(), strict=True)
-        for row, (item, (ranks, parts)) in enumerate(zip(items, provenance, strict=True)):
-            sources = [
-                Source(name, rank, part)
-                for name, rank, part in zip(found.names, ranks, parts, strict=True)
-                if rank > 0 or part > 0
-            ]
-            sources.sort(key=lambda source: -source.score)
-            answer.append(Recommendation(item, row + 1, scores[row], tuple(sources)))
-        return answer
 
     def write(self, folder: Path, adapter: Path | None) -> None:
         """Write into an empty folder; `adapter` is the folder of a language model that is not loaded."""

@@ -55,11 +55,22 @@ class Request:
         Item ids never to return.
     seen
         Whether items of the history may come back.
+    caps
+        At most so many items of a value, by attribute: ``{"brand": 2}``. Each value of a list counts; an
+        item without the attribute is not capped.
+    pins
+        Item ids that come first, in this order, at most `k`. They may be seen items, and they count
+        towards `caps`; one that is removed, excluded, not allowed by `where` or over a cap is an error.
+    diversity
+        From 0, by score alone, to 1, as unlike each other as can be: maximal marginal relevance over the
+        text vectors (Carbonell and Goldstein 1998).
+    explain
+        Whether each recommendation gets a `Reason`. Costs one more batch of up to 21 queries a request.
 
     Raises
     ------
     RequestError
-        If `k` is below 1, `seen` is unknown, or both `user` and `history` are given.
+        If a field is of the wrong type or out of its range, or both `user` and `history` are given.
     """
 
     user: str | None = None
@@ -69,18 +80,43 @@ class Request:
     where: Mapping[str, Any] | None = None
     exclude: Sequence[str] = ()
     seen: Seen = "auto"
+    caps: Mapping[str, int] | None = None
+    pins: Sequence[str] = ()
+    diversity: float = 0.0
+    explain: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.k, bool) or not isinstance(self.k, int) or self.k < 1:
+        if not _is_count(self.k):
             raise RequestError(f"k must be a whole number of at least 1, got {self.k!r}")
         if self.seen not in ("auto", "exclude", "include"):
             raise RequestError(f"seen must be 'auto', 'exclude' or 'include', got {self.seen!r}")
         if self.user is not None and self.history is not None:
             raise RequestError("give either user (its stored history is used) or history, not both")
-        if isinstance(self.history, str) or isinstance(self.exclude, str):
-            raise RequestError("history and exclude are lists of item ids, got one string")
+        if any(isinstance(ids, str) for ids in (self.history, self.exclude, self.pins)):
+            raise RequestError("history, exclude and pins are lists of item ids, got one string")
         if self.query is not None and not isinstance(self.query, str):
             raise RequestError(f"query must be text, got {type(self.query).__name__}")
+        if not isinstance(self.explain, bool):
+            raise RequestError(f"explain must be True or False, got {self.explain!r:.100}")
+        self._check_arrangement()
+
+    def _check_arrangement(self) -> None:
+        if self.caps is not None and not isinstance(self.caps, Mapping):
+            raise RequestError(f'caps must be a mapping such as {{"brand": 2}}, got {self.caps!r:.100}')
+        wrong = [
+            f"{name!r}: {limit!r:.100}" for name, limit in (self.caps or {}).items() if not _is_count(limit)
+        ]
+        if wrong:
+            raise RequestError(f"a cap is a whole number of at least 1, got {', '.join(wrong)}")
+        if len(self.pins) > self.k:
+            raise RequestError(f"{len(self.pins)} pins do not fit into k = {self.k}; pin fewer, or raise k")
+        number = isinstance(self.diversity, int | float) and not isinstance(self.diversity, bool)
+        if not (number and 0 <= self.diversity <= 1):
+            raise RequestError(f"diversity must be a number from 0 to 1, got {self.diversity!r:.100}")
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,13 +129,64 @@ class Source:
 
 
 @dataclass(frozen=True, slots=True)
+class Influence:
+    """A history item that raised the score of a recommended item.
+
+    `amount` is the item's score less what it would be without this history item: among the same candidates
+    and on the scale of the answer's scores.
+    """
+
+    item_id: str
+    title: str
+    amount: float
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """An attribute value of a recommended item, and the history items in evidence that have it too."""
+
+    name: str
+    value: AttributeValue
+    item_ids: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Reason:
+    """Why an item is recommended: a sentence, and all the evidence that it rests on.
+
+    Parameters
+    ----------
+    sentence
+        Plain English; names nothing that is not in the evidence.
+    history
+        History items that raised the score, most first, at most 5 of the latest 20.
+    shared
+        Attribute values that the item shares with those, rarer ones first, at most 5.
+    words
+        Words of the typed query that the item's text has.
+    sources
+        Components that proposed the item or moved its score, as in `Recommendation`.
+    """
+
+    sentence: str
+    history: tuple[Influence, ...] = ()
+    shared: tuple[Shared, ...] = ()
+    words: tuple[str, ...] = ()
+    sources: tuple[Source, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Recommendation:
-    """One recommended item. Rank starts at 1; a higher score is better, comparable within one answer only."""
+    """One recommended item. Rank starts at 1; a higher score is better, comparable within one answer only.
+
+    Scores fall with the rank, save where pins, caps or diversity placed an item otherwise.
+    """
 
     item: Item
     rank: int
     score: float
     sources: tuple[Source, ...] = ()
+    reason: Reason | None = None
 
     @property
     def item_id(self) -> str:

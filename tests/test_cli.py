@@ -157,6 +157,19 @@ def test_rules_are_passed_on(fitted):
     found = run_json(*ask, "--where", '{"brand": "Acme"}', "--exclude", "i4, i8")
     assert set(ids(found)) <= {f"i{code}" for code in range(0, 40, 4)} - {"i4", "i8"}
     assert found and all(entry["attributes"]["brand"] == "Acme" for entry in found)
+    found = run_json(*ask[:-4], "-k", 4, "--caps", '{"brand": 1}', "--pins", "i9, i10", "--diversity", 0.3)
+    assert ids(found)[:2] == ["i9", "i10"] and len({entry["attributes"]["brand"] for entry in found}) == 4
+
+
+def test_explain_says_why(fitted):
+    ask = ("recommend", fitted, "--history", "i20,i11,i30", "-k", 4, "--explain")
+    found = {entry["item_id"]: entry["reason"] for entry in run_json(*ask)}
+    assert found["i12"]["history"][0]["item_id"] == "i11" and found["i12"]["history"][0]["amount"] > 0
+    assert all(
+        set(reason) == {"sentence", "history", "shared", "words", "sources"} for reason in found.values()
+    )
+    table = run(*ask).stdout
+    assert "why" in table and all(reason["sentence"] in table for reason in found.values())
 
 
 def test_stages_show_the_language_model_beside_the_default(tuned):
@@ -241,6 +254,9 @@ def test_bad_conditions_say_where(fails, fitted):
     assert "at the end" in fails(*ask, '{"brand": ')
     assert "must be a JSON object" in fails(*ask, '["brand"]')
     assert "brnd" in fails(*ask, '{"brnd": "Acme"}')
+    caps = ("recommend", fitted, "--user", "u1", "--caps")
+    assert "--caps is not JSON" in fails(*caps, "brand") and "--caps must be" in fails(*caps, "2")
+    assert "brnd" in fails(*caps, '{"brnd": 2}')
 
 
 def test_bad_data(fails, data, tmp_path):

@@ -84,6 +84,15 @@ def test_the_verbs_answer_as_the_library_does(rec, http):
     assert isinstance(first["attributes"]["genres"], list)
     assert answer.json()["degraded"] is False
     assert ids(http.post("/v1/recommend", json={})) == expect(rec.recommend())
+    ruled = {"user": "u1", "k": 6, "caps": {"brand": 1}, "pins": ["i7"], "diversity": 0.3, "explain": True}
+    shown, expected = http.post("/v1/recommend", json=ruled).json()["items"], rec.recommend(**ruled)
+    assert [item["item_id"] for item in shown] == [r.item_id for r in expected] and shown[0][
+        "item_id"
+    ] == "i7"
+    for item, r in zip(shown, expected, strict=True):
+        assert item["reason"]["sentence"] == r.reason.sentence
+        amounts = [influence["amount"] for influence in item["reason"].get("history", [])]
+        assert amounts == pytest.approx([influence.amount for influence in r.reason.history])
     asked = {"query": "silver river", "user": "u1", "k": 3}
     assert ids(http.post("/v1/search", json=asked)) == expect(rec.search("silver river", user="u1", k=3))
     assert ids(http.post("/v1/similar", json={"item_id": "i3", "k": 5})) == expect(rec.similar("i3", 5))

@@ -79,7 +79,10 @@ def test_the_tools_answer_as_the_library_does(rec, talk):
     asked = {"user": "u1", "k": 4, "where": {"brand": ["Acme", "Dune"]}, "exclude": ["i0"]}
     found = call(talk, "recommend", **asked)
     assert ids(found) == expect(rec.recommend(**asked))
-    assert set(found["items"][0]) == {"item_id", "title", "rank", "score", "attributes"}
+    assert set(found["items"][0]) == {"item_id", "title", "rank", "score", "attributes", "reason"}
+    ruled = {**asked, "caps": {"brand": 1}, "diversity": 0.5, "explain": True}
+    told = [(item["item_id"], item["reason"]) for item in call(talk, "recommend", **ruled)["items"]]
+    assert told == [(r.item_id, r.reason.sentence) for r in rec.recommend(**ruled)] and len(told) == 2
     assert found["items"][0]["rank"] == 1 and isinstance(found["items"][0]["attributes"]["genres"], list)
     assert ids(call(talk, "recommend", history=["i2"], k=3)) == expect(rec.recommend(history=["i2"], k=3))
     assert ids(call(talk, "search_items", query="silver river", k=3)) == expect(

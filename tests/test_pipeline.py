@@ -231,6 +231,29 @@ def test_order_returns_every_given_item_once(weight, history, text):
         assert unknown.items.tolist() == [3, 29, 28, 27], "what no component found comes last, as given"
 
 
+@pytest.mark.parametrize("weight", [0.0, 2.0])
+def test_scores_of_given_items_are_those_of_the_answer_and_others_are_on_the_same_scale(weight):
+    longer = Weights({"ease": 1.0, "popularity": 0.5}, weight, found={"ease": 0.2}, rank={"ease": 0.3})
+    pipeline = with_lm({4: 3.0, 11: 2.0, 28: 1.0}, weight)
+    pipeline = replace(pipeline, history=replace(pipeline.history, longer=((3, longer),)), depth=7)
+    query = Query(codes([3, 9, 14]), "", np.arange(N) % 5 > 0)
+    (found,) = pipeline.recommend([query], N)
+    asked = replace(query, mask=np.isin(np.arange(N), found.items))
+    shorter = [replace(asked, history=codes(h)) for h in ([3, 14], [3], [])]
+    shuffled = np.random.default_rng(0).permutation(len(found.items))
+    table = pipeline.scores([asked, *shorter], found.items[shuffled], pipeline.weights_for(query))
+    np.testing.assert_allclose(table[0], found.scores[shuffled], atol=1e-6)
+    low, high = (f(RETRIEVERS["ease"].retrieve([asked], 7)[0].scores) for f in (np.min, np.max))
+    for query, row in zip(shorter, table[1:], strict=True):
+        expected = {code: table[0][i] for i, code in enumerate(found.items[shuffled].tolist())}
+        for sign, hits in ((-1, RETRIEVERS["ease"].retrieve([asked], 7)[0]),
+                           (1, RETRIEVERS["ease"].retrieve([query], 7)[0])):  # fmt: skip
+            for rank, (code, raw) in enumerate(zip(hits.items.tolist(), hits.scores, strict=True), start=1):
+                own = max((raw - low) / (high - low), 0.0) + 0.2 + 0.3 / np.log2(1 + rank)
+                expected[code] += sign * own
+        np.testing.assert_allclose(row, list(expected.values()), atol=1e-5)
+
+
 def test_weights_follow_the_length_of_the_history_and_a_new_user_gets_what_is_popular():
     long = Weights({"ease": 1.0})
     weights = Weights({"popularity": 1.0, "profile": 0.1}, rank={"popularity": -5.0}, longer=((3, long),))

@@ -1,7 +1,11 @@
 """The one object: every verb, live changes, saving, and what a kill or another version leaves."""
 
 import json
+import signal
+import subprocess
+import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import polars as pl
@@ -125,6 +129,91 @@ def test_observe_counts_in_the_next_request_and_forget_erases(rec, data):
     assert ids(rec.recommend(user="new")) == ids(rec.recommend(user="somebody else"))
     with pytest.raises(RequestError, match="unknown item"):
         rec.observe("new", "not there")
+
+
+def test_many_events_are_observed_at_once_or_not_at_all(rec):
+    a, b, c = rec.catalog.ids[:3]
+    rec.observe_many([Event("new", a, 20), Event("new", b, 10), Event("new", c)])
+    assert [e.item_id for e in rec._store.history("new")] == [b, a, c]
+    assert rec._store.history("new")[-1].timestamp > 1_700_000_000
+    rec.observe_many([])
+    for bad in (
+        Event("new", "nope"),
+        Event(" ", a),
+        Event("new", a, 1.5),
+        Event("new", a, 1, 0.0),
+        ("new", a),
+    ):
+        with pytest.raises(RequestError):
+            rec.observe_many([Event("new", a), bad])
+    assert rec.forget("new") == 3
+
+
+# Observes one event or several at once, says so before and after, and waits to be told to go on.
+WRITER = """
+import sys
+from llmrec import Event, Recommender
+rec = Recommender.load(sys.argv[1])
+name, n, end = sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+while n < end:
+    size = min(1 + n % 23, end - n)
+    print("begin", n + size, flush=True)
+    if size == 1:
+        rec.observe(name, "i0", timestamp=n)
+    else:
+        rec.observe_many([Event(name, "i0", timestamp=k) for k in range(n, n + size)])
+    n += size
+    print("done", n, flush=True)
+    sys.stdin.readline()
+"""
+
+
+def write(folder, name, events, killed_at):
+    """Have events 0, 1, ... written, with a kill in the middle; return those in flight, acknowledged or not.
+
+    All others were acknowledged. What was in flight is not sent again.
+    """
+    begun = done = first = 0
+    in_flight, acknowledged = range(0), True
+    while begun < events:
+        command = [sys.executable, "-c", WRITER, str(folder), name, str(begun), str(events)]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        with subprocess.Popen(command, **pipes) as writer:
+            for line in writer.stdout:
+                what, number = line.split()
+                if what == "begin":
+                    first, begun = begun, int(number)
+                    if killed_at and begun > killed_at:
+                        writer.kill()
+                else:
+                    done = int(number)
+                    if not killed_at or begun <= killed_at:
+                        print(file=writer.stdin, flush=True)
+        if not killed_at:
+            assert writer.returncode == 0 and done == begun == events
+        else:
+            assert writer.returncode == -signal.SIGKILL
+            killed_at, in_flight, acknowledged = None, range(first, begun), done == begun
+    return in_flight, acknowledged
+
+
+def test_what_observe_acknowledged_is_there_once_after_kills(rec, tmp_path):
+    rec.save(tmp_path / "model")
+    rec.close()
+    names = [f"writer {w}" for w in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        runs = [
+            pool.submit(write, tmp_path / "model", name, 1250, 150 * w if w % 2 else None)
+            for w, name in enumerate(names)
+        ]
+        results = [run.result() for run in runs]
+    rec = Recommender.load(tmp_path / "model")
+    for name, (in_flight, acknowledged) in zip(names, results, strict=True):
+        stored = [e.timestamp for e in rec._store.history(name)]
+        assert len(stored) == len(set(stored)), "nothing twice"
+        there = set(stored) & set(in_flight)
+        assert there == set(in_flight) or (not there and not acknowledged), "a batch is there whole or not"
+        assert set(stored) - there == set(range(1250)) - set(in_flight), "what was acknowledged"
 
 
 def test_an_added_item_is_found_ranked_and_recommended_and_a_removed_one_is_not(tuned):

@@ -66,14 +66,25 @@ Where = Annotated[
 ]
 
 
+Caps = Annotated[
+    dict[str, int] | None,
+    Field(description='At most so many items of a value, by attribute, e.g. {"brand": 2}.'),
+]
+Diversity = Annotated[
+    float, Field(ge=0, le=1, description="From 0, the best items, to 1, items as unlike as can be.")
+]
+Explain = Annotated[bool, Field(description="Give a reason for each item, in a sentence.")]
+
+
 class FoundItem(BaseModel):
-    """An item, its rank from 1, and a score that compares within this answer only."""
+    """An item, its rank from 1, and a score that compares within this answer only; a reason if asked for."""
 
     item_id: str
     title: str
     rank: int
     score: float
     attributes: dict[str, m.Value]
+    reason: str | None = None
 
 
 class Found(BaseModel):
@@ -148,13 +159,17 @@ def _add_finding(server: MCPServer, service: Service) -> None:
         k: Count = 10,
         where: Where = None,
         exclude: Exclude = [],  # noqa: B006 - the SDK puts it into the schema; it is never changed
+        caps: Caps = None,
+        diversity: Diversity = 0.0,
+        explain: Explain = False,
     ) -> Found:
         """Recommend items to a user, for a history, for a wish in words, or for a wish and one of the others.
 
         Without any of them the answer is what is popular. Items of the history come back only where people
         choose the same thing again.
         """
-        body = dict(user=user, history=history, query=query, k=k, where=where, exclude=exclude)
+        body: dict[str, Any] = dict(user=user, history=history, query=query, k=k, where=where)
+        body |= dict(exclude=exclude, caps=caps, diversity=diversity, explain=explain)
         with _told():
             return _found(service.recommend(m.read(m.RecommendRequest, body)))
 
@@ -279,4 +294,9 @@ def _explained(item: m.Recommended) -> ExplainedItem:
 
 
 def _found(answer: m.ItemsResponse) -> Found:
-    return Found(items=[FoundItem.model_validate(r.model_dump()) for r in answer.items])
+    return Found(items=[FoundItem.model_validate(_plain(item)) for item in answer.items])
+
+
+def _plain(item: m.Recommended) -> dict[str, Any]:
+    """Fields of an item, its reason as a sentence."""
+    return item.model_dump() | {"reason": item.reason.sentence if item.reason is not None else None}

@@ -22,7 +22,7 @@ from pydantic import (
 
 from llmrec.errors import RequestError
 from llmrec.serve.config import ServeConfig
-from llmrec.types import Recommendation, Seen
+from llmrec.types import Reason, Recommendation, Seen
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -69,6 +69,14 @@ class RecommendRequest(Asker):
     where: dict[str, Any] | None = Field(None, description="conditions on item attributes")
     exclude: Ids = Field([], description="ids never to return", json_schema_extra={MARK: "max_candidates"})
     seen: Seen = Field("auto", description="whether items of the history may come back")
+    caps: dict[str, Annotated[int, Field(ge=1)]] | None = Field(
+        None, description="at most so many items of a value, by attribute"
+    )
+    pins: Ids = Field(
+        [], description="ids that come first, in this order, k at most", json_schema_extra={MARK: "max_k"}
+    )
+    diversity: float = Field(0.0, ge=0, le=1, description="from 0, by score alone, to 1, as unlike as can be")
+    explain: bool = Field(False, description="give a reason for each item")
     budget_ms: float | None = Field(
         None,
         gt=0,
@@ -115,6 +123,44 @@ class SourceOut(Strict):
     score: float
 
 
+class InfluenceOut(Strict):
+    """A history item that raised an item's score, and by how much."""
+
+    item_id: str
+    title: str
+    amount: float
+
+
+class SharedOut(Strict):
+    """An attribute value that an item shares with history items in evidence."""
+
+    name: str
+    value: Value
+    item_ids: list[str]
+
+
+class ReasonOut(Strict):
+    """Why an item is recommended: a sentence, and the evidence that it rests on."""
+
+    sentence: str
+    history: list[InfluenceOut] = []
+    shared: list[SharedOut] = []
+    words: list[str] = []
+
+    @classmethod
+    def of(cls, reason: Reason) -> ReasonOut:
+        """Make one from what the library returns."""
+        return cls(
+            sentence=reason.sentence,
+            history=[InfluenceOut(item_id=h.item_id, title=h.title, amount=h.amount) for h in reason.history],
+            shared=[
+                SharedOut(name=s.name, value=plain({"": s.value})[""], item_ids=list(s.item_ids))
+                for s in reason.shared
+            ],
+            words=list(reason.words),
+        )
+
+
 class Recommended(Strict):
     """One item of an answer. Rank starts at 1; scores compare within one answer only."""
 
@@ -124,6 +170,7 @@ class Recommended(Strict):
     score: float
     attributes: dict[str, Value] = {}
     sources: list[SourceOut] = []
+    reason: ReasonOut | None = None
 
     @classmethod
     def of(cls, found: Recommendation) -> Recommended:
@@ -137,6 +184,7 @@ class Recommended(Strict):
             sources=[
                 SourceOut.model_construct(name=s.name, rank=s.rank, score=s.score) for s in found.sources
             ],
+            reason=None if found.reason is None else ReasonOut.of(found.reason),
         )
 
 

@@ -14,14 +14,16 @@ import math
 import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
 
+from llmrec.answering import QUERY_LIMIT
 from llmrec.errors import NotFoundError, RequestError
 from llmrec.protocols import Floats
-from llmrec.recommender import QUERY_LIMIT, Recommender
+from llmrec.recommender import Recommender
 from llmrec.serve.batching import Batcher, Pool
 from llmrec.serve.config import ServeConfig
 from llmrec.serve.models import (
@@ -52,7 +54,7 @@ from llmrec.serve.models import (
 )
 from llmrec.serve.summary import summarise
 from llmrec.text import neutralise
-from llmrec.types import Item, Request
+from llmrec.types import Event, Item, Request
 
 A = TypeVar("A")
 _Asked = tuple[Request, bool]
@@ -118,16 +120,10 @@ class Service:
             If too many requests wait.
         """
         check(body, self.config)
-        seen = body.seen if isinstance(body, RecommendRequest) else "include"
-        request = Request(
-            user=body.user,
-            history=body.history,
-            query=body.query,
-            k=body.k,
-            where=body.where,
-            exclude=body.exclude if isinstance(body, RecommendRequest) else (),
-            seen=seen,
-        )
+        request = Request(**body.model_dump(exclude={"budget_ms"}))
+        if isinstance(body, SearchRequest):
+            # Who searches for something wants to find it.
+            request = replace(request, seen="include")
         recipe = self.recommender.recipe
         typed = body.query is not None and body.query.strip()
         weights = recipe.query if typed else recipe.history
@@ -269,9 +265,7 @@ class Service:
         """Store events; they count in the next request. If an item is unknown, none is stored."""
         if len(events) > self.config.max_events:
             raise RequestError(f"{self.config.max_events:,} events at most at once, got {len(events):,}")
-        self.recommender.catalog.codes([e.item_id for e in events])
-        for e in events:
-            self.recommender.observe(e.user_id, e.item_id, e.timestamp, e.weight)
+        self.recommender.observe_many(Event(e.user_id, e.item_id, e.timestamp, e.weight) for e in events)
         return EventsResponse(events=len(events))
 
     def put_item(self, item_id: str, body: ItemIn) -> tuple[ItemOut, bool]:

@@ -1,0 +1,138 @@
+"""One request from its rules to its answer: in codes, through the pipeline, arranged, explained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from llmrec.arrange import Cap, arrange, pinned
+from llmrec.catalog import Catalog
+from llmrec.explain.evidence import leave_one_out
+from llmrec.explain.reasons import explain
+from llmrec.pipeline import Candidates, Pipeline
+from llmrec.protocols import Codes, Mask, Query
+from llmrec.rules import allowed_items, check_caps, pinned_items, values_of
+from llmrec.state import State
+from llmrec.text import neutralise
+from llmrec.types import Recommendation, Request, Source
+
+QUERY_LIMIT = 1000
+"""Longest typed query in characters."""
+
+DEEPER = 4
+"""By how much more hits are taken where the rules leave fewer than k of those at hand."""
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A request in codes: what the pipeline is asked, under the mask of the rules, and the pins."""
+
+    request: Request
+    query: Query
+    pins: Codes
+
+
+def ask(request: Request, history: Codes, state: State) -> Asked:
+    """Turn a request into codes.
+
+    Raises
+    ------
+    RequestError
+        If a rule names what is not there, or a pin breaks another rule.
+    """
+    allowed = allowed_items(request, state.catalog)
+    pins = pinned_items(request, state.catalog, allowed)
+    check_caps(request.caps, state.catalog)
+    if request.seen == "exclude" or (request.seen == "auto" and not state.repeats):
+        allowed[history] = False
+    text = neutralise(request.query, QUERY_LIMIT) if request.query else ""
+    return Asked(request, Query(history, text, allowed), pins)
+
+
+def answer(asked: Sequence[Asked], state: State, pipeline: Pipeline) -> list[list[Recommendation]]:
+    """Answer requests; they go through each component as one batch.
+
+    Raises
+    ------
+    RequestError
+        If the pins of a request are over one of its caps.
+    """
+    found = pipeline.recommend([one.query for one in asked], len(state.catalog))
+    return [_answer(one, state, pipeline, these) for one, these in zip(asked, found, strict=True)]
+
+
+def _answer(asked: Asked, state: State, pipeline: Pipeline, found: Candidates) -> list[Recommendation]:
+    shown, allowed = _arranged(asked, state, found), asked.query.mask
+    assert allowed is not None
+    reachable = int(allowed.sum())
+    # Only a component that gave all the hits it was asked for may have more.
+    while (
+        len(shown.items) < asked.request.k
+        and pipeline.depth < reachable
+        and found.ranks.max(initial=0) >= pipeline.depth
+    ):
+        pipeline = replace(pipeline, depth=DEEPER * pipeline.depth)
+        found = pipeline.recommend([asked.query], len(state.catalog))[0]
+        shown = _arranged(asked, state, found)
+    answered = recommendations(shown, state.catalog)
+    if not asked.request.explain:
+        return answered
+    return _explained(answered, shown.items, found.items, asked, state, pipeline)
+
+
+def _explained(
+    answered: Sequence[Recommendation],
+    shown: Codes,
+    candidates: Codes,
+    asked: Asked,
+    state: State,
+    pipeline: Pipeline,
+) -> list[Recommendation]:
+    """Add reasons to what is shown: how its scores change when one history item is left out."""
+    left_out, queries = leave_one_out(asked.query)
+    changes = np.zeros((len(left_out), len(state.catalog)), np.float32)
+    if len(left_out) and len(candidates):
+        mask = only(candidates, len(state.catalog))
+        masked = [replace(query, mask=mask) for query in (asked.query, *queries)]
+        scores = pipeline.scores(masked, candidates, pipeline.weights_for(asked.query))
+        changes[:, candidates] = scores[0] - scores[1:]
+    reasons = explain(answered, asked.query, left_out, changes[:, shown], state.catalog)
+    return [replace(one, reason=reason) for one, reason in zip(answered, reasons, strict=True)]
+
+
+def _arranged(asked: Asked, state: State, found: Candidates) -> Candidates:
+    request = asked.request
+    found = pinned(found, asked.pins)
+    caps = [
+        Cap(name, limit, values_of(name, state.catalog, found.items))
+        for name, limit in (request.caps or {}).items()
+    ]
+    vectors = state.texts.vectors[found.items] if request.diversity > 0 else None
+    return arrange(
+        found, request.k, asked.query.mask, len(asked.pins), caps, float(request.diversity), vectors
+    )
+
+
+def recommendations(found: Candidates, catalog: Catalog) -> list[Recommendation]:
+    """Candidates as recommendations, each with the components that proposed it or moved its score."""
+    answer = []
+    items, scores = catalog.items(found.items), found.scores.tolist()
+    provenance = zip(found.ranks.tolist(), found.parts.tolist(), strict=True)
+    for row, (item, (ranks, parts)) in enumerate(zip(items, provenance, strict=True)):
+        sources = [
+            Source(name, rank, part)
+            for name, rank, part in zip(found.names, ranks, parts, strict=True)
+            if rank > 0 or part > 0
+        ]
+        sources.sort(key=lambda source: -source.score)
+        answer.append(Recommendation(item, row + 1, scores[row], tuple(sources)))
+    return answer
+
+
+def only(items: Codes, n_items: int) -> Mask:
+    """Mask over the catalogue that allows these items alone, shape (n_items,)."""
+    mask: Mask = np.zeros(n_items, dtype=np.bool_)
+    mask[items] = True
+    return mask

@@ -1,0 +1,1 @@
+"""Reasons: evidence from leaving history items out, and the sentence that names it."""

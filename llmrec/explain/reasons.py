@@ -1,0 +1,116 @@
+"""From evidence to reasons: a sentence by template, which names nothing but the evidence beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from llmrec.catalog import Catalog
+from llmrec.explain.evidence import influences, matched_words, shared_values
+from llmrec.protocols import Codes, Floats, Query
+from llmrec.types import Influence, Reason, Recommendation, Shared
+
+READS_WORDS = ("bm25", "text")
+"""Sources that read a typed query."""
+
+MENTIONED = 2
+"""Most history items that a sentence names."""
+
+_OF_SOURCE = {
+    "popularity": "Popular with others.",
+    "recent": "Popular of late.",
+    "trending": "On the rise.",
+    "text": "Close in meaning to your words.",
+}
+_PINNED = "Pinned by the request."
+_WHOLE = "Fits your history as a whole."
+_NOTHING = "Nothing in particular speaks for it."
+
+
+def explain(
+    shown: Sequence[Recommendation], query: Query, left_out: Codes, changes: Floats, catalog: Catalog
+) -> list[Reason]:
+    """Return a reason for each shown item.
+
+    Parameters
+    ----------
+    query
+        What was asked.
+    left_out
+        History items that were left out, one at a time, shape (m,).
+    changes
+        What each added to the score of each shown item, shape (m, len(shown)).
+    """
+    reasons = []
+    for column, one in enumerate(shown):
+        code = catalog.code(one.item_id)
+        history = influences(left_out, changes[:, column], one.score, catalog)
+        # An item that is chosen again has itself in evidence; to say what it shares with itself says nothing.
+        others = [h.item_id for h in history if h.item_id != one.item_id]
+        shared = shared_values(code, catalog.codes(others).tolist(), catalog)
+        reads = any(source.name in READS_WORDS and source.rank > 0 for source in one.sources)
+        words = matched_words(query.text, catalog.line(code)) if reads else ()
+        named = tuple(source.name for source in one.sources)
+        sentence = phrase(named, words, history, shared, asked_by_history=len(query.history) > 0)
+        reasons.append(Reason(sentence, history, shared, words, one.sources))
+    return reasons
+
+
+def phrase(
+    sources: Sequence[str],
+    words: Sequence[str],
+    history: Sequence[Influence],
+    shared: Sequence[Shared],
+    *,
+    asked_by_history: bool,
+) -> str:
+    """Return one sentence.
+
+    Parameters
+    ----------
+    sources
+        Names, the one that added most first.
+    asked_by_history
+        Whether the request had a history.
+    """
+    if "pin" in sources:
+        return _PINNED
+    clauses = []
+    if words:
+        clauses.append(f"for your word{'s' * (len(words) > 1)} {_listed([_quoted(w) for w in words])}")
+    if history:
+        named = history[:MENTIONED]
+        clause = f"because you chose {_listed([_quoted(h.title) for h in named])}"
+        clauses.append(clause + _alike(named, shared))
+    if clauses:
+        whole = ", and ".join(clauses)
+        return whole[0].upper() + whole[1:] + "."
+    first = next(iter(sources), "")
+    if first in _OF_SOURCE:
+        return _OF_SOURCE[first]
+    return _WHOLE if asked_by_history and first else _NOTHING
+
+
+def _alike(named: Sequence[Influence], shared: Sequence[Shared]) -> str:
+    """What the item shares with all that the sentence names, or else with the first of them."""
+    ids = [h.item_id for h in named]
+    common = [s for s in shared if set(ids) <= set(s.item_ids)]
+    if common:
+        return f"; like {'them' if len(ids) > 1 else 'it'}: {_values(common)}"
+    first = [s for s in shared if ids[0] in s.item_ids]
+    return f"; like {_quoted(named[0].title)}: {_values(first)}" if first else ""
+
+
+def _values(shared: Sequence[Shared]) -> str:
+    by_name: dict[str, list[str]] = {}
+    for one in shared:
+        value = f"{one.value:g}" if isinstance(one.value, float) else str(one.value)
+        by_name.setdefault(one.name, []).append(value)
+    return ", ".join(f"{name} {_listed(values)}" for name, values in by_name.items())
+
+
+def _listed(parts: Sequence[str]) -> str:
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+
+
+def _quoted(text: str) -> str:
+    return f'"{text}"'
