@@ -7,7 +7,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Generic
@@ -24,6 +24,25 @@ from llmrec.score.tasks import Batch, Task
 logger = logging.getLogger(__name__)
 
 
+WORSE = 0.1
+"""Nats an item by which the held-out loss has to rise above its lowest to end the run early."""
+
+VALIDATION_SECONDS = 90.0
+"""Longest stretch of training between two validations in a run that lasts by minutes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cooling:
+    """The end of a run that was seen to learn by heart: from `start` to `end` events the rate falls to 0.
+
+    `rate` is the share of the learning rate at its start.
+    """
+
+    start: int
+    end: int
+    rate: float
+
+
 @dataclass(slots=True)
 class Progress:
     """State of a run; written into every checkpoint."""
@@ -37,11 +56,15 @@ class Progress:
     validated: int = 0
     best: float = -math.inf
     curve: list[dict[str, float]] = field(default_factory=list)
+    cooling: Cooling | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class TrainingReport:
-    """What a run did. `curve` holds one row a validation: events, seconds, train_nats and the measures."""
+    """What a run did. `curve` holds one row a validation: events, seconds, train_nats and the measures.
+
+    `early` says that it ended before its budget, since the held-out loss rose.
+    """
 
     steps: int
     events: int
@@ -50,6 +73,7 @@ class TrainingReport:
     best: float
     best_step: int
     curve: list[dict[str, float]]
+    early: bool = False
 
     def __str__(self) -> str:
         last = self.curve[-1]["train_nats"] if self.curve else math.nan
@@ -57,6 +81,7 @@ class TrainingReport:
             f"{self.steps} steps, {self.events} events in {self.seconds:.0f} s "
             f"({self.events_per_second:.0f} a second), {last:.2f} nats an item; "
             f"validation NDCG@10 {self.best:.4f} at step {self.best_step}"
+            + ("; ended early, since it began to learn by heart" if self.early else "")
         )
 
 
@@ -67,6 +92,30 @@ Validate = Callable[[], Mapping[str, float]]
 def trainable(model: nn.Module) -> dict[str, Tensor]:
     """Parameters that are trained: the LoRA matrices and the head."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def cooling(curve: Sequence[Mapping[str, float]], rate: float) -> Cooling | None:
+    """Whether the last validation says that a run learns by heart, and how it then ends.
+
+    Where the held-out loss has risen by `WORSE` above its lowest, as many events follow as there were up to
+    that lowest, with a falling learning rate: lists get better while the rate falls, though the loss does
+    not, and a run of twice that length is about the best that a budget of any size gives.
+
+    Parameters
+    ----------
+    curve
+        Validations so far, with ``events`` and ``nats`` (never cooling without).
+    rate
+        Share of the learning rate now.
+    """
+    known = [row for row in curve if "nats" in row]
+    if len(known) < 2:
+        return None
+    lowest = min(known, key=lambda row: row["nats"])
+    if known[-1]["nats"] <= lowest["nats"] + WORSE:
+        return None
+    now = int(known[-1]["events"])
+    return Cooling(now, now + int(lowest["events"]), rate)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -147,27 +196,45 @@ class LoRATrainer(Generic[Batch]):
         saved = time.monotonic()
         recent: list[float] = []
         for batch in self._stream():
-            done = self._done()
-            if done >= 1:
+            if self._done() >= 1:
                 break
-            loss = self._step(batch, done)
+            loss = self._step(batch)
             recent = [*recent[-49:], loss]
             p = self.progress
             p.loss, p.seconds = float(np.mean(recent)), time.monotonic() - started
             if on_step is not None:
                 on_step(p, self._done())
-            if validate is not None and self._done() * self.config.validations >= p.validated + 1:
+            if validate is not None and self._done() * self._validations() >= p.validated + 1:
                 started += self._validate(validate)
             if time.monotonic() - saved > self.config.checkpoint_seconds:
                 self._checkpoint()
                 saved = time.monotonic()
         return self._finish(validate)
 
-    def _done(self) -> float:
-        """Finished share of the budget; the sooner of minutes and steps ends the run."""
+    def _spent(self) -> float:
+        """Spent share of the budget; the sooner of minutes and steps."""
         by_time = self.progress.seconds / (60 * self.config.minutes) if self.config.minutes else 0.0
         by_step = self.progress.step / self.config.steps if self.config.steps else 0.0
         return max(by_time, by_step)
+
+    def _done(self) -> float:
+        """Finished share of the run: of its budget, or of what is left of it while it cools."""
+        cooling = self.progress.cooling
+        return max(self._spent(), self.progress.events / cooling.end if cooling else 0.0)
+
+    def _rate(self) -> float:
+        """Share of the learning rate: up over the first steps, then down to 0 at the end of the run."""
+        p = self.progress
+        rate = max(0.0, 1.0 - self._spent())
+        if p.cooling is not None:
+            c = p.cooling
+            rate = min(rate, max(0.0, c.rate * (c.end - p.events) / (c.end - c.start)))
+        return rate * min(1.0, (p.step + 1) / max(1, self.config.warmup_steps))
+
+    def _validations(self) -> int:
+        """How often the model is validated over the whole budget."""
+        minutes = self.config.minutes or 0.0
+        return max(self.config.validations, math.ceil(60 * minutes / VALIDATION_SECONDS))
 
     def _stream(self) -> Iterator[Batch]:
         """Batches without end; their order depends on seed and epoch alone, so a resumed run is exact."""
@@ -179,10 +246,9 @@ class LoRATrainer(Generic[Batch]):
                 yield batch
             p.epoch, p.batch = p.epoch + 1, 0
 
-    def _step(self, batch: Batch, done: float) -> float:
-        warm = min(1.0, (self.progress.step + 1) / max(1, self.config.warmup_steps))
+    def _step(self, batch: Batch) -> float:
         for group in self.optimiser.param_groups:
-            group["lr"] = group["base"] * warm * max(0.0, 1.0 - done)
+            group["lr"] = group["base"] * self._rate()
         self.model.train()
         with self.accelerator.autocast():
             loss = self.task.loss(batch)
@@ -200,7 +266,6 @@ class LoRATrainer(Generic[Batch]):
         p = self.progress
         self.model.eval()
         measures = dict(validate())
-        p.validated = math.floor(self._done() * self.config.validations + 1e-9)
         p.curve.append(
             {"step": p.step, "events": p.events, "seconds": p.seconds, "train_nats": p.loss, **measures}
         )
@@ -208,6 +273,9 @@ class LoRATrainer(Generic[Batch]):
         if measures["ndcg@10"] > p.best:
             p.best = measures["ndcg@10"]
             write_tensors(self.folder / "best.safetensors", self.parameters, {"step": str(p.step)})
+        if p.cooling is None:
+            p.cooling = cooling(p.curve, self._rate())
+        p.validated = math.floor(self._done() * self._validations() + 1e-9)
         return time.monotonic() - begun
 
     def _finish(self, validate: Validate | None) -> TrainingReport:
@@ -223,7 +291,8 @@ class LoRATrainer(Generic[Batch]):
             best_step = int(metadata["step"])
         self.model.eval()
         speed = p.events / p.seconds if p.seconds else 0.0
-        return TrainingReport(p.step, p.events, p.seconds, speed, p.best, best_step, p.curve)
+        early = p.cooling is not None and self._spent() < 1
+        return TrainingReport(p.step, p.events, p.seconds, speed, p.best, best_step, p.curve, early)
 
     def _load(self, tensors: Mapping[str, Tensor]) -> None:
         with torch.no_grad():
@@ -258,5 +327,8 @@ class LoRATrainer(Generic[Batch]):
                 key: tensors[f"optimiser.{key}.{name}"].to(parameter.device) for key in keys
             }
         torch.set_rng_state(tensors["rng"])
-        self.progress = Progress(**json.loads(metadata["progress"]))
+        stored = json.loads(metadata["progress"])
+        if stored["cooling"] is not None:
+            stored["cooling"] = Cooling(**stored["cooling"])
+        self.progress = Progress(**stored)
         logger.info("continuing at step %d", self.progress.step)

@@ -230,3 +230,58 @@ def test_nothing_to_train_on_is_a_clear_error(base):
     lm = LanguageModel.new(config(base), base, VECTORS, np.zeros(ITEMS))
     with pytest.raises(DataError, match="no events to train on"):
         ItemTokensTask(lm.model, [RULE[0][:0]], 10, settings())
+
+
+def test_a_run_that_learns_by_heart_cools_down_and_ends(base, tmp_path):
+    """Histories without a rule can only be learned by heart."""
+    rng = np.random.default_rng(0)
+    noise = [rng.permutation(ITEMS)[:6].astype(np.int32) for _ in range(8)]
+    fresh = [rng.permutation(ITEMS)[:4].astype(np.int32) for _ in range(100)]
+    held_out = HeldOut([Query(h[:-1]) for h in fresh], np.array([h[-1] for h in fresh], np.int32))
+    rates, killed = [], []
+
+    def run(folder, on_step=None):
+        values = settings(steps=400, validations=40, tokens_per_step=60, checkpoint_seconds=1e-9)
+        return train_language_model(
+            noise,
+            None,
+            held_out,
+            VECTORS,
+            base,
+            config(base),
+            values,
+            encoder="e",
+            data="d",
+            folder=folder,
+            on_step=on_step,
+        )
+
+    whole, report = run(tmp_path / "whole", lambda p, done: rates.append((p.cooling, done)))
+    assert report.early and report.steps < 200
+    lowest = min(report.curve, key=lambda row: row["nats"])
+    start = next(c for c, _ in rates if c is not None)
+    assert start.start - start.end == -lowest["events"] and report.events >= start.end
+    assert [done for _, done in rates] == sorted(done for _, done in rates) and rates[-1][1] >= 1
+    assert "by heart" in str(report)
+
+    def die(progress, done):
+        if progress.cooling is not None and progress.events > start.start + 60:
+            killed.append(progress.step)
+            raise Killed
+
+    with pytest.raises(Killed):
+        run(tmp_path / "run", die)
+    resumed, again = run(tmp_path / "run")
+    assert again.curve[-1]["nats"] == report.curve[-1]["nats"] and again.steps == report.steps > killed[0]
+    for name, parameter in training.trainable(whole.model).items():
+        torch.testing.assert_close(parameter, dict(resumed.model.named_parameters())[name], msg=name)
+
+
+def test_a_run_cools_only_once_the_held_out_loss_has_risen():
+    def curve(*nats):
+        return [{"events": 100.0 * (n + 1), "nats": value} for n, value in enumerate(nats)]
+
+    assert training.cooling(curve(7.0), 1.0) is None
+    assert training.cooling(curve(7.0, 6.5, 6.55), 0.9) is None
+    assert training.cooling(curve(7.0, 6.5, 6.55, 6.7), 0.6) == training.Cooling(400, 600, 0.6)
+    assert training.cooling([{"events": 1.0, "ndcg@10": 0.1}] * 3, 1.0) is None
