@@ -98,8 +98,8 @@ def cooling(curve: Sequence[Mapping[str, float]], rate: float) -> Cooling | None
     """Whether the last validation says that a run learns by heart, and how it then ends.
 
     Where the held-out loss has risen by `WORSE` above its lowest, as many events follow as there were up to
-    that lowest, with a falling learning rate: lists get better while the rate falls, though the loss does
-    not, and a run of twice that length is about the best that a budget of any size gives.
+    that lowest, with a falling learning rate: lists still get better while the rate falls, though the loss
+    does not. The state that ranked best is kept either way.
 
     Parameters
     ----------
