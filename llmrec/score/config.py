@@ -39,10 +39,10 @@ class TrainingConfig(BaseModel):
     head_learning_rate: float = Field(5e-3, gt=0, description="of item projections and id vectors")
     weight_decay: float = Field(0.01, ge=0)
     warmup_steps: int = Field(30, ge=0)
-    tokens_per_step: int = Field(900, ge=1, description="padded positions in one step")
+    tokens_per_step: int = Field(900, ge=1, description="items of histories in one step")
     clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
     negatives: int = Field(8192, ge=1, description="drawn items a step in a catalogue above 50,000")
-    validations: int = Field(8, ge=1, description="how often the model is validated over the run")
+    validations: int = Field(8, ge=1, description="validations over the budget, at least")
     checkpoint_seconds: float = Field(60.0, gt=0, description="between checkpoints")
     seed: int = 0
 
