@@ -293,7 +293,8 @@ def train_language_model(
     # The same log over a changed catalogue is another run.
     items = hashlib.sha256(vectors.tobytes()).hexdigest()
     selected_on = held_out.sha256()
-    key = json.dumps([config.model_dump(), training.model_dump(), asdict(card), items, selected_on])
+    # The number is that of the batches: a run on others is not continued.
+    key = json.dumps([2, config.model_dump(), training.model_dump(), asdict(card), items, selected_on])
     task = ItemTokensTask(model.model, histories, config.window, training, weights)
     fingerprint = hashlib.sha256(key.encode()).hexdigest()
     trainer = LoRATrainer(task, training, folder, fingerprint, dtype=model.dtype)

@@ -19,6 +19,7 @@ from llmrec.types import AttributeValue, Request
 OPERATORS = ("in", "not", "all", "gte", "gt", "lte", "lt", "exists", "match")
 
 _MAX_DEPTH = 20
+_MAX_CONDITIONS = 100
 _COMPARE: dict[str, Callable[[pl.Series, float], pl.Series]] = {
     "gte": lambda column, bound: column >= bound,
     "gt": lambda column, bound: column > bound,
@@ -117,7 +118,24 @@ def compile_where(where: Mapping[str, Any] | None, catalog: Catalog) -> Mask | N
     """
     if where is None or (isinstance(where, Mapping) and not where):
         return None
+    count = _count(where, 0)
+    if count > _MAX_CONDITIONS:
+        raise RequestError(f"where has {count:,} conditions; at most {_MAX_CONDITIONS} are taken")
     return _conditions(where, catalog, 0)
+
+
+def _count(part: Any, depth: int) -> int:
+    """How many conditions there are to test, each value of ``all`` as one; what is nested too deep is cut."""
+    if depth > _MAX_DEPTH:
+        return 1
+    if isinstance(part, Mapping):
+        return sum(
+            len(value) if name == "all" and _is_list(value) else _count(value, depth + 1)
+            for name, value in part.items()
+        )
+    if _is_alternatives(part):
+        return sum(_count(each, depth + 1) for each in part)
+    return 1
 
 
 def _conditions(where: Any, catalog: Catalog, depth: int) -> Mask:

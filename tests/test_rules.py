@@ -211,3 +211,11 @@ def test_hostile_values_match_what_the_catalogue_holds():
     assert compile_where({"title": {"match": ".*"}}, catalog).tolist() == [False, False]
     assert compile_where({"any": "x"}, catalog).tolist() == [True, False]
     assert compile_where({"any": [{"any": "x"}, {"item_id": "\U00010000"}]}, catalog).tolist() == [True, True]
+
+
+def test_more_conditions_than_a_request_may_cost_are_refused():
+    many = {"any": [{"title": {"match": f"word{n}"}} for n in range(101)]}
+    with pytest.raises(RequestError, match="101 conditions"):
+        compile_where(many, CATALOG)
+    assert compile_where({"any": many["any"][:100]}, CATALOG) is not None
+    assert compile_where({"title": [f"word{n}" for n in range(500)]}, CATALOG) is not None

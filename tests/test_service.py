@@ -9,7 +9,7 @@ import pytest
 
 from llmrec import Recommender, Request
 from llmrec.errors import ConfigError, NotFoundError, OverloadError, RequestError
-from llmrec.serve import ApiKey, ServeConfig, Service
+from llmrec.serve import ApiKey, ServeConfig, Service, batching
 from llmrec.serve import models as m
 from llmrec.serve.batching import Batcher, Load, Pool
 from llmrec.serve.service import score_documents
@@ -374,3 +374,16 @@ def test_a_saved_model_is_not_loaded_for_degraded_answers(tuned, tmp_path):
     assert rec.recommend_many([Request(user="u1")], lm=False)[0]
     assert rec._state.lm is None
     rec.close()
+
+
+def test_an_estimate_that_keeps_requests_away_is_forgotten(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(batching.time, "monotonic", lambda: now[0])
+    load = batching.Load(5)
+    load.enter()
+    load.leave(1, 2.0)
+    assert load.expected() == 2.0
+    now[0] += 3 * batching.HALF_LIFE
+    assert load.expected() == pytest.approx(0.25)
+    load.enter()
+    assert load.expected() == 4.0

@@ -303,3 +303,12 @@ def test_the_listwise_loss_is_that_of_the_scores(base, mode):
     found = scorer.score([c.query for c in batch], [c.candidates for c in batch])
     nats = [-torch.log_softmax(torch.tensor(s), 0)[c.truth] for s, c in zip(found, batch, strict=True)]
     assert float(task.loss(batch).detach()) == pytest.approx(float(torch.stack(nats).mean()), abs=1e-3)
+
+
+def test_windows_that_the_letters_cannot_name_are_errors(base):
+    words = words_of(base, "letters", "candidates")
+    for window in (0, 1, 27):
+        with pytest.raises(ConfigError, match="2 to 26"):
+            LettersScorer(words, PackedReader(words.body), window=window)
+    with pytest.raises(ConfigError, match="26 candidates"):
+        LettersScorer(words, PackedReader(words.body)).asks(QUERIES[0], np.arange(27, dtype=np.int32))

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llmrec.errors import ModelError
+from llmrec.errors import ConfigError, ModelError
 from llmrec.protocols import Codes, Floats, Query
 from llmrec.score.packed import NOTHING, PackedReader
 from llmrec.score.trie import Ints, Tree
@@ -102,12 +102,14 @@ class YesNoScorer:
 class LettersScorer:
     """All candidates in one prompt, a letter each; the logits of the letters are the scores.
 
-    After LlamaRec (arXiv 2311.02089). More than 26 candidates are read in windows that overlap by half,
+    After LlamaRec (arXiv 2311.02089). More candidates than `window` are read in windows that overlap by half,
     from the last to the first, and what wins in one goes on to the next. The order of the candidates
     matters; several orders can be averaged.
 
     Parameters
     ----------
+    window
+        Candidates in one prompt, 2 to 26.
     orders
         How many: the order given, turned on each time, so that with as many orders as candidates each has
         had every letter once.
@@ -116,6 +118,8 @@ class LettersScorer:
     name = "lm"
 
     def __init__(self, words: WordsModel, reader: PackedReader, *, window: int = 20, orders: int = 1) -> None:
+        if not 2 <= window <= len(string.ascii_uppercase):
+            raise ConfigError(f"window must be 2 to 26 candidates, got {window}")
         self.words, self.reader, self.window, self.orders = words, reader, window, orders
         self._labels = torch.tensor(letter_labels(words.vocabulary))
         self.last = words.vocabulary.tokens(words.layout.last)
@@ -126,6 +130,8 @@ class LettersScorer:
 
     def asks(self, query: Query, items: Codes) -> tuple[Tree, Ints]:
         """The chain behind a history for at most 26 candidates in this order, and the place of its end."""
+        if len(items) > len(string.ascii_uppercase):
+            raise ConfigError(f"there are letters for 26 candidates, got {len(items)}")
         tokens = self.words.stem(query)
         for letter, code in zip(string.ascii_uppercase, items, strict=False):
             tokens += [*self.words.vocabulary.tokens(f"{letter}: "), *self.words.chain([code])]

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
     from llmrec.recommender import Recommender
 
+GRACE_SECONDS = 30
+"""How long the end waits for requests under way; one that is never sent whole must not hold it up."""
+
 __all__ = ["ApiKey", "ServeConfig", "Service", "create_app", "create_server", "run_app"]
 
 
@@ -49,7 +52,7 @@ def create_server(recommender: Recommender | Service, *, writable: bool = True) 
 
 
 def run_app(app: FastAPI, listening: socket.socket) -> None:
-    """Answer on a socket that listens until SIGINT or SIGTERM; what is under way is finished.
+    """Answer on a socket until SIGINT or SIGTERM; what is under way then has `GRACE_SECONDS` to finish.
 
     Raises
     ------
@@ -61,5 +64,11 @@ def run_app(app: FastAPI, listening: socket.socket) -> None:
     except ImportError as missing:
         raise ImportError('serving over HTTP needs: pip install "llmrec[serve]"') from missing
     # The access log would hold user ids; what went wrong is logged by the app.
-    settings = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False)
+    settings = uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=GRACE_SECONDS,
+    )
     uvicorn.Server(settings).run(sockets=[listening])

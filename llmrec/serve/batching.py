@@ -17,6 +17,9 @@ Q = TypeVar("Q")
 A = TypeVar("A")
 
 CLOSED = "the service is stopping and takes no more requests; try again in a moment"
+HALF_LIFE = 10.0
+"""Seconds in which an estimate that nothing renews falls to half, so that it is measured again."""
+
 SMOOTHING = 0.2
 """Share of the newest measurement in the exponential average."""
 
@@ -34,11 +37,19 @@ class Load:
         self.limit = limit
         self.pending = 0
         self.seconds: float | None = None
+        self._measured: float | None = None
         self._lock = threading.Lock()
 
     def expected(self) -> float:
-        """Seconds until one that comes now would be finished; 0 before anything was measured."""
-        return (self.pending + 1) * (self.seconds or 0.0)
+        """Seconds until one that comes now would be finished; 0 before anything was measured.
+
+        What was measured long ago counts for less while nothing is under way: an estimate that keeps
+        requests away would never be renewed otherwise.
+        """
+        seconds = self.seconds or 0.0
+        if self.pending == 0 and self._measured is not None:
+            seconds *= 0.5 ** ((time.monotonic() - self._measured) / HALF_LIFE)
+        return (self.pending + 1) * seconds
 
     def enter(self) -> None:
         """Take one more.
@@ -63,6 +74,7 @@ class Load:
             self.pending -= count
             if seconds is not None and count:
                 share = seconds / count
+                self._measured = time.monotonic()
                 before = self.seconds
                 self.seconds = share if before is None else before + SMOOTHING * (share - before)
 

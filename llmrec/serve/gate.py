@@ -170,7 +170,7 @@ async def _body(receive: Receive, headers: Mapping[str, str], limit: int) -> byt
         more = message.get("more_body", False)
     body = b"".join(parts)
     if not _is_text(body):
-        detail = "a text in the body holds half of a surrogate pair, such as \\ud800 alone"
+        detail = "the body is no UTF-8, or a text in it holds half of a surrogate pair, such as \\ud800 alone"
         raise _Refused(400, detail, "bad_request")
     return body
 
@@ -180,6 +180,10 @@ def _is_text(body: bytes) -> bool:
 
     Python reads ``"\ud800"`` alone, but cannot write it. What is no JSON is left to whoever reads it.
     """
+    try:
+        body.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
     if b"\\ud" not in body and b"\\uD" not in body:
         return True
     try:

@@ -13,6 +13,7 @@ from llmrec.serve.batching import Load
 from llmrec.serve.service import Service
 
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
+METHODS = frozenset({"DELETE", "GET", "HEAD", "OPTIONS", "POST", "PUT"})
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
 
@@ -46,9 +47,10 @@ class Metrics:
         self._degraded.inc(degraded)
 
     def on_done(self, scope: Mapping[str, Any], status: int, seconds: float) -> None:
-        """Count an answer. Paths that are no route are one label: they come from outside."""
+        """Count an answer. Paths that are no route and unknown methods are one label: anybody can make them."""
         route = getattr(scope.get("route"), "path", "other")
-        self._requests.labels(scope["method"], route, str(status)).inc()
+        method = scope["method"] if scope["method"] in METHODS else "other"
+        self._requests.labels(method, route, str(status)).inc()
         self._seconds.labels(route).observe(seconds)
 
     def text(self) -> bytes:
