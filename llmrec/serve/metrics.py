@@ -47,7 +47,7 @@ class Metrics:
         self._degraded.inc(degraded)
 
     def on_done(self, scope: Mapping[str, Any], status: int, seconds: float) -> None:
-        """Count an answer. Paths that are no route and unknown methods are one label: anybody can make them."""
+        """Count an answer. Other paths than routes and unknown methods are one label: anybody makes them."""
         route = getattr(scope.get("route"), "path", "other")
         method = scope["method"] if scope["method"] in METHODS else "other"
         self._requests.labels(method, route, str(status)).inc()
