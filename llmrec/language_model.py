@@ -198,8 +198,7 @@ class LanguageModel:
         old = self.model
         counts = np.zeros(len(vectors), dtype=np.float32)
         counts[: len(old.counts)] = old.counts.cpu().numpy()
-        head_dim = old.id_out.embedding_dim
-        model = ItemTokenModel(old.body, old.instruction.tolist(), vectors, counts, head_dim, old.dropout.p)
+        model = _model(old.body, old.instruction.tolist(), vectors, counts, self.config)
         state = {n: p.detach() for n, p in old.named_parameters() if not n.startswith("body.")}
         for name in ("id_in.weight", "id_out.weight"):
             state[name] = torch.nn.functional.pad(state[name], (0, 0, 0, len(vectors) - len(old.counts)))
@@ -214,7 +213,26 @@ def _assemble(
     if after:
         raise ModelError(f"prompt {config.prompt!r} has words after the history; the last item is read last")
     words = instruction_tokens(base, before)
-    return ItemTokenModel(body, words, vectors, counts, config.head_dim, config.dropout)
+    return _model(body, words, vectors, counts, config)
+
+
+def _model(
+    body: torch.nn.Module,
+    instruction: Sequence[int],
+    vectors: Floats,
+    counts: NDArray[Any],
+    config: ItemTokensConfig,
+) -> ItemTokenModel:
+    return ItemTokenModel(
+        body,
+        instruction,
+        vectors,
+        counts,
+        config.head_dim,
+        config.dropout,
+        config.id_dropout,
+        config.id_out_dropout,
+    )
 
 
 def measure(scorer: ItemTokenScorer, held_out: HeldOut) -> dict[str, float]:

@@ -92,6 +92,21 @@ def test_an_unseen_item_is_scored_by_its_text_alone(base, vectors):
     np.testing.assert_allclose(read[0], read[1], atol=1e-6)
 
 
+def test_in_training_some_items_are_known_by_their_text_alone_and_afterwards_none(base, vectors):
+    drops = config(base, id_dropout=0.5, id_out_dropout=0.3)
+    model = LanguageModel.new(drops, base, vectors, np.full(ITEMS, 5)).model.train()
+    codes = torch.arange(ITEMS).repeat(400)
+    text_in, text_out = (layer(model.text_vectors) for layer in (model.text_in, model.text_out))
+    with torch.no_grad():
+        dropped_in = (model.item_inputs(codes) == text_in[codes]).all(-1).float().mean()
+        dropped_out = (model.outputs_of(codes) == text_out[codes]).all(-1).float().mean()
+        assert dropped_in == pytest.approx(0.5, abs=0.03)
+        assert dropped_out == pytest.approx(0.3, abs=0.03)
+        model.eval()
+        assert not (model.item_outputs() == text_out).all(-1).any()
+        assert not (model.item_inputs(codes) == text_in[codes]).all(-1).any()
+
+
 def test_with_a_zeroed_head_the_order_is_popularity(base, vectors):
     counts = np.random.default_rng(2).permutation(ITEMS)
     model = LanguageModel.new(config(base), base, vectors, counts)

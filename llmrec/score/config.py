@@ -25,6 +25,8 @@ class ItemTokensConfig(BaseModel):
     targets: str | list[str] = Field("all-linear", description="modules that get LoRA matrices")
     head_dim: int = Field(256, ge=1, description="length of state and output vectors")
     dropout: float = Field(0.2, ge=0, lt=1, description="dropout on the item input vectors")
+    id_dropout: float = Field(0.5, ge=0, lt=1, description="share of read items left without their id vector")
+    id_out_dropout: float = Field(0.3, ge=0, lt=1, description="the same of the output vectors, each step")
     precision: Precision = Field("auto", description="of the LM body; the head is always float32")
 
 

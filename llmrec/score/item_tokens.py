@@ -53,6 +53,11 @@ class ItemTokenModel(nn.Module):
     counts
         Weight of the training events of each item, shape (items,). Items with count 0 have no id vector: they
         are known by their text alone.
+    dropout
+        On the components of the input vectors, in training.
+    id_dropout, id_out_dropout
+        Share of items that are known by their text alone for one step of training, where they are read and
+        where they are scored. Id vectors learn single histories by heart; this makes the text carry the rest.
     """
 
     text_vectors: Tensor
@@ -67,6 +72,8 @@ class ItemTokenModel(nn.Module):
         counts: NDArray[Any],
         head_dim: int = 256,
         dropout: float = 0.2,
+        id_dropout: float = 0.0,
+        id_out_dropout: float = 0.0,
     ) -> None:
         super().__init__()
         if len(instruction) == 0:
@@ -88,6 +95,7 @@ class ItemTokenModel(nn.Module):
         self.text_out = nn.Linear(text_dim, head_dim)
         self.id_out = nn.Embedding(items, head_dim)
         self.dropout = nn.Dropout(dropout)
+        self.id_dropout, self.id_out_dropout = id_dropout, id_out_dropout
         # Unit text vectors have components of spread 1/sqrt(text_dim), so unit-variance weights give
         # inputs with the spread of the LM's own word embeddings.
         nn.init.normal_(self.text_in.weight, std=spread)
@@ -102,7 +110,7 @@ class ItemTokenModel(nn.Module):
 
     def item_inputs(self, codes: Tensor) -> Tensor:
         """Input vectors of items: codes of any shape -> (..., hidden)."""
-        known = (self.counts[codes] > 0).unsqueeze(-1)
+        known = self._with_id(codes, self.id_dropout)
         with torch.autocast(codes.device.type, enabled=False):
             vectors: Tensor = self.text_in(self.text_vectors[codes]) + self.id_in(codes) * known
         return vectors
@@ -113,10 +121,17 @@ class ItemTokenModel(nn.Module):
 
     def outputs_of(self, codes: Tensor) -> Tensor:
         """Output vectors of some items: (n,) -> (n, head_dim)."""
-        known = (self.counts[codes] > 0).unsqueeze(-1)
+        known = self._with_id(codes, self.id_out_dropout)
         with torch.autocast(known.device.type, enabled=False):
             vectors: Tensor = self.text_out(self.text_vectors[codes]) + self.id_out(codes) * known
         return vectors
+
+    def _with_id(self, codes: Tensor, dropout: float) -> Tensor:
+        """Which items have an id vector, this time: codes of any shape -> (..., 1)."""
+        known = self.counts[codes] > 0
+        if self.training and dropout:
+            known &= torch.rand(codes.shape, device=codes.device) >= dropout
+        return known.unsqueeze(-1)
 
     def popularity(self) -> Tensor:
         """Log of the smoothed share of each item in the training events, shape (items,)."""
