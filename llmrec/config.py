@@ -15,7 +15,7 @@ from llmrec.evaluation.protocol import ProtocolConfig
 from llmrec.events import Clock, Ties
 from llmrec.recipe import RetrievalConfig
 from llmrec.rows import Policy
-from llmrec.score.config import ItemTokensConfig, TrainingConfig
+from llmrec.score.config import ItemTokensConfig, LMConfig, TrainingConfig
 
 
 class DataConfig(BaseModel):
@@ -44,7 +44,7 @@ class Config(BaseModel):
     data: DataConfig = DataConfig()
     encoder: EncoderConfig = EncoderConfig()
     retrieval: RetrievalConfig = RetrievalConfig()
-    lm: ItemTokensConfig = ItemTokensConfig()
+    lm: LMConfig = ItemTokensConfig()
     training: TrainingConfig = TrainingConfig()
     protocol: ProtocolConfig = ProtocolConfig()
     allow_hub: bool = Field(False, description="models may be fetched from a model hub")

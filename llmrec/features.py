@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmrec.metrics import Ranks
-from llmrec.pipeline import LM, Weights, discount, gather, normalise
+from llmrec.pipeline import LM, Weights, discount, gather, normalise, to_score, with_rest
 from llmrec.protocols import Floats, Hits, Scorer
 from llmrec.recipe import HeldOut
 
@@ -63,17 +63,41 @@ class Features:
     def with_lm(
         cls,
         hits: Mapping[str, Sequence[Hits]],
-        proposed: Sequence[Hits],
+        proposed: Sequence[Hits] | None,
         scorer: Scorer,
         held_out: HeldOut,
+        weights: Weights | None = None,
+        scored: int | None = None,
     ) -> Features:
-        """Gather hits and the language model's own; its column holds its score of every candidate."""
-        named = {**hits, LM: proposed}
+        """Gather hits and the language model's own; its column holds its scores, as the pipeline has them.
+
+        Parameters
+        ----------
+        proposed
+            The language model's own hits; None where it proposes none.
+        weights
+            Of the merge: they decide which candidates are the first, where not all are scored.
+        scored
+            How many of the first candidates are scored, None for all.
+        """
+        nothing = Hits(np.empty(0, np.int32), np.empty(0, np.float32))
+        named = {**hits, LM: proposed if proposed is not None else [nothing] * len(held_out.targets)}
         plain = cls.of(named, held_out)
-        unions = [gather({n: found[i] for n, found in named.items()})[0] for i in range(len(proposed))]
-        columns = [normalise(s) for s in scorer.score(held_out.queries, unions)]
+        unions = [
+            gather({n: found[i] for n, found in named.items()})[0] for i in range(len(held_out.targets))
+        ]
+        total = plain.total((weights or Weights({})).with_lm(0.0))
+        ends = np.append(plain.starts[1:], len(total))
+        rows = []
+        for start, end in zip(plain.starts, ends, strict=True):
+            order = np.argsort(-total[start:end], kind="stable")
+            rows.append(order[to_score(plain.ranks[start + order, -1], scored)])
+        asked = [union[own] for union, own in zip(unions, rows, strict=True)]
         scores = plain.scores.copy()
-        scores[:, -1] = np.concatenate([np.zeros(0, np.float32), *columns])
+        for start, end, own, values in zip(
+            plain.starts, ends, rows, scorer.score(held_out.queries, asked), strict=True
+        ):
+            scores[start:end, -1] = normalise(with_rest(values, own, int(end - start)))
         return replace(plain, scores=scores)
 
     def take(self, queries: NDArray[np.int64]) -> Features:

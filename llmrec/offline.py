@@ -156,13 +156,15 @@ def evaluate(
     fresh: Callable[[], None] = lambda: None  # noqa: E731
     if lm:
         on_stage("fine-tuning the language model")
-        state, training = tuned(state, split, held_out, config, minutes, cache, on_step)
+        judged = split.validation.sample(search.lm_users, search.seed).held_out(catalog.active, exclude_seen)
+        state, training = tuned(state, split, judged, config, minutes, cache, on_step)
         assert state.lm is not None
         fresh = state.lm.scorer.forget
-        counts = state.lm.model.counts.cpu().numpy()
-        checked += leaks.check_language_model(counts, training, split, held_out)
+        checked += leaks.check_language_model(state.lm.counts, training, split, judged)
+        checked += leaks.check_recipe(state.recipe, held_out, judged)
         clock.lap("finetune")
-    checked += leaks.check_recipe(state.recipe, held_out)
+    else:
+        checked += leaks.check_recipe(state.recipe, held_out)
     pipeline = state.pipeline()
     on_stage("ranking for every user")
     best = state.recipe.best_alone

@@ -114,6 +114,12 @@ class Candidates:
     parts: Floats
     ranks: NDArray[np.int32]
 
+    def proposed_by(self, name: str) -> NDArray[np.int32]:
+        """Rank at which a component proposed each item, 0 if it did not, shape (n,)."""
+        if name not in self.names:
+            return np.zeros(len(self.items), np.int32)
+        return self.ranks[:, self.names.index(name)]
+
     def top(self, k: int) -> Candidates:
         """The first k."""
         return self.take(np.arange(min(k, len(self.items))))
@@ -183,6 +189,30 @@ def _row(names: Sequence[str], weights: Mapping[str, float]) -> Floats:
     return np.array([weights.get(name, 0.0) for name in names], dtype=np.float32)
 
 
+def to_score(proposed: NDArray[np.int32], scored: int | None) -> NDArray[np.int64]:
+    """Which candidates the language model scores: the first `scored`, and as many of its own.
+
+    Parameters
+    ----------
+    proposed
+        Rank at which it proposed each candidate, in the order of the merge; 0 if it did not.
+    scored
+        None for all candidates.
+    """
+    if scored is None:
+        return np.arange(len(proposed))
+    chosen = (proposed > 0) & (proposed <= scored)
+    chosen[:scored] = True
+    return np.flatnonzero(chosen)
+
+
+def with_rest(scores: Floats, rows: NDArray[np.int64], n: int) -> Floats:
+    """Scores of some of n candidates, where they belong; the others get the lowest of them."""
+    filled = np.full(n, scores.min() if len(scores) else 0.0, np.float32)
+    filled[rows] = scores
+    return filled
+
+
 def blend(candidates: Candidates, lm_scores: Floats, weight: float) -> Candidates:
     """Add `weight` times the language model's normalised score; ties keep the merge order.
 
@@ -190,9 +220,7 @@ def blend(candidates: Candidates, lm_scores: Floats, weight: float) -> Candidate
     """
     names = tuple(n for n in candidates.names if n != LM)
     keep = [candidates.names.index(n) for n in names]
-    own = candidates.ranks[:, [candidates.names.index(LM)]] if LM in candidates.names else None
-    if own is None:
-        own = np.zeros((len(candidates.items), 1), dtype=np.int32)
+    own = candidates.proposed_by(LM)[:, None]
     part = (weight * normalise(lm_scores))[:, None]
     if LM in candidates.names:
         # What it added by proposing the item.
@@ -247,6 +275,8 @@ class Pipeline:
         For `predict`, fitted for these weights by history.
     prior
         Share of each item in the events, shape (items,); sums to 1.
+    scored
+        How many of the first merged candidates the language model scores; None for all.
     """
 
     retrievers: Mapping[str, Retriever]
@@ -257,6 +287,7 @@ class Pipeline:
     depth: int = 200
     calibration: Calibration = field(default_factory=Calibration)
     prior: Floats | None = None
+    scored: int | None = None
     fallback: ClassVar[str] = "popularity"
 
     def weights_for(self, query: Query) -> Weights:
@@ -310,9 +341,11 @@ class Pipeline:
         result = list(merged)
         if self.scorer is None or not rows:
             return result
-        scores = self.scorer.score([queries[i] for i in rows], [merged[i].items for i in rows])
-        for i, values in zip(rows, scores, strict=True):
-            result[i] = blend(merged[i], values, lm_weights[i])
+        own = [to_score(merged[i].proposed_by(LM), self.scored) for i in rows]
+        asked = [merged[i].items[places] for i, places in zip(rows, own, strict=True)]
+        scores = self.scorer.score([queries[i] for i in rows], asked)
+        for i, places, values in zip(rows, own, scores, strict=True):
+            result[i] = blend(merged[i], with_rest(values, places, len(merged[i].items)), lm_weights[i])
         return result
 
     def order(self, query: Query, items: Codes) -> Candidates:
@@ -338,7 +371,8 @@ class Pipeline:
         Weights and the scale of each component are those of the first query, so that what an item loses or
         gains for another query is not hidden by scaling that query's best item to 1; nothing falls back to
         popularity. For the query and the candidates of an answer the first row is the answer's scores.
-        Masks have to allow these items and no others.
+        Masks have to allow these items and no others. A language model that does not score all candidates
+        scores the first of these.
         """
         table = np.zeros((len(queries), len(items)), np.float32)
         order = np.argsort(items)
@@ -351,6 +385,7 @@ class Pipeline:
                 part = weights.retrievers.get(name, 0.0) * normalise(hits.scores, found[0].scores) + bonus
                 table[row, order[np.searchsorted(items, hits.items, sorter=order)]] += part
         if weights.lm > 0 and self.scorer is not None:
-            scores = self.scorer.score(queries, [items] * len(queries))
-            table += weights.lm * np.stack([normalise(row, scores[0]) for row in scores])
+            first = items[: self.scored]
+            scores = self.scorer.score(queries, [first] * len(queries))
+            table[:, : len(first)] += weights.lm * np.stack([normalise(row, scores[0]) for row in scores])
         return table

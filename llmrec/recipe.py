@@ -63,6 +63,9 @@ class RetrievalConfig(BaseModel):
         None, gt=0, description="try all families for so long and keep those that pay, by forward selection"
     )
     search_users: int = Field(2000, ge=1, description="held-out users that the search looks at")
+    lm_users: int = Field(
+        5000, ge=1, description="held-out users that choose the state and the weight of the language model"
+    )
     seed: int = 0
 
     @field_validator("families")

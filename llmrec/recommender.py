@@ -150,7 +150,7 @@ class Recommender:
         lm, recipe, report = tune(self._state, self._log(), self.config, minutes, run, on_step)
         with self._changing:
             # Items may have been added meanwhile.
-            self._state = replace(self._state, lm=lm.grown(self._state.texts.vectors), recipe=recipe)
+            self._state = replace(self._state, lm=lm.grown(self._state.texts), recipe=recipe)
             self._adapter, self._run = None, run
         return report
 
@@ -281,17 +281,14 @@ class Recommender:
         if not lm or self._state.lm is not None or self._adapter is None:
             return self._state
         try:
-            from llmrec.language_model import LanguageModel
+            from llmrec.language_model import load_language_model
         except ImportError as missing:
             raise ImportError('the language model needs: pip install "llmrec[lm]"') from missing
 
         with self._changing:
             if self._state.lm is None and self._adapter is not None:
                 base = resolve(self.config.lm.base, allow_hub=self.config.allow_hub)
-                texts = self._state.texts
-                loaded = LanguageModel.load(
-                    self._adapter, base, texts.vectors, texts.encoder.fingerprint, self._state.log
-                )
+                loaded = load_language_model(self._adapter, base, self._state.texts, self._state.log)
                 self._state = replace(self._state, lm=loaded)
         return self._state
 

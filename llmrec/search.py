@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any, cast
 
 import numpy as np
 from pydantic import BaseModel
@@ -34,10 +34,6 @@ DECAYS = (0.6, 0.7, 0.8, 0.9, 1.0)
 """Decays of the history that are tried with each model of EASE."""
 
 Search = Callable[[TrainingLog, Texts, Any, HeldOut, list[dict[str, Any]]], tuple[BaseModel, Retriever]]
-
-
-class ScoringRetriever(Retriever, Scorer, Protocol):
-    """A language model that proposes items and scores those of others."""
 
 
 def quality(retriever: Retriever, held_out: HeldOut, k: int = 10) -> float:
@@ -82,19 +78,34 @@ def like_last_item(held_out: HeldOut) -> HeldOut:
 def with_language_model(
     recipe: Recipe,
     retrievers: Mapping[str, Retriever],
-    model: ScoringRetriever,
+    model: Scorer,
     held_out: HeldOut,
     lines: Sequence[str],
     config: RetrievalConfig,
+    *,
+    proposes: bool = True,
+    scored: int | None = None,
+    judged: int | None = None,
 ) -> Recipe:
     """Fit the weight of the language model for requests by history and with typed words.
 
     Neither `retrievers` nor `model` may have been fitted on `held_out`.
+
+    Parameters
+    ----------
+    proposes
+        Whether the model's own best items join the candidates; then it is a `Retriever` too.
+    scored
+        How many of the first candidates the model scores; None for all. Where it does not score all, its
+        score is added to the blend that is there, since other weights would show it other candidates.
+    judged
+        Held-out users that are asked, at most.
     """
-    held_out = held_out.sample(config.search_users, config.seed)
+    held_out = held_out.sample(config.lm_users, config.seed)
     ours = ("language model", "calibration")
     log = [entry for entry in recipe.log if not any(word in entry["search"] for word in ours)]
     log.append(chosen_on("held-out events of the language model", held_out))
+    held_out = held_out.sample(judged or config.lm_users, config.seed)
 
     calibration = recipe.calibration
 
@@ -105,11 +116,14 @@ def with_language_model(
         weights = weights.with_lm(0.0)
         used = [name for name in recipe.settings if weights.ever_uses(name)]
         hits = {n: retrievers[n].retrieve(part.queries, config.depth) for n in used}
-        proposed = model.retrieve(part.queries, config.depth)
-        features = Features.with_lm(hits, proposed, model, part)
+        proposed = cast(Retriever, model).retrieve(part.queries, config.depth) if proposes else None
+        features = Features.with_lm(hits, proposed, model, part, weights, scored)
         if kind == "query":
             return weights.with_lm(lm_weight(features, weights, log, kind, config.seed))
-        chosen = weights_with_lm(features, weights, log, kind, config.seed)
+        if scored is None:
+            chosen = weights_with_lm(features, weights, log, kind, config.seed)
+        else:
+            chosen = weights.with_lm(lm_weight(features, weights, log, kind, config.seed))
         # Candidates that the language model alone proposed are none where it is left out.
         served = features if chosen.most_lm else Features.of(hits, part)
         calibration = calibrated(served, chosen, prior_of(retrievers, part), log)

@@ -19,7 +19,6 @@ from llmrec.config import Config
 from llmrec.evaluation.cache import StageCache, sources
 from llmrec.evaluation.split import Split
 from llmrec.families import Texts
-from llmrec.fetch import resolve
 from llmrec.protocols import Retriever
 from llmrec.recipe import HeldOut, Recipe, RetrievalConfig, hash_histories, load_retrievers, retriever_arrays
 from llmrec.selection import choose_recipe
@@ -47,6 +46,19 @@ FITTING = (
     "metrics",
 )
 """Source that decides what retrievers are fitted and which weights they get."""
+
+TUNING = (
+    "score",
+    "training",
+    "sequences",
+    "adapter",
+    "language_model",
+    "word_model",
+    "lm_training",
+    "mining",
+    "prompt",
+)
+"""Source that decides what a language model learns."""
 
 
 def cached_texts(
@@ -119,7 +131,7 @@ def tuned(
     on_step: Callable[[Progress, float], None] | None,
 ) -> tuple[State, dict[str, Any]]:
     """Train the language model, or take up what a run of the same settings left, and fit its weight."""
-    from llmrec.language_model import fine_tune
+    from llmrec.lm_training import fine_tune
 
     settings = config.training.lasting(minutes)
     with tempfile.TemporaryDirectory(prefix="llmrec-") as temporary:
@@ -129,21 +141,16 @@ def tuned(
             held_out.sha256(),
             config.lm.model_dump(),
             settings.model_dump(),
-            sources("score", "training", "sequences", "language_model", "prompt"),
+            sources(*TUNING),
         ]
         place = cache.place("lm", key) if cache.folder else Path(temporary)
         cache.found["lm"] = (place / "checkpoint.safetensors").is_file()
         model, report, recipe = fine_tune(
-            split.train,
-            split.training.weights,
+            state,
+            split.training,
             held_out,
-            state.texts,
-            state.recipe,
-            state.retrievers,
-            resolve(config.lm.base, allow_hub=config.allow_hub),
-            config.lm,
+            config,
             settings,
-            config.retrieval,
             data=split.log.fingerprint,
             folder=place,
             on_step=on_step,

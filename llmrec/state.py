@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import numpy as np
 
@@ -24,7 +24,7 @@ from llmrec.recipe import Recipe, fit_retrievers, load_retrievers, retriever_arr
 from llmrec.retrieve.popularity import PopularityRetriever
 
 if TYPE_CHECKING:
-    from llmrec.language_model import LanguageModel
+    from llmrec.language_model import TunedModel
 
 
 @dataclass(frozen=True)
@@ -52,12 +52,14 @@ class State:
     repeats: bool
     depth: int
     log: str = ""
-    lm: LanguageModel | None = None
+    lm: TunedModel | None = None
 
     def pipeline(self) -> Pipeline:
         """The pipeline of these parts."""
-        recipe, scorer = self.recipe, self.lm.scorer if self.lm is not None else None
-        retrievers = dict(self.retrievers) | ({LM: scorer} if scorer is not None else {})
+        recipe, lm = self.recipe, self.lm
+        retrievers = dict(self.retrievers)
+        if lm is not None and lm.proposes:
+            retrievers[LM] = cast(Retriever, lm.scorer)
         popularity = self.retrievers["popularity"]
         assert isinstance(popularity, PopularityRetriever)
         return Pipeline(
@@ -65,11 +67,17 @@ class State:
             recipe.history,
             recipe.query,
             recipe.similar,
-            scorer,
+            lm.scorer if lm is not None else None,
             self.depth,
             recipe.calibration,
             popularity.shares(),
+            lm.scored if lm is not None else None,
         )
+
+    def without_language_model(self) -> State:
+        """The same with the merge alone."""
+        weights = {name: getattr(self.recipe, name).with_lm(0.0) for name in ("history", "query")}
+        return replace(self, recipe=replace(self.recipe, **weights), lm=None)
 
     def refitted(self, log: EventLog | None) -> State:
         """The same with retrievers fitted on all events of a log, None if it is empty; weights stay."""
@@ -84,7 +92,7 @@ class State:
         """The same over a catalogue in which items were added or replaced."""
         texts = grown_texts(self.texts, catalog.lines())
         retrievers = load_retrievers(retriever_arrays(self.retrievers), texts, self.recipe)
-        lm = self.lm.grown(texts.vectors) if self.lm is not None else None
+        lm = self.lm.grown(texts) if self.lm is not None else None
         return replace(self, catalog=catalog, texts=texts, retrievers=retrievers, lm=lm)
 
     def write(self, folder: Path, adapter: Path | None) -> None:

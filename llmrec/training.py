@@ -24,7 +24,7 @@ from llmrec.score.tasks import Batch, Task
 logger = logging.getLogger(__name__)
 
 
-WORSE = 0.1
+WORSE = 0.5
 """Nats an item by which the held-out loss has to rise above its lowest to end the run early."""
 
 VALIDATION_SECONDS = 90.0

@@ -9,8 +9,8 @@ from pathlib import Path
 from llmrec.config import Config
 from llmrec.evaluation.split import tail
 from llmrec.events import EventLog
-from llmrec.fetch import resolve
-from llmrec.language_model import LanguageModel, fine_tune
+from llmrec.language_model import TunedModel
+from llmrec.lm_training import fine_tune
 from llmrec.metrics import Comparison, compare
 from llmrec.recipe import Recipe, fit_retrievers, ranks_in
 from llmrec.state import State
@@ -44,31 +44,27 @@ def tune(
     minutes: float | None,
     folder: Path | None,
     on_step: Callable[[Progress, float], None] | None,
-) -> tuple[LanguageModel, Recipe, FinetuneReport]:
+) -> tuple[TunedModel, Recipe, FinetuneReport]:
     """Train on a log without the last event of each user, which decides what is kept and its weight."""
     train, part = tail(log)
     search = config.retrieval
-    held_out = part.sample(search.search_users, search.seed).held_out(state.catalog.active, not state.repeats)
-    retrievers = fit_retrievers(train, state.texts, state.recipe)
+    held_out = part.sample(search.lm_users, search.seed).held_out(state.catalog.active, not state.repeats)
+    state = replace(state, retrievers=fit_retrievers(train, state.texts, state.recipe))
     lm, report, recipe = fine_tune(
-        train.histories,
-        train.weights,
+        state,
+        train,
         held_out,
-        state.texts,
-        state.recipe,
-        retrievers,
-        resolve(config.lm.base, allow_hub=config.allow_hub),
-        config.lm,
+        config,
         config.training.lasting(minutes),
-        search,
         data=log.fingerprint,
         folder=folder,
         on_step=on_step,
     )
-    tuned = replace(state, retrievers=retrievers, recipe=recipe, lm=lm).pipeline()
+    judged = held_out.sample(lm.judged or search.lm_users, search.seed)
+    tuned = replace(state, recipe=recipe, lm=lm).pipeline()
     plain = replace(tuned, history=tuned.history.with_lm(0.0))
     ranks = {
-        name: ranks_in((c.items for c in system.recommend(held_out.queries, 100)), held_out.targets)
+        name: ranks_in((c.items for c in system.recommend(judged.queries, 100)), judged.targets)
         for name, system in (("blend", tuned), ("merge", plain))
     }
     gain = compare(ranks, "blend", "merge")

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from llmrec.errors import ModelError
+from llmrec.families import Texts
 from llmrec.language_model import LanguageModel
 from llmrec.protocols import Query
 from llmrec.score.config import ItemTokensConfig
@@ -137,7 +138,7 @@ def test_the_cache_of_states_is_bounded_and_can_be_dropped(lm):
 
 
 def test_growing_keeps_the_scores_of_old_items_up_to_the_normaliser(lm, vectors):
-    grown = lm.grown(np.concatenate([vectors, vectors[:2]]))
+    grown = lm.grown(Texts([], np.concatenate([vectors, vectors[:2]]), None, None))
     asked = histories(5)
     old, new = lm.scorer.log_probs(asked)[0], grown.scorer.log_probs(asked)[0]
     assert len(new) == ITEMS + 2

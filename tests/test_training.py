@@ -10,7 +10,10 @@ import torch
 
 from llmrec import sequences, training
 from llmrec.errors import DataError, ModelError
-from llmrec.language_model import LanguageModel, train_language_model
+from llmrec.families import Texts, TrainingLog
+from llmrec.index.faiss_index import FaissIndex
+from llmrec.language_model import LanguageModel, load_language_model
+from llmrec.lm_training import train_language_model
 from llmrec.protocols import Query
 from llmrec.recipe import HeldOut
 from llmrec.score.config import ItemTokensConfig, TrainingConfig
@@ -35,6 +38,16 @@ HELD_OUT = HeldOut(
 )
 
 
+class NamedEncoder:
+    def __init__(self, fingerprint):
+        self.fingerprint = fingerprint
+
+
+def texts(encoder="e"):
+    index = FaissIndex(VECTORS.shape[1])
+    return Texts([f"item {code}" for code in range(ITEMS)], VECTORS, NamedEncoder(encoder), index)
+
+
 def config(base):
     return ItemTokensConfig(base=str(base), layers=2, rank=4, head_dim=32, precision="float32", dropout=0.1)
 
@@ -52,14 +65,12 @@ def settings(**values):
 
 def train(base, folder, on_step=None, **values):
     return train_language_model(
-        RULE,
-        None,
+        TrainingLog(RULE),
         HELD_OUT,
-        VECTORS,
+        texts(),
         base,
         config(base),
         settings(**values),
-        encoder="e",
         data="d",
         folder=folder,
         on_step=on_step,
@@ -165,14 +176,12 @@ def test_events_of_little_weight_change_little(base, tmp_path):
     best = []
     for weights in (None, heavy):
         lm, _ = train_language_model(
-            follows,
-            weights,
+            TrainingLog(follows, weights),
             HeldOut([], np.empty(0, np.int32)),
-            VECTORS,
+            texts(),
             base,
             config(base),
             settings(steps=40),
-            encoder="e",
             data="d",
             folder=tmp_path / str(weights is None),
         )
@@ -197,32 +206,32 @@ def test_sampled_softmax_approaches_the_full_one(base, monkeypatch):
 def test_an_adapter_scores_the_same_after_saving_and_refuses_what_it_was_not_trained_with(base, tmp_path):
     lm, _ = train(base, tmp_path / "run", steps=5)
     lm.save(tmp_path / "adapter")
-    again = LanguageModel.load(tmp_path / "adapter", base, VECTORS, "e", "d")
+    again = load_language_model(tmp_path / "adapter", base, texts("e"), "d")
     asked = [RULE[0], RULE[5][:2]]
     np.testing.assert_array_equal(again.scorer.log_probs(asked), lm.scorer.log_probs(asked))
     assert not [p for p in (tmp_path / "adapter").iterdir() if p.suffix not in (".json", ".safetensors")]
 
     other = tiny_lm(tmp_path / "other", seed=7)
     with pytest.raises(ModelError, match=r"another base: [0-9a-f]{12}\.\.\. then, [0-9a-f]{12}"):
-        LanguageModel.load(tmp_path / "adapter", other, VECTORS, "e", "d")
+        load_language_model(tmp_path / "adapter", other, texts("e"), "d")
     with pytest.raises(ModelError, match="another encoder"):
-        LanguageModel.load(tmp_path / "adapter", base, VECTORS, "f", "d")
+        load_language_model(tmp_path / "adapter", base, texts("f"), "d")
     card = json.loads((tmp_path / "adapter" / "card.json").read_text())
     card["card"]["prompt_sha256"] = "0" * 64
     (tmp_path / "adapter" / "card.json").write_text(json.dumps(card))
     with pytest.raises(ModelError, match="another prompt"):
-        LanguageModel.load(tmp_path / "adapter", base, VECTORS, "e", "d")
+        load_language_model(tmp_path / "adapter", base, texts("e"), "d")
     shutil.rmtree(tmp_path / "adapter")
     with pytest.raises(ModelError, match="no complete adapter"):
-        LanguageModel.load(tmp_path / "adapter", base, VECTORS, "e", "d")
+        load_language_model(tmp_path / "adapter", base, texts("e"), "d")
 
 
 def test_other_data_than_it_was_trained_on_is_a_warning(base, tmp_path, caplog):
     lm, _ = train(base, tmp_path / "run", steps=1)
     lm.save(tmp_path / "adapter")
-    LanguageModel.load(tmp_path / "adapter", base, VECTORS, "e", "d")
+    load_language_model(tmp_path / "adapter", base, texts("e"), "d")
     assert not caplog.records
-    LanguageModel.load(tmp_path / "adapter", base, VECTORS, "e", "later")
+    load_language_model(tmp_path / "adapter", base, texts("e"), "later")
     assert "other events than the retrievers" in caplog.text
 
 
@@ -243,14 +252,12 @@ def test_a_run_that_learns_by_heart_cools_down_and_ends(base, tmp_path):
     def run(folder, on_step=None):
         values = settings(steps=400, validations=40, tokens_per_step=60, checkpoint_seconds=1e-9)
         return train_language_model(
-            noise,
-            None,
+            TrainingLog(noise),
             held_out,
-            VECTORS,
+            texts(),
             base,
             config(base),
             values,
-            encoder="e",
             data="d",
             folder=folder,
             on_step=on_step,
@@ -282,6 +289,6 @@ def test_a_run_cools_only_once_the_held_out_loss_has_risen():
         return [{"events": 100.0 * (n + 1), "nats": value} for n, value in enumerate(nats)]
 
     assert training.cooling(curve(7.0), 1.0) is None
-    assert training.cooling(curve(7.0, 6.5, 6.55), 0.9) is None
-    assert training.cooling(curve(7.0, 6.5, 6.55, 6.7), 0.6) == training.Cooling(400, 600, 0.6)
+    assert training.cooling(curve(7.0, 6.5, 6.9), 0.9) is None
+    assert training.cooling(curve(7.0, 6.5, 6.9, 7.1), 0.6) == training.Cooling(400, 600, 0.6)
     assert training.cooling([{"events": 1.0, "ndcg@10": 0.1}] * 3, 1.0) is None

@@ -138,8 +138,8 @@ def check_language_model(
     return ["prior of the language model", "adapter"]
 
 
-def check_recipe(recipe: Recipe, chosen_by: HeldOut) -> list[str]:
-    """The recipe's log says that validation events chose settings and weights.
+def check_recipe(recipe: Recipe, *chosen_by: HeldOut) -> list[str]:
+    """The recipe's log says that these validation events chose settings and weights, and no others.
 
     Raises
     ------
@@ -147,8 +147,9 @@ def check_recipe(recipe: Recipe, chosen_by: HeldOut) -> list[str]:
         If other events did.
     """
     entries = [entry for entry in recipe.log if "sha256" in entry]
+    allowed = [part.sha256() for part in chosen_by]
     for entry in entries:
-        _same(f"recipe ({entry['search']})", entry["sha256"], chosen_by.sha256())
+        _same(f"recipe ({entry['search']})", entry["sha256"], *allowed)
     return ["recipe and blend"] if entries else []
 
 
@@ -288,10 +289,11 @@ def _user_item(split: Split, decay: float, n_items: int) -> scipy.sparse.csr_mat
     return scipy.sparse.csr_matrix((values, (rows, columns)), shape=(split.log.n_users, n_items))
 
 
-def _same(what: str, found: str, expected: str) -> None:
+def _same(what: str, found: str, *expected: str) -> None:
+    rather = " or ".join(f"{one[:12]}..." for one in expected)
     _demand(
-        found == expected,
-        f"the {what} was made on other events than it may see: {found[:12]}... instead of {expected[:12]}...",
+        found in expected,
+        f"the {what} was made on other events than it may see: {found[:12]}... instead of {rather}",
     )
 
 

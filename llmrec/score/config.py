@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
 from llmrec.errors import ConfigError
 
@@ -12,10 +13,11 @@ Precision = Literal["auto", "float32", "bfloat16"]
 
 
 class ItemTokensConfig(BaseModel):
-    """Shape of the model; everything here is fixed once an adapter is trained."""
+    """Shape of the `item_tokens` model; everything here is fixed once an adapter is trained."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    mode: Literal["item_tokens"] = "item_tokens"
     base: str = Field("smollm2-135m-instruct-q41", description="name, hub id or folder of the causal LM")
     layers: int | None = Field(3, ge=1, description="keep only the first layers; None keeps all")
     prompt: str = Field("item_tokens", description="name or path of the instruction")
@@ -28,6 +30,53 @@ class ItemTokensConfig(BaseModel):
     id_dropout: float = Field(0.5, ge=0, lt=1, description="share of read items left without their id vector")
     id_out_dropout: float = Field(0.3, ge=0, lt=1, description="the same of the output vectors, each step")
     precision: Precision = Field("auto", description="of the LM body; the head is always float32")
+
+    @property
+    def prompt_name(self) -> str:
+        """The prompt that is used."""
+        return self.prompt
+
+
+class WordsConfig(BaseModel):
+    """Shape of a model that reads items as words; everything here is fixed once an adapter is trained."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    mode: Literal["likelihood", "generate", "yes_no", "letters"]
+    base: str = Field("smollm2-135m-instruct-q41", description="name, hub id or folder of the causal LM")
+    layers: int | None = Field(None, ge=1, description="keep only the first layers; None keeps all")
+    prompt: str = Field("", description="name or path of the prompt; that of the mode if empty")
+    window: int = Field(20, ge=1, description="latest items of a history that the model reads")
+    line_tokens: int = Field(16, ge=1, description="tokens of an item's line that are read")
+    rank: int = Field(16, ge=1, description="rank of the LoRA matrices")
+    alpha: int = Field(32, ge=1, description="scale of the LoRA update, alpha / rank")
+    targets: str | list[str] = Field("all-linear", description="modules that get LoRA matrices")
+    precision: Precision = Field("auto", description="of the LM body; the word head is always float32")
+    candidates: int = Field(20, ge=2, description="first candidates of the merge that the model scores")
+    listed: int = Field(20, ge=2, le=26, description="candidates in a list of yes_no and letters")
+    mined: int = Field(20_000, ge=1, description="events that yes_no and letters learn from, at most")
+    smoothing: float = Field(1.0, gt=0, description="added to each item's count in the trie of likelihood")
+    beam: int = Field(20, ge=1, description="ways that generate follows at once; it proposes about as many")
+    judged: int = Field(500, ge=2, description="held-out users that choose its weight")
+    memory_mb: int = Field(512, ge=0, description="memory for what was read of histories")
+
+    @property
+    def prompt_name(self) -> str:
+        """The prompt that is used."""
+        return self.prompt or ("likelihood" if self.mode == "generate" else self.mode)
+
+
+def _kind(values: Any) -> str:
+    """Which class describes a language model: the modes that read words share one."""
+    mode = values.get("mode", "item_tokens") if isinstance(values, Mapping) else values.mode
+    return "item_tokens" if mode == "item_tokens" else "words"
+
+
+LMConfig = Annotated[
+    Annotated[ItemTokensConfig, Tag("item_tokens")] | Annotated[WordsConfig, Tag("words")],
+    Discriminator(_kind),
+]
+"""Settings of a language model, by mode."""
 
 
 class TrainingConfig(BaseModel):

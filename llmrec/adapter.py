@@ -1,0 +1,86 @@
+"""LoRA matrices on a causal LM, and the folder in which a tuned one is kept with its head and its card."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from llmrec.card import Card
+from llmrec.errors import ModelError
+from llmrec.score.config import ItemTokensConfig, LMConfig, WordsConfig
+from llmrec.training import read_tensors, write_tensors
+
+CARD, HEAD, LORA = "card.json", "head.safetensors", "adapter_model.safetensors"
+
+
+def fresh_adapter(body: Any, config: LMConfig) -> Any:
+    """The body with LoRA matrices to train (Hu et al. 2021, arXiv 2106.09685)."""
+    from peft import LoraConfig, get_peft_model
+
+    settings = LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=config.targets)
+    adapted: Any = get_peft_model(body, settings)
+    # peft notes the folder, which says nothing on another machine.
+    adapted.peft_config["default"].base_model_name_or_path = config.base
+    return adapted
+
+
+def kept_adapter(body: Any, folder: Path) -> Any:
+    """The body with the LoRA matrices that `write_adapter` wrote, for serving."""
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(body, str(folder), is_trainable=False)
+
+
+def write_adapter(
+    folder: Path, body: Any, head: Mapping[str, Tensor], config: LMConfig, card: Card | None
+) -> None:
+    """Write adapter (peft's own files), head and card into a folder; safetensors and JSON only.
+
+    Raises
+    ------
+    ModelError
+        If there is no card: the model is not trained.
+    """
+    if card is None:
+        raise ModelError("only a trained language model can be saved")
+    folder.mkdir(parents=True, exist_ok=True)
+    body.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)
+    write_tensors(folder / HEAD, head, {})
+    written = {"config": config.model_dump(), "card": asdict(card)}
+    (folder / CARD).write_text(json.dumps(written, indent=1), encoding="utf-8")
+
+
+def read_adapter(folder: Path) -> tuple[ItemTokensConfig | WordsConfig, Card, dict[str, Tensor]]:
+    """Settings, card and head of what `write_adapter` wrote.
+
+    Raises
+    ------
+    ModelError
+        If anything is missing or damaged.
+    """
+    try:
+        stored = json.loads((folder / CARD).read_text(encoding="utf-8"))
+        config: ItemTokensConfig | WordsConfig = TypeAdapter(LMConfig).validate_python(stored["config"])
+        card = Card(**stored["card"])
+        head, _ = read_tensors(folder / HEAD)
+        if "counts" not in head:
+            raise ValueError(f"{HEAD} has no counts")
+        if not (folder / LORA).is_file():
+            raise FileNotFoundError(f"{LORA} is missing")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as broken:
+        raise ModelError(f"{folder} holds no complete adapter: {broken}") from broken
+    return config, card, head
+
+
+def on_device(model: nn.Module) -> nn.Module:
+    """The model for serving, on a GPU where there is one."""
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()

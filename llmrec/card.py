@@ -1,0 +1,74 @@
+"""The card of an adapter: what it was trained on and with, checked when it is loaded."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from llmrec.catalog import RENDERER_HASH
+from llmrec.errors import ModelError
+from llmrec.fetch import tokenizer_hash, weights_hash
+from llmrec.prompt import Prompt
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """What an adapter belongs to. The first five must match when it is loaded, data and versions should."""
+
+    base_sha256: str
+    tokenizer_sha256: str
+    prompt_sha256: str
+    renderer_sha256: str
+    encoder_sha256: str
+    data_sha256: str
+    versions: dict[str, str]
+    training: dict[str, Any]
+
+    def check(self, other: Card) -> None:
+        """Refuse another base, tokenizer, prompt, renderer or encoder; warn of other data and versions.
+
+        Raises
+        ------
+        ModelError
+            Naming both hashes.
+        """
+        names = ("base", "tokenizer", "prompt", "renderer", "encoder")
+        for name in names:
+            mine, theirs = getattr(self, f"{name}_sha256"), getattr(other, f"{name}_sha256")
+            if mine != theirs:
+                raise ModelError(
+                    f"the adapter belongs to another {name}: {mine[:12]}... then, {theirs[:12]}... now; "
+                    f"use the {name} it was trained with, or fine-tune again"
+                )
+        if self.data_sha256 != other.data_sha256:
+            logger.warning(
+                "the adapter was trained on other events than the retrievers were fitted on; "
+                "fine-tune again to bring it up to date"
+            )
+        changed = [
+            f"{n} {v} -> {other.versions.get(n)}"
+            for n, v in self.versions.items()
+            if other.versions.get(n) != v
+        ]
+        if changed:
+            logger.warning("the adapter was trained with other versions: %s", ", ".join(changed))
+
+
+def make_card(prompt: str, base: Path, encoder: str, data: str, report: Mapping[str, Any]) -> Card:
+    """The card of an adapter trained here and now."""
+    return Card(
+        base_sha256=weights_hash(base),
+        tokenizer_sha256=tokenizer_hash(base),
+        prompt_sha256=Prompt.load(prompt).sha256,
+        renderer_sha256=RENDERER_HASH,
+        encoder_sha256=encoder,
+        data_sha256=data,
+        versions={name: version(name) for name in ("torch", "transformers", "peft")},
+        training=dict(report),
+    )

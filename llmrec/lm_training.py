@@ -1,0 +1,244 @@
+"""Training a language model of any mode, and fitting its weight in the recipe."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmrec.card import make_card
+from llmrec.config import Config
+from llmrec.families import Texts, TrainingLog
+from llmrec.fetch import resolve
+from llmrec.language_model import LanguageModel, TunedModel
+from llmrec.metrics import summary
+from llmrec.mining import mined_choices
+from llmrec.protocols import Codes
+from llmrec.recipe import HeldOut, Recipe, hash_histories, ranks_in
+from llmrec.score.config import ItemTokensConfig, TrainingConfig, WordsConfig
+from llmrec.score.item_tokens import ItemTokenScorer
+from llmrec.score.likelihood import LikelihoodScorer
+from llmrec.score.tasks import ItemTokensTask, LikelihoodTask, ListwiseTask, Task
+from llmrec.search import with_language_model
+from llmrec.state import State
+from llmrec.training import LoRATrainer, Progress, TrainingReport
+from llmrec.word_model import WordLanguageModel
+
+OnStep = Callable[[Progress, float], None]
+
+VALIDATION_USERS = 1000
+"""Held-out users that decide which state of a training run is kept."""
+
+WORDS_VALIDATION_USERS = 100
+"""The same for the modes that read words, which take far longer a user."""
+
+BATCHES = 2
+"""Number of the way that batches are made; a run with others is not continued."""
+
+
+def fine_tune(
+    state: State,
+    log: TrainingLog,
+    held_out: HeldOut,
+    config: Config,
+    training: TrainingConfig,
+    *,
+    data: str,
+    folder: Path | None = None,
+    on_step: OnStep | None = None,
+) -> tuple[TunedModel, TrainingReport, Recipe]:
+    """Train on a log, then fit the model's weights in the recipe on what was held out.
+
+    Neither the log nor the fitted retrievers of the state may hold the held-out events.
+    """
+    base = resolve(config.lm.base, allow_hub=config.allow_hub)
+    lm: TunedModel
+    with tempfile.TemporaryDirectory(prefix="llmrec-") as temporary:
+        place = folder or Path(temporary)
+        if isinstance(config.lm, ItemTokensConfig):
+            lm, report = train_language_model(
+                log,
+                held_out,
+                state.texts,
+                base,
+                config.lm,
+                training,
+                data=data,
+                folder=place,
+                on_step=on_step,
+            )
+        else:
+            lm, report = train_words_model(
+                state, log, held_out, base, config.lm, training, data=data, folder=place, on_step=on_step
+            )
+    recipe = with_language_model(
+        state.recipe,
+        state.retrievers,
+        lm.scorer,
+        held_out,
+        state.texts.lines,
+        config.retrieval,
+        proposes=lm.proposes,
+        scored=lm.scored,
+        judged=lm.judged,
+    )
+    return lm, report, recipe
+
+
+def train_language_model(
+    log: TrainingLog,
+    held_out: HeldOut,
+    texts: Texts,
+    base: Path,
+    config: ItemTokensConfig,
+    training: TrainingConfig,
+    *,
+    data: str,
+    folder: Path,
+    on_step: OnStep | None = None,
+) -> tuple[LanguageModel, TrainingReport]:
+    """Fine-tune an `item_tokens` model; a run of the same data and settings in `folder` is continued.
+
+    `held_out` decides which state is kept; it is not trained on.
+    """
+    lm = LanguageModel.new(config, base, texts.vectors, counts_of(log, len(texts.lines)), training.seed)
+    task = ItemTokensTask(lm.model, log.histories, config.window, training, log.weights)
+    sample = held_out.sample(VALIDATION_USERS, training.seed)
+    report = _run(
+        lm,
+        task,
+        training,
+        (lambda: measure(ItemTokenScorer(lm.model, config.window, lm.dtype), sample))
+        if len(sample.queries)
+        else None,
+        log=log,
+        selected_on=held_out.sha256(),
+        items=hashlib.sha256(texts.vectors.tobytes()).hexdigest(),
+        base=base,
+        encoder=texts.encoder.fingerprint,
+        data=data,
+        folder=folder,
+        on_step=on_step,
+    )
+    lm.scorer.forget()
+    return lm, report
+
+
+def train_words_model(
+    state: State,
+    log: TrainingLog,
+    held_out: HeldOut,
+    base: Path,
+    config: WordsConfig,
+    training: TrainingConfig,
+    *,
+    data: str,
+    folder: Path,
+    on_step: OnStep | None = None,
+) -> tuple[WordLanguageModel, TrainingReport]:
+    """The same for a model that reads words; the retrievers give the candidates that judge its states."""
+    texts = state.texts
+    lm = WordLanguageModel.new(config, base, texts.lines, counts_of(log, len(texts.lines)), training.seed)
+    task: Task[Any]
+    if isinstance(lm.scorer, LikelihoodScorer):
+        task = LikelihoodTask(lm.scorer.model, log.histories, training, log.weights)
+    else:
+        choices = mined_choices(state, log, config.listed, config.mined, training.seed)
+        task = ListwiseTask(lm.scorer, choices, training)
+    sample = held_out.sample(WORDS_VALIDATION_USERS, training.seed)
+    merged = state.without_language_model().pipeline().recommend(sample.queries, config.candidates)
+    candidates = [found.items for found in merged]
+    # The recipe decides which candidates are learned from.
+    chosen = json.dumps({**state.recipe.as_dict(), "log": None})
+    report = _run(
+        lm,
+        task,
+        training,
+        (lambda: measure_words(lm, sample, candidates)) if len(sample.queries) else None,
+        log=log,
+        selected_on=held_out.sha256(),
+        items=hashlib.sha256("\n".join([*texts.lines, chosen]).encode()).hexdigest(),
+        base=base,
+        encoder=texts.encoder.fingerprint,
+        data=data,
+        folder=folder,
+        on_step=on_step,
+    )
+    lm.scorer.forget()
+    return lm, report
+
+
+def counts_of(log: TrainingLog, items: int) -> NDArray[Any]:
+    """Weight of the events of each item, shape (items,)."""
+    events = np.concatenate([np.empty(0, np.int32), *log.histories])
+    weights = None if log.weights is None else np.concatenate([np.empty(0, np.float32), *log.weights])
+    return np.bincount(events, weights, minlength=items)
+
+
+def _run(
+    lm: LanguageModel | WordLanguageModel,
+    task: Task[Any],
+    training: TrainingConfig,
+    validate: Callable[[], Mapping[str, float]] | None,
+    *,
+    log: TrainingLog,
+    selected_on: str,
+    items: str,
+    base: Path,
+    encoder: str,
+    data: str,
+    folder: Path,
+    on_step: OnStep | None,
+) -> TrainingReport:
+    """Train, and give the model its card. `items` is a hash: the same log over other items is another run."""
+    prompt = lm.config.prompt_name
+    card = make_card(prompt, base, encoder, data, {})
+    parts = [BATCHES, lm.config.model_dump(), training.model_dump(), asdict(card), items, selected_on]
+    fingerprint = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    report = LoRATrainer(task, training, folder, fingerprint, dtype=lm.dtype).run(validate, on_step)
+    made = {
+        **asdict(report),
+        "settings": training.model_dump(),
+        "histories_sha256": hash_histories(log.histories),
+        "selected_on_sha256": selected_on,
+    }
+    lm.card = make_card(prompt, base, encoder, data, made)
+    return report
+
+
+def measure(scorer: ItemTokenScorer, held_out: HeldOut) -> dict[str, float]:
+    """NDCG@10 and Recall@10 of the language model alone over the catalogue, and nats per held-out item."""
+    found = scorer.retrieve(held_out.queries, 10)
+    ranks = ranks_in((hits.items for hits in found), held_out.targets)
+    scores = scorer.score(held_out.queries, [held_out.targets[i : i + 1] for i in range(len(found))])
+    nats = [-float(values[0]) for values in scores]
+    return {**summary(ranks, ["ndcg@10", "recall@10"]), "nats": float(np.mean(nats))}
+
+
+def measure_words(lm: WordLanguageModel, held_out: HeldOut, candidates: Sequence[Codes]) -> dict[str, float]:
+    """NDCG@10 and Recall@10 of the model's own order of each user's candidates, and nats per held-out item.
+
+    Nats are over the whole catalogue for `likelihood`, and over the candidates, where the item is among
+    them, for the modes that answer with a label; not there if it never is.
+    """
+    lm.scorer.forget()
+    scores = lm.scorer.score(held_out.queries, candidates)
+    ordered = (items[np.argsort(-s, kind="stable")] for items, s in zip(candidates, scores, strict=True))
+    measured = summary(ranks_in(ordered, held_out.targets), ["ndcg@10", "recall@10"])
+    if isinstance(lm.scorer, LikelihoodScorer):
+        own = lm.scorer.score(held_out.queries, [held_out.targets[i : i + 1] for i in range(len(scores))])
+        nats = [-float(values[0]) for values in own]
+    else:
+        nats = [
+            float(np.logaddexp.reduce(s) - s[items == target][0])
+            for items, s, target in zip(candidates, scores, held_out.targets, strict=True)
+            if target in items
+        ]
+    return {**measured, "nats": float(np.mean(nats))} if nats else measured

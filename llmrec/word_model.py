@@ -1,0 +1,126 @@
+"""A tuned model of the word modes as one thing: made, saved, loaded, grown with the catalogue."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from llmrec.adapter import fresh_adapter, kept_adapter, on_device, write_adapter
+from llmrec.card import Card
+from llmrec.families import Texts
+from llmrec.prompt import Prompt
+from llmrec.score.config import WordsConfig
+from llmrec.score.labels import LettersScorer, YesNoScorer
+from llmrec.score.likelihood import LikelihoodModel, LikelihoodScorer
+from llmrec.score.loading import body_dtype, load_causal
+from llmrec.score.packed import PackedReader
+from llmrec.score.trie import ItemTrie
+from llmrec.score.words import Layout, Vocabulary, WordsModel
+
+SLOTS = {"likelihood": None, "generate": None, "yes_no": "candidate", "letters": "candidates"}
+"""What a mode's prompt needs beside the history."""
+
+FIRST_SCALE = 0.3
+"""Scale of the logits of `likelihood` before training: the prior over the lines leads at first."""
+
+
+class WordLanguageModel:
+    """A tuned model that reads items as words, with its settings and its card.
+
+    Parameters
+    ----------
+    words
+        With LoRA matrices in its body.
+    config
+        Its shape.
+    counts
+        Weight of the training events of each item, shape (items,).
+    card
+        What it belongs to; None before it is trained.
+    """
+
+    def __init__(
+        self, words: WordsModel, config: WordsConfig, counts: NDArray[Any], card: Card | None = None
+    ) -> None:
+        self.words, self.config, self.counts, self.card = words, config, counts, card
+        self.dtype = body_dtype(config.precision)
+        self.scorer = self._scorer()
+        self.scored: int | None = config.candidates
+        self.judged: int | None = config.judged
+        self.proposes = config.mode == "generate"
+
+    def _scorer(self) -> LikelihoodScorer | YesNoScorer | LettersScorer:
+        reader = PackedReader(self.words.body, memory=self.config.memory_mb * 2**20)
+        if self.config.mode == "yes_no":
+            return YesNoScorer(self.words, reader)
+        if self.config.mode == "letters":
+            return LettersScorer(self.words, reader, window=self.config.listed)
+        trie = ItemTrie(self.words.lines, self.words.vocabulary.end, self.counts, self.config.smoothing)
+        return LikelihoodScorer(LikelihoodModel(self.words, trie), reader, self.config.beam)
+
+    @classmethod
+    def new(
+        cls, config: WordsConfig, base: Path, lines: Sequence[str], counts: NDArray[Any], seed: int = 0
+    ) -> WordLanguageModel:
+        """Make a model to train: fresh LoRA matrices, and the head as it was.
+
+        Parameters
+        ----------
+        base
+            Folder of the causal LM.
+        lines
+            The catalogue in words, by code.
+        counts
+            Weight of the training events of each item, shape (items,).
+        """
+        torch.manual_seed(seed)
+        body, head = load_causal(base, config.layers, body_dtype(config.precision))
+        words = _assemble(fresh_adapter(body, config), head, config, base, lines)
+        if SLOTS[config.mode] is None:
+            torch.nn.init.constant_(words.scale, FIRST_SCALE)
+        return cls(words, config, counts)
+
+    def save(self, folder: Path) -> None:
+        """Write adapter, scale, counts and card into a folder; only a trained model can be."""
+        counts = torch.from_numpy(np.asarray(self.counts, dtype=np.float32))
+        head = {"scale": self.words.scale, "counts": counts}
+        write_adapter(folder, self.words.body, head, self.config, self.card)
+
+    @classmethod
+    def restored(
+        cls, folder: Path, base: Path, texts: Texts, config: WordsConfig, card: Card, head: dict[str, Tensor]
+    ) -> WordLanguageModel:
+        """Put together what `read_adapter` read from a folder; see `load_language_model`."""
+        body, vectors = load_causal(base, config.layers, body_dtype(config.precision))
+        words = _assemble(kept_adapter(body, folder), vectors, config, base, texts.lines)
+        with torch.no_grad():
+            words.scale.copy_(head["scale"])
+        on_device(words)
+        return cls(words, config, _padded(head["counts"].numpy(), len(texts.lines)), card)
+
+    def grown(self, texts: Texts) -> WordLanguageModel:
+        """The same for a catalogue whose texts changed or grew: new items have no events."""
+        old, lines = self.words, texts.lines
+        tokens = old.vocabulary.lines(lines, self.config.line_tokens)
+        words = WordsModel(old.body, old.head, old.vocabulary, old.layout, tokens, old.window)
+        words.scale = old.scale
+        return WordLanguageModel(words.eval(), self.config, _padded(self.counts, len(lines)), self.card)
+
+
+def _assemble(
+    body: Any, head: torch.Tensor, config: WordsConfig, base: Path, lines: Sequence[str]
+) -> WordsModel:
+    vocabulary = Vocabulary(base)
+    layout = Layout.of(Prompt.load(config.prompt_name), SLOTS[config.mode])
+    tokens = vocabulary.lines(lines, config.line_tokens)
+    return WordsModel(body, head, vocabulary, layout, tokens, config.window)
+
+
+def _padded(counts: NDArray[Any], items: int) -> NDArray[Any]:
+    return np.pad(counts, (0, items - len(counts)))

@@ -1,0 +1,221 @@
+"""The modes that read words as part of a recommender: learned from, chosen, served, saved, grown."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from llmrec import Item, Recommender, Request
+from llmrec.config import Config
+from llmrec.errors import ConfigError, ModelError
+from llmrec.evaluation.split import tail
+from llmrec.features import Features
+from llmrec.lm_training import counts_of
+from llmrec.mining import cut, first_parts, mined_choices
+from llmrec.pipeline import LM
+from llmrec.recipe import fit_retrievers, ranks_in
+from llmrec.score.config import TrainingConfig
+from llmrec.score.tasks import ListwiseTask
+from llmrec.testing import tiny_lm, toy_data
+from llmrec.training import LoRATrainer
+from llmrec.word_model import WordLanguageModel
+
+MODES = ("likelihood", "generate", "yes_no", "letters")
+ITEMS, EVENTS = toy_data(users=80, items=30, seed=1)
+
+
+def config(base, mode, **lm):
+    return Config.of(
+        {
+            "encoder": {"name": "light"},
+            "retrieval": {"search": False},
+            "lm": {
+                "mode": mode,
+                "base": str(base),
+                "rank": 4,
+                "precision": "float32",
+                "window": 8,
+                "candidates": 6,
+                "listed": 6,
+                "beam": 5,
+                "judged": 30,
+                **lm,
+            },
+            "training": {
+                "minutes": None,
+                "steps": 12,
+                "validations": 2,
+                "learning_rate": 5e-3,
+                "tokens_per_step": 600,
+                "warmup_steps": 3,
+            },
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return tiny_lm(tmp_path_factory.mktemp("lm"), seed=2)
+
+
+@pytest.fixture(scope="module", params=MODES)
+def tuned(request, base):
+    """A fine-tuned recommender whose language model has a weight, whatever the held-out events say."""
+    rec = Recommender.fit(ITEMS, EVENTS, config(base, request.param))
+    report = rec.finetune()
+    state = rec._state
+    recipe = replace(
+        state.recipe,
+        history=state.recipe.history.with_lm(0.8),
+        query=state.recipe.query.with_lm(0.8),
+    )
+    rec._state = replace(state, recipe=recipe)
+    return rec, report, request.param
+
+
+def test_training_lowers_the_loss_and_says_what_the_model_brings(tuned):
+    _, report, _ = tuned
+    curve = report.training.curve
+    assert report.training.steps == 12 and len(curve) == 2
+    assert all(np.isfinite(row["nats"]) and 0 <= row["ndcg@10"] <= 1 for row in curve)
+    assert report.weight >= 0 and np.isfinite(report.gain.difference)
+    assert "validation NDCG@10" in str(report)
+
+
+def test_only_the_first_candidates_and_its_own_are_scored(tuned):
+    rec, _, mode = tuned
+    pipeline = rec._state.pipeline()
+    query = rec._ask(Request(user="u3"), rec._state).query
+    asked = []
+
+    class Watched:
+        def score(self, queries, candidates):
+            asked.extend(candidates)
+            return pipeline.scorer.score(queries, candidates)
+
+    found = replace(pipeline, scorer=Watched()).recommend([query], 20)[0]
+    plain = pipeline.retrieve([query], [pipeline.weights_for(query).with_lm(0.0)])[0]
+    first = set(plain.items[:6].tolist())
+    if mode == "generate":
+        own = pipeline.retrievers[LM].retrieve([query], 6)[0].items
+        assert set(asked[0].tolist()) == first | set(own.tolist())
+    else:
+        assert LM not in pipeline.retrievers
+        assert set(asked[0].tolist()) == first
+    lm = found.parts[:, found.names.index(LM)]
+    assert lm.max() > 0
+    assert not lm[~np.isin(found.items, asked[0])].any()
+
+
+def test_saved_and_loaded_it_answers_the_same_and_grows_with_the_catalogue(tuned, tmp_path):
+    rec, _, mode = tuned
+    rec.save(tmp_path / "model")
+    again = Recommender.load(tmp_path / "model")
+    for user in ("u0", "u7"):
+        for words in (None, "golden anchor"):
+            mine, theirs = (r.recommend(user=user, query=words, k=8) for r in (rec, again))
+            assert [(m.item.item_id, m.score) for m in mine] == [
+                (t.item.item_id, pytest.approx(t.score, abs=1e-5)) for t in theirs
+            ]
+    # An item of the same words as a known one is scored as that one is.
+    again.add_items([Item("new", ITEMS[4].title, attributes=ITEMS[4].attributes)])
+    state = again._state
+    query = again._ask(Request(user="u0"), state).query
+    known, new = state.catalog.code("i4"), state.catalog.code("new")
+    if mode in ("yes_no",):
+        scores = state.lm.scorer.score([query], [np.array([known, new], np.int32)])[0]
+        assert scores[0] == pytest.approx(scores[1], abs=1e-4)
+    assert len(again.recommend(user="u0", k=5)) == 5
+    assert len(again.rank(["new", "i4", "i5"], user="u0")) == 3
+
+
+def test_what_was_read_of_a_history_is_dropped_by_forget(tuned):
+    rec, _, _ = tuned
+    rec.recommend(user="u9", k=3)
+    reader = rec._state.lm.scorer.reader
+    assert reader._kept and reader._size > 0
+    rec.forget("u9")
+    assert not reader._kept and reader._size == 0
+
+
+def test_features_of_the_search_are_what_is_served(tuned):
+    rec, _, mode = tuned
+    state = rec._state
+    _, part = tail(rec._log())
+    held_out = part.sample(20, 0).held_out(state.catalog.active, True)
+    weights = state.recipe.history
+    pipeline = replace(state.pipeline(), history=weights)
+    used = [n for n in state.retrievers if weights.ever_uses(n)]
+    hits = {n: state.retrievers[n].retrieve(held_out.queries, state.depth) for n in used}
+    proposed = pipeline.retrievers[LM].retrieve(held_out.queries, state.depth) if mode == "generate" else None
+    features = Features.with_lm(hits, proposed, state.lm.scorer, held_out, weights, state.lm.scored)
+    served = ranks_in((c.items for c in pipeline.recommend(held_out.queries, 30)), held_out.targets)
+    np.testing.assert_array_equal(features.of_targets(weights), served)
+
+
+def test_mined_candidates_come_from_retrievers_that_have_not_seen_the_event(base):
+    rec = Recommender.fit(ITEMS, EVENTS, config(base, "yes_no"))
+    state, (log, _) = rec._state, tail(rec._log())
+    first = first_parts(log)
+    for whole, part in zip(log.histories, first.histories, strict=True):
+        assert len(part) == cut(len(whole)) and whole[: len(part)].tolist() == part.tolist()
+        assert 1 <= len(part) < len(whole) or len(whole) < 2
+    choices = mined_choices(state, log, listed=6, limit=50, seed=0)
+    assert len(choices) == 50
+    pipeline = replace(state, retrievers=fit_retrievers(first, state.texts, state.recipe)).pipeline()
+    kept = 0
+    for choice in choices:
+        target = choice.candidates[choice.truth]
+        assert len(set(choice.candidates.tolist())) == len(choice.candidates) == 6
+        histories = [h for h in log.histories if _begins(h, [*choice.query.history, target])]
+        assert histories and len(choice.query.history) >= cut(len(histories[0]))
+        mask = state.catalog.active.copy()
+        mask[choice.query.history] = False
+        found = pipeline.recommend([replace(choice.query, mask=mask)], 6)[0].items
+        same = set(found.tolist()) == set(choice.candidates.tolist())
+        assert same == (target in found) and len(set(choice.candidates.tolist()) - set(found.tolist())) <= 1
+        kept += same
+    assert 0 < kept < 50
+    assert mined_choices(state, log, 6, 50, 0)[7].candidates.tolist() == choices[7].candidates.tolist()
+
+
+def _begins(history, start):
+    return history[: len(start)].tolist() == [int(code) for code in start]
+
+
+def test_a_label_model_learns_which_of_hard_candidates_came_next(base, tmp_path):
+    """The planted rule, item i + 1 after item i, is learned from the words of the last item alone."""
+    settings = config(base, "yes_no", window=1)
+    rec = Recommender.fit(ITEMS, EVENTS, settings)
+    log, _ = tail(rec._log())
+    lm = WordLanguageModel.new(settings.lm, base, rec._state.texts.lines, counts_of(log, len(ITEMS)))
+    with torch.no_grad():
+        # A random model says about the same to everything; this brings its answers apart.
+        lm.words.scale.fill_(20.0)
+    training = TrainingConfig(
+        minutes=None, steps=400, learning_rate=3e-3, tokens_per_step=1500, warmup_steps=3
+    )
+    task = ListwiseTask(lm.scorer, mined_choices(rec._state, log, 6, 2000, 0), training)
+    losses = []
+    LoRATrainer(task, training, tmp_path, "run").run(None, lambda p, done: losses.append(p.loss))
+    assert losses[-1] < 0.95 * np.log(6)
+
+
+def test_modes_and_their_settings_are_checked(base, tmp_path):
+    with pytest.raises(ConfigError, match=r"lm.*(tag|mode)"):
+        Config.of({"lm": {"mode": "poetry"}})
+    with pytest.raises(ConfigError, match="head_dim"):
+        Config.of({"lm": {"mode": "letters", "head_dim": 3}})
+    with pytest.raises(ConfigError, match="listed"):
+        Config.of({"lm": {"mode": "letters", "listed": 27}})
+    assert Config.of({"lm": {"rank": 3}}).lm.mode == "item_tokens"
+
+
+def test_a_damaged_card_is_a_clear_error(tuned, tmp_path):
+    rec, _, _ = tuned
+    rec.save(tmp_path / "model")
+    card = next((tmp_path / "model").glob("*/adapter/card.json"))
+    card.write_text(card.read_text().replace('"mode"', '"mood"'))
+    with pytest.raises(ModelError, match="no complete adapter"):
+        Recommender.load(tmp_path / "model").stages(user="u0")
