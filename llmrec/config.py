@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from llmrec.evaluation.protocol import ProtocolConfig
 from llmrec.events import Clock, Ties
 from llmrec.recipe import RetrievalConfig
 from llmrec.rows import Policy
-from llmrec.score.config import ItemTokensConfig, LMConfig, TrainingConfig
+from llmrec.score.config import TAG, ItemTokensConfig, LMConfig, TrainingConfig
 
 
 class DataConfig(BaseModel):
@@ -73,7 +73,7 @@ class Config(BaseModel):
             return cls.model_validate(dict(values))
         except ValidationError as invalid:
             problems = [
-                f"{'.'.join(map(str, e['loc']))}: {e['msg']} (got {e['input']!r})" for e in invalid.errors()
+                f"{'.'.join(_keys(e['loc']))}: {e['msg']} (got {e['input']!r})" for e in invalid.errors()
             ]
             raise ConfigError(f"{len(problems)} problem(s) in {where}:\n  " + "\n  ".join(problems)) from None
 
@@ -89,6 +89,11 @@ class Config(BaseModel):
         for section, flags in sections.items():
             values[section] |= {name: value for name, value in flags.items() if value is not None}
         return Config.of(values)
+
+
+def _keys(place: Sequence[int | str]) -> list[str]:
+    """The keys that lead to a value, as they were written."""
+    return [str(key) for key in place if not str(key).startswith(TAG)]
 
 
 def _read(path: Path) -> tuple[Mapping[str, Any], str]:

@@ -66,15 +66,27 @@ class WordsConfig(BaseModel):
         return self.prompt or ("likelihood" if self.mode == "generate" else self.mode)
 
 
-def _kind(values: Any) -> str:
-    """Which class describes a language model: the modes that read words share one."""
+WORDS = ("likelihood", "generate", "yes_no", "letters")
+"""Modes that read an item as words; `WordsConfig` describes them all."""
+
+TAG = "mode:"
+"""Begins the names by which a validator tells the two apart; they are no keys of a configuration."""
+
+
+def _kind(values: Any) -> str | None:
+    """Which class describes a language model, None for an unknown mode."""
     mode = values.get("mode", "item_tokens") if isinstance(values, Mapping) else values.mode
-    return "item_tokens" if mode == "item_tokens" else "words"
+    known = {"item_tokens": f"{TAG}item_tokens"} | dict.fromkeys(WORDS, f"{TAG}words")
+    return known.get(mode) if isinstance(mode, str) else None
 
 
 LMConfig = Annotated[
-    Annotated[ItemTokensConfig, Tag("item_tokens")] | Annotated[WordsConfig, Tag("words")],
-    Discriminator(_kind),
+    Annotated[ItemTokensConfig, Tag(f"{TAG}item_tokens")] | Annotated[WordsConfig, Tag(f"{TAG}words")],
+    Discriminator(
+        _kind,
+        custom_error_type="mode",
+        custom_error_message=f"mode must be one of item_tokens, {', '.join(WORDS)}",
+    ),
 ]
 """Settings of a language model, by mode."""
 
