@@ -152,12 +152,12 @@ def more(found: dict[str, Any]) -> list[str]:
     for name in ("merge", "default"):
         if name in found.get("beyond", {}):
             measures = ", ".join(f"{m} {v:.3f}" for m, v in found["beyond"][name].items())
-            lines.append(f"- {NAMES[name]}: {measures}")
+            lines.append(f"- {NAMES.get(name, name)}: {measures}")
     if found.get("segments"):
         systems = [n for n in ("merge", "lm", "default") if n in found["systems"]]
         lines += [
             "",
-            "| segment, NDCG@10 | users | " + " | ".join(NAMES[n] for n in systems) + " |",
+            "| segment, NDCG@10 | users | " + " | ".join(NAMES.get(n, n) for n in systems) + " |",
             "|---|---|" + "---|" * len(systems),
         ]
         for name, segment in found["segments"].items():

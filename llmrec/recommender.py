@@ -331,8 +331,12 @@ class Recommender:
         plain = replace(pipeline, history=pipeline.history.with_lm(0.0), query=pipeline.query.with_lm(0.0))
         stages = {"retrieval": plain}
         if state.lm is not None:
-            alone = Weights({}, lm=1.0)
-            stages["language model"] = replace(pipeline, history=alone, query=alone)
+            alone = replace(pipeline, history=Weights({}, lm=1.0), query=Weights({}, lm=1.0))
+            if state.lm.scored is not None:
+                # It orders what the merge gives it.
+                most = 1000.0
+                alone = replace(plain, history=plain.history.with_lm(most), query=plain.query.with_lm(most))
+            stages["language model"] = alone
         stages["default"] = pipeline
         asked = [self._ask(given, state)]
         return {name: answer(asked, state, stage)[0] for name, stage in stages.items()}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from llmrec import Item, Recommender, Request
+from llmrec import Event, Item, Recommender, Request
 from llmrec.config import Config
 from llmrec.errors import ConfigError, ModelError
 from llmrec.evaluation.split import tail
@@ -219,3 +219,28 @@ def test_a_damaged_card_is_a_clear_error(tuned, tmp_path):
     card.write_text(card.read_text().replace('"mode"', '"mood"'))
     with pytest.raises(ModelError, match="no complete adapter"):
         Recommender.load(tmp_path / "model").stages(user="u0")
+
+
+def test_stages_and_evaluation_show_its_order_of_the_first_candidates(tuned):
+    rec, _, mode = tuned
+    stages = rec.stages(user="u2", k=6)
+    query = rec._ask(Request(user="u2"), rec._state).query
+    ids = [one.item_id for one in stages["language model"]]
+    codes = rec._state.catalog.codes(ids)
+    scores = rec._state.lm.scorer.score([query], [codes])[0]
+    assert (np.diff(scores) <= 1e-5).all() or mode in ("letters", "generate")
+    if mode != "generate":
+        assert set(ids) == {one.item_id for one in stages["retrieval"]}
+
+    seen = {(e.user_id, e.item_id) for e in EVENTS}
+    later = [
+        Event(f"u{n}", next(i.item_id for i in ITEMS if (f"u{n}", i.item_id) not in seen), 2_000_000_000)
+        for n in range(30)
+    ]
+    found = rec.evaluate(later)
+    assert {"merge", "default", "lm_top6"} <= set(found.ranks) and ("lm" in found.ranks) == (
+        mode == "generate"
+    )
+    assert {("default", "merge"), ("lm_top6", "merge")} <= {(c.a, c.b) for c in found.comparisons}
+    held = found.ranks["lm_top6"] > 0
+    np.testing.assert_array_equal(held, (found.ranks["merge"] > 0) & (found.ranks["merge"] <= 6))

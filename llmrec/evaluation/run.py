@@ -72,8 +72,9 @@ def run_systems(
 
     Systems are each retriever that can answer from a history, ``merge`` (the pipeline without the
     language model) and ``default`` (what is served; not there if that needs the language model and
-    `with_lm` is False); with the language model also ``lm`` (alone, over the whole catalogue) and
-    ``lm_top100`` (its order of the merge's first hundred).
+    `with_lm` is False); with the language model also ``lm`` (alone, over the whole catalogue, where it
+    proposes items) and ``lm_top100`` (its order of the merge's first hundred, or of fewer where it scores
+    fewer: the number is in the name).
 
     Parameters
     ----------
@@ -122,7 +123,8 @@ def _only(pool: Codes, n_items: int) -> Mask:
 
 def _compared(ranks: dict[str, Ranks], best: str | None) -> list[Comparison]:
     """Each stage with the language model against the merge, and the merge against the best retriever."""
-    stages = [name for name in ("default", LM, "lm_top100") if name in ranks and LM in ranks]
+    of_lm = [name for name in ranks if name.startswith(LM)]
+    stages = [*(["default"] if of_lm and "default" in ranks else []), *of_lm]
     pairs = [*((stage, "merge") for stage in stages), ("merge", best if best in ranks else "popularity")]
     return holm([compare(ranks, a, b, m) for a, b in pairs for m in ("ndcg@10", "recall@10")])
 
@@ -138,9 +140,11 @@ def _lists(queries: Sequence[Query], pipeline: Pipeline, with_lm: bool) -> dict[
     merged = plain.recommend(queries, LISTED)
     lists["merge"] = [c.items for c in merged]
     if with_lm and pipeline.scorer is not None:
-        scores = pipeline.scorer.score(queries, [c.items for c in merged])
-        lists["lm_top100"] = [
-            c.items[np.argsort(-s, kind="stable")] for c, s in zip(merged, scores, strict=True)
+        first = min(pipeline.scored or LISTED, LISTED)
+        few = [c.items[:first] for c in merged]
+        scores = pipeline.scorer.score(queries, few)
+        lists[f"{LM}_top{first}"] = [
+            items[np.argsort(-s, kind="stable")] for items, s in zip(few, scores, strict=True)
         ]
     if pipeline.history.most_lm == 0:
         lists["default"] = lists["merge"]
