@@ -38,6 +38,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--core", type=int, help="keep the k-core of the log")
     parser.add_argument("--users", type=int, help="sample of users for systems with the language model")
     parser.add_argument("--seed", type=int, help="of the sample of users and of drawn splits")
+    parser.add_argument("--fit-seed", type=int, help="of all that is fitted; the users stay the same")
     parser.add_argument("--minutes", type=float, help="training time of the language model")
     parser.add_argument("--no-lm", action="store_true", help="retrievers and merge only")
     parser.add_argument("--search", type=float, help="minutes to try all families for, keeping what pays")
@@ -45,6 +46,16 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--name", help="of the results file; data set, part and minutes if not given")
     parser.add_argument("--out", default=str(HERE / "results"), help="folder of the results file")
     return parser.parse_args(argv)
+
+
+def seeded(config: Config, seed: int) -> Config:
+    """The same with this seed in everything that is chosen and fitted."""
+    values = config.model_dump()
+    retrieval = values["retrieval"]
+    for section in (values["training"], retrieval, *retrieval.values()):
+        if isinstance(section, dict) and "seed" in section:
+            section["seed"] = seed
+    return Config.of(values)
 
 
 def git_sha() -> str:
@@ -108,6 +119,8 @@ def main(argv: list[str] | None = None) -> None:
         protocol={"core": args.core, "users": args.users, "seed": args.seed},
         retrieval={"search_minutes": args.search},
     )
+    if args.fit_seed is not None:
+        config, budget = seeded(config, args.fit_seed), f"{budget}-seed{args.fit_seed}"
     listed = config.protocol.candidates
     if listed is not None and not listed.is_absolute():
         config = config.with_flags(protocol={"candidates": folder / listed})

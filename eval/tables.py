@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -118,7 +119,25 @@ def retrieval(results: dict[Path, dict[str, Any]]) -> str:
             f"| {chosen} | {found['protocol']['users']:,} "
             f"| {' | '.join(cells)} | {more} |"
         )
-    return "\n".join(lines)
+    return "\n".join(lines + repeated(results))
+
+
+def repeated(results: dict[Path, dict[str, Any]]) -> list[str]:
+    """A line for each recipe that was chosen and fitted with several seeds: what the seed alone changes."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for path, found in results.items():
+        groups.setdefault(re.sub(r"-seed\d+$", "", path.stem), []).append(found)
+    lines = []
+    for name, runs in groups.items():
+        if len(runs) < 2:
+            continue
+        cells = []
+        for metric in ("recall@10", "ndcg@10"):
+            values = [run["systems"]["merge"][metric] for run in runs]
+            mean = sum(values) / len(values)
+            cells.append(f"{metric} {mean:.4f} on average, {min(values):.4f} to {max(values):.4f}")
+        lines.append(f"- `{name}`, {len(runs)} seeds, merge: {'; '.join(cells)}")
+    return ["", *lines] if lines else []
 
 
 def lm_weight(found: dict[str, Any]) -> float:

@@ -1,0 +1,365 @@
+"""How long does it take to score candidates? Our modes beside other ways to ask the same causal LM.
+
+    python eval/speed.py                                       # MovieLens, 20 and 100 candidates
+    python eval/speed.py --data ../shared/data/ml-latest-small --requests 50
+
+All in one run: the same base weights, threads, histories of 20 items and drawn candidates, each system in
+float32 and in bfloat16. The model is not tuned, which changes no time; ours carry LoRA matrices, as they
+are served, the others do not. Systems:
+
+- item tokens: the whole catalogue at once, all layers and the three of the default; cold, and with the
+  state of the history kept.
+- yes_no, likelihood, letters: the candidates packed behind one history; cold, and with the history kept.
+- CrossEncoder: sentence-transformers with `LogitScore`, a prompt a candidate, sorted by length, its best
+  batch size.
+- one by one: plain transformers, a prompt a candidate.
+- letters, plain: all candidates in one prompt, as LlamaRec reads them, by plain transformers.
+- titles as text: the model writes as many tokens as ten titles have, greedily.
+
+The limit is the time that the linear layers' matrix products alone take for the tokens that a system reads,
+same type and shapes, on the same cores. Writes eval/results/speed.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from llmrec.assembly import read_catalog, read_log
+from llmrec.config import Config
+from llmrec.evaluation.cache import StageCache
+from llmrec.families import Texts
+from llmrec.fetch import resolve
+from llmrec.language_model import LanguageModel
+from llmrec.offline import core_of, environment
+from llmrec.protocols import Codes, Query
+from llmrec.score.config import ItemTokensConfig, Precision, WordsConfig
+from llmrec.score.labels import letter_labels, yes_no_labels
+from llmrec.score.loading import body_dtype
+from llmrec.score.words import WordsModel
+from llmrec.stages import cached_texts
+from llmrec.word_model import WordLanguageModel
+
+HERE = Path(__file__).resolve().parent
+HISTORY = 20
+BATCHES = (4, 8, 16, 32, 64)
+SLOW = 5
+"""Requests that slow systems are timed on, at most."""
+
+ONE_BY_ONE = "one by one, plain transformers"
+
+console = Console(stderr=True)
+Asked = tuple[Query, Codes]
+Answer = Callable[[Query, Codes], Any]
+
+
+@dataclass(frozen=True)
+class System:
+    """One way to score candidates.
+
+    Parameters
+    ----------
+    answer
+        Gives the scores of a request.
+    body
+        The inner transformer that it runs.
+    begin
+        Drops what was kept of earlier requests; each request has another history, so all of them are cold.
+    before
+        Run ahead of each request, untimed: reads its history, where that is what is to be kept.
+    slow
+        Timed on a few requests only.
+    """
+
+    name: str
+    answer: Answer
+    body: Any
+    begin: Callable[[], None] = lambda: None
+    before: Answer = lambda query, items: None
+    slow: bool = False
+
+
+@contextmanager
+def tokens_read(body: Any) -> Iterator[list[int]]:
+    """Number of positions of each forward of a body, padding included."""
+    read: list[int] = []
+
+    def note(_: Any, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+        given = named.get("inputs_embeds")
+        given = named.get("input_ids", args[0] if args else None) if given is None else given
+        read.append(int(np.prod(given.shape[:2])))
+
+    handle = body.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        yield read
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def peak_memory() -> Iterator[list[float]]:
+    """Most resident memory meanwhile beyond that of the beginning, MB; looked at every 5 ms."""
+    page, done, found = 4096 / 2**20, threading.Event(), [0.0]
+
+    def resident() -> float:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * page
+
+    start = resident()
+
+    def watch() -> None:
+        while not done.wait(0.005):
+            found[0] = max(found[0], resident() - start)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield found
+    finally:
+        done.set()
+        watcher.join()
+
+
+def limit_seconds(body: Any, tokens: list[int], dtype: torch.dtype) -> float:
+    """Time of the linear layers' products alone, for forwards of so many positions; LoRA not counted."""
+    shapes: dict[tuple[int, int], int] = {}
+    for name, module in body.named_modules():
+        if isinstance(module, torch.nn.Linear) and "lora" not in name:
+            shapes[module.in_features, module.out_features] = (
+                shapes.get((module.in_features, module.out_features), 0) + 1
+            )
+    total = 0.0
+    for n in tokens:
+        for (inputs, outputs), count in shapes.items():
+            x, w = torch.randn(n, inputs).to(dtype), torch.randn(outputs, inputs).to(dtype)
+            torch.nn.functional.linear(x, w)
+            times = []
+            for _ in range(5):
+                begun = time.perf_counter()
+                torch.nn.functional.linear(x, w)
+                times.append(time.perf_counter() - begun)
+            total += count * float(np.median(times))
+    return total
+
+
+def timed(system: System, requests: Sequence[Asked], dtype: torch.dtype) -> dict[str, float]:
+    """Milliseconds a request, memory, and the share of the limit; the first request warms up."""
+    asked = requests[: SLOW + 1] if system.slow else requests
+    seconds = []
+    system.begin()
+    with torch.inference_mode(), peak_memory() as memory, tokens_read(system.body) as read:
+        for query, items in asked:
+            system.before(query, items)
+            read.clear()
+            begun = time.perf_counter()
+            system.answer(query, items)
+            seconds.append(time.perf_counter() - begun)
+        limit = limit_seconds(system.body, read, dtype)
+    return {
+        "median_ms": round(1000 * float(np.median(seconds[1:])), 2),
+        "p95_ms": round(1000 * float(np.quantile(seconds[1:], 0.95)), 2),
+        "requests": len(seconds) - 1,
+        "memory_mb": round(memory[0]),
+        "positions": sum(read),
+        "share_of_limit": round(limit / seconds[-1], 3),
+    }
+
+
+def worded(mode: str, base: Path, texts: Texts, counts: Any, precision: Precision) -> WordLanguageModel:
+    """An untrained model that reads words."""
+    config = WordsConfig(mode=mode, base=str(base), precision=precision, window=HISTORY, line_tokens=32)
+    made = WordLanguageModel.new(config, base, texts.lines, counts)
+    made.words.eval()
+    return made
+
+
+def ours(base: Path, texts: Texts, counts: Any, precision: Precision, few: int) -> list[System]:
+    """Our modes, untrained."""
+    models: dict[str, LanguageModel | WordLanguageModel] = {}
+    for layers, name in ((None, "item tokens, all layers"), (few, f"item tokens, {few} layers")):
+        config = ItemTokensConfig(base=str(base), layers=layers, precision=precision)
+        models[name] = LanguageModel.new(config, base, texts.vectors, counts)
+    for mode in ("yes_no", "likelihood", "letters"):
+        models[mode] = worded(mode, base, texts, counts, precision)
+    systems = []
+    for name, made in models.items():
+        body = made.words.body if isinstance(made, WordLanguageModel) else made.model.body
+
+        def ask(query: Query, items: Codes, scorer: Any = made.scorer) -> Any:
+            return scorer.score([query], [items])
+
+        def read(query: Query, items: Codes, scorer: Any = made.scorer) -> None:
+            scorer.score([query], [items[:1]])
+
+        systems.append(System(f"{name}, cold", ask, body, begin=made.scorer.forget))
+        systems.append(System(f"{name}, history kept", ask, body, begin=made.scorer.forget, before=read))
+    return systems
+
+
+def prompts(words: WordsModel, query: Query, items: Codes, last: list[int]) -> list[list[int]]:
+    """One prompt a candidate, the very tokens that `yes_no` reads."""
+    beginning = words.beginning(query.history) + words.stem(query)
+    return [[*beginning, *words.lines[code], words.vocabulary.end, *last] for code in items]
+
+
+def others(base: Path, texts: Texts, counts: Any, precision: Precision) -> list[System]:
+    """The same model asked by other means."""
+    from sentence_transformers import CrossEncoder
+    from sentence_transformers.base.modules import Transformer
+    from sentence_transformers.cross_encoder.modules import LogitScore
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    dtype = body_dtype(precision)
+    scorer: Any = worded("yes_no", base, texts, counts, precision).scorer
+    letters: Any = worded("letters", base, texts, counts, precision).scorer
+    words: WordsModel = scorer.words
+    yes, no = yes_no_labels(words.vocabulary)
+    labels = torch.tensor(letter_labels(words.vocabulary))
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype).eval()
+    decode = AutoTokenizer.from_pretrained(base).decode
+    transformer = Transformer(str(base), transformer_task="text-generation", model_kwargs={"dtype": dtype})
+    cross = CrossEncoder(modules=[transformer, LogitScore(yes, no)], device="cpu")
+
+    def crossed(size: int) -> Answer:
+        def answer(query: Query, items: Codes) -> Any:
+            pairs = [(decode(tokens), "") for tokens in prompts(words, query, items, scorer.last)]
+            return cross.predict(
+                pairs, batch_size=size, show_progress_bar=False, activation_fn=torch.nn.Identity()
+            )
+
+        return answer
+
+    def one_by_one(query: Query, items: Codes) -> list[float]:
+        scores = []
+        for tokens in prompts(words, query, items, scorer.last):
+            logits = model(input_ids=torch.tensor([tokens]), logits_to_keep=1, use_cache=False).logits
+            scores.append(float(logits[0, -1, yes] - logits[0, -1, no]))
+        return scores
+
+    def listed(query: Query, items: Codes) -> Any:
+        tree, _ = letters.asks(query, items[: len(labels)])
+        tokens = torch.tensor([[*letters.words.beginning(query.history), *tree.tokens.tolist()]])
+        return model(input_ids=tokens, logits_to_keep=1, use_cache=False).logits[0, -1, labels]
+
+    new = int(10 * np.mean([len(line) + 1 for line in words.lines]))
+
+    def written(query: Query, items: Codes) -> Any:
+        tokens = torch.tensor([words.beginning(query.history)])
+        return model.generate(
+            tokens,
+            attention_mask=torch.ones_like(tokens),
+            max_new_tokens=new,
+            min_new_tokens=new,
+            do_sample=False,
+            pad_token_id=words.vocabulary.end,
+        )
+
+    body = transformer.model.base_model
+    return [
+        *(System(f"CrossEncoder, batches of {n}", crossed(n), body, slow=True) for n in BATCHES),
+        System(ONE_BY_ONE, one_by_one, model.base_model, slow=True),
+        System("letters, plain transformers, at most 26", listed, model.base_model, slow=True),
+        System("ten titles written as text", written, model.base_model, slow=True),
+    ]
+
+
+def requests_of(histories: Sequence[Codes], items: int, candidates: int, n: int, seed: int) -> list[Asked]:
+    """The latest 20 items of n + 1 users, and drawn candidates."""
+    rng = np.random.default_rng(seed)
+    long = [history[-HISTORY:] for history in histories if len(history) >= HISTORY]
+    chosen = rng.permutation(len(long))[: n + 1]
+    return [(Query(long[i]), rng.choice(items, candidates, replace=False).astype(np.int32)) for i in chosen]
+
+
+def apart(systems: Sequence[System], query: Query, items: Codes) -> dict[str, float]:
+    """Largest difference of a score from plain transformers, of the systems that ask the same question."""
+    with torch.inference_mode():
+        found = {
+            s.name: np.ravel(s.answer(query, items))
+            for s in systems
+            if s.name == ONE_BY_ONE or s.name.startswith(("CrossEncoder", "yes_no, cold"))
+        }
+    truth = found.pop(ONE_BY_ONE)
+    return {name: round(float(np.abs(values - truth).max()), 6) for name, values in found.items()}
+
+
+def with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Add how many times faster than the CrossEncoder at its best batch size, same precision."""
+    for row in rows:
+        rivals = [
+            other["median_ms"]
+            for other in rows
+            if other["system"].startswith("CrossEncoder")
+            and all(other[key] == row[key] for key in ("precision", "candidates"))
+        ]
+        row["times_as_fast_as_cross_encoder"] = round(min(rivals) / row["median_ms"], 1)
+    return rows
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--data", default="movielens", help="folder, or a name that llmrec fetch knows")
+    parser.add_argument("--base", default=ItemTokensConfig().base, help="causal LM: name, hub id or folder")
+    parser.add_argument("--layers", type=int, default=3, help="of the item tokens with few layers")
+    parser.add_argument("--encoder", default=None, help="text encoder of the item tokens")
+    parser.add_argument("--candidates", type=int, nargs="+", default=[20, 100])
+    parser.add_argument("--requests", type=int, default=20)
+    parser.add_argument("--precisions", nargs="+", default=["bfloat16", "float32"])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "speed.json")
+    args = parser.parse_args(argv)
+    folder = Path(args.data) if Path(args.data).is_dir() else resolve(args.data)
+    flags = {"name": args.encoder} if args.encoder else {}
+    config = Config.of({"data": {"policy": "drop"}}).with_flags(encoder=flags)
+    catalog = read_catalog(folder / "items.parquet", config.data)
+    log = read_log(folder / "events.parquet", catalog, config.data)
+    catalog, log = core_of(catalog, log, 5)
+    texts = cached_texts(catalog, config, StageCache(HERE.parent / "runs" / folder.name), console.print)
+    base = resolve(args.base)
+    counts = np.bincount(log.item, minlength=len(catalog))
+    histories = [log.history(user) for user in range(log.n_users)]
+    rows: list[dict[str, Any]] = []
+    differences: dict[str, dict[str, float]] = {}
+    for precision in args.precisions:
+        systems = [
+            *ours(base, texts, counts, precision, args.layers),
+            *others(base, texts, counts, precision),
+        ]
+        for candidates in args.candidates:
+            asked = requests_of(histories, len(catalog), candidates, args.requests, args.seed)
+            for system in systems:
+                row = {"system": system.name, "precision": precision, "candidates": candidates}
+                rows.append(row | timed(system, asked, body_dtype(precision)))
+                console.print(rows[-1])
+        differences[precision] = apart(systems, *asked[0])
+    result = {
+        "command": " ".join(["python eval/speed.py", *(sys.argv[1:] if argv is None else argv)]),
+        "data": folder.name,
+        "items": len(catalog),
+        "base": args.base,
+        "history": HISTORY,
+        "threads": torch.get_num_threads(),
+        "yes_no_apart_from_one_by_one": differences,
+        "systems": with_ratios(rows),
+        "environment": environment(),
+    }
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    draft = args.out.with_suffix(".tmp")
+    draft.write_text(json.dumps(result, indent=1), encoding="utf-8")
+    draft.replace(args.out)
+
+
+if __name__ == "__main__":
+    main()
