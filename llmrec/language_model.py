@@ -6,7 +6,7 @@ There is one class a make of model: `LanguageModel` reads an item as one vector,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -22,8 +22,10 @@ from llmrec.families import Texts
 from llmrec.prompt import Prompt
 from llmrec.protocols import Floats, Scorer
 from llmrec.score.config import ItemTokensConfig, LMConfig
-from llmrec.score.item_tokens import ItemTokenModel, ItemTokenScorer, instruction_tokens
+from llmrec.score.item_tokens import ItemTokenModel, ItemTokenScorer, Wish, instruction_tokens
 from llmrec.score.loading import body_dtype, load_body
+from llmrec.score.words import Vocabulary
+from llmrec.text import typed_words
 
 
 class CachingScorer(Scorer, Protocol):
@@ -113,17 +115,35 @@ class LanguageModel:
         With LoRA matrices in its body.
     config
         Its shape.
+    wish
+        How a typed wish is read; None where the prompt has no place for one.
     card
         What it belongs to; None before it is trained.
     """
 
-    def __init__(self, model: ItemTokenModel, config: ItemTokensConfig, card: Card | None = None) -> None:
-        self.model, self.config, self.card = model, config, card
+    def __init__(
+        self, model: ItemTokenModel, config: ItemTokensConfig, wish: Wish | None, card: Card | None = None
+    ) -> None:
+        self.model, self.config, self.wish, self.card = model, config, wish, card
         self.dtype = body_dtype(config.precision)
-        self.scorer = ItemTokenScorer(model, config.window, self.dtype)
+        self.scorer = self.scorer_of(model)
         self.scored: int | None = None
         self.judged: int | None = None
         self.proposes = True
+
+    def scorer_of(self, model: ItemTokenModel) -> ItemTokenScorer:
+        """A scorer with nothing kept."""
+        wish = self.wish if self.config.wishes > 0 else None
+        return ItemTokenScorer(model, self.config.window, self.dtype, wish=wish)
+
+    def typing(self, lines: Sequence[str]) -> Callable[[int, np.random.Generator], Sequence[int]]:
+        """Draws what somebody might type who looks for an item, in tokens; none for a line without words."""
+
+        def typed(item: int, rng: np.random.Generator) -> Sequence[int]:
+            words = typed_words(lines[item], rng)
+            return self.wish.tokens(words) if self.wish is not None and words else ()
+
+        return typed
 
     @property
     def counts(self) -> NDArray[Any]:
@@ -148,7 +168,7 @@ class LanguageModel:
         """
         torch.manual_seed(seed)
         body = load_body(base, config.layers, body_dtype(config.precision))
-        return cls(_assemble(fresh_adapter(body, config), config, base, vectors, counts), config)
+        return cls(*_assemble(fresh_adapter(body, config), config, base, vectors, counts))
 
     def save(self, folder: Path) -> None:
         """Write adapter, head and card into a folder; only a trained model can be."""
@@ -169,10 +189,10 @@ class LanguageModel:
         """Put together what `read_adapter` read from a folder; see `load_language_model`."""
         counts = head.pop("counts").numpy()
         body = kept_adapter(load_body(base, config.layers, body_dtype(config.precision)), folder)
-        model = _assemble(body, config, base, texts.vectors[: len(counts)], counts)
+        model, _, wish = _assemble(body, config, base, texts.vectors[: len(counts)], counts)
         model.load_state_dict(head, strict=False)
         on_device(model)
-        return cls(model, config, card).grown(texts)
+        return cls(model, config, wish, card).grown(texts)
 
     def grown(self, texts: Texts) -> LanguageModel:
         """The same for a catalogue whose texts changed or grew: new items are known by their text."""
@@ -184,17 +204,20 @@ class LanguageModel:
         for name in ("id_in.weight", "id_out.weight"):
             state[name] = torch.nn.functional.pad(state[name], (0, 0, 0, len(vectors) - len(old.counts)))
         model.load_state_dict(state, strict=False)
-        return LanguageModel(model.to(old.counts.device).eval(), self.config, self.card)
+        return LanguageModel(model.to(old.counts.device).eval(), self.config, self.wish, self.card)
 
 
 def _assemble(
     body: torch.nn.Module, config: ItemTokensConfig, base: Path, vectors: Floats, counts: NDArray[Any]
-) -> ItemTokenModel:
-    before, after = Prompt.load(config.prompt).around("history")
-    if after:
-        raise ModelError(f"prompt {config.prompt!r} has words after the history; the last item is read last")
+) -> tuple[ItemTokenModel, ItemTokensConfig, Wish | None]:
+    prompt = Prompt.load(config.prompt)
+    wishing = "wish" in prompt.slots or config.wishes > 0
+    before, line = prompt.around("history", *(["wish"] if wishing else []))
+    if "\n" in line or (line and not wishing):
+        raise ModelError(f"prompt {prompt.name!r}: only a line with {{wish}} may follow the history")
     words = instruction_tokens(base, before)
-    return _model(body, words, vectors, counts, config)
+    wish = Wish(Vocabulary(base), line) if wishing else None
+    return _model(body, words, vectors, counts, config), config, wish
 
 
 def _model(

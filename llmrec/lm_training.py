@@ -109,15 +109,21 @@ def train_language_model(
     `held_out` decides which state is kept; it is not trained on.
     """
     lm = LanguageModel.new(config, base, texts.vectors, counts_of(log, len(texts.lines)), training.seed)
-    task = ItemTokensTask(lm.model, log.histories, config.window, training, log.weights)
+    task = ItemTokensTask(
+        lm.model,
+        log.histories,
+        config.window,
+        training,
+        log.weights,
+        typed=lm.typing(texts.lines),
+        wishes=config.wishes,
+    )
     sample = held_out.sample(VALIDATION_USERS, training.seed)
     report = _run(
         lm,
         task,
         training,
-        (lambda: measure(ItemTokenScorer(lm.model, config.window, lm.dtype), sample))
-        if len(sample.queries)
-        else None,
+        (lambda: measure(lm.scorer_of(lm.model), sample)) if len(sample.queries) else None,
         log=log,
         selected_on=held_out.sha256(),
         items=hashlib.sha256(texts.vectors.tobytes()).hexdigest(),

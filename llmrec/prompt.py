@@ -48,9 +48,13 @@ class Prompt:
         """Names of the slots in order."""
         return tuple(_SLOT.findall(self.text))
 
-    def around(self, slot: str) -> tuple[str, str]:
-        """Return the words before and after a slot that occurs once, without the spaces beside it."""
-        if self.slots != (slot,):
-            raise ConfigError(f"prompt {self.name!r} must have the one slot {{{slot}}}, got {self.slots}")
+    def around(self, slot: str, *later: str) -> tuple[str, str]:
+        """Return the words before and after a slot that occurs once, without the spaces beside it.
+
+        `later` are the slots in the words after it.
+        """
+        if self.slots != (slot, *later):
+            wanted = " and ".join(f"{{{name}}}" for name in (slot, *later))
+            raise ConfigError(f"prompt {self.name!r} must have the slots {wanted}, got {self.slots}")
         before, after = self.text.split(f"{{{slot}}}")
         return before.rstrip(), after.lstrip()

@@ -6,7 +6,6 @@ of EASE with the best decay of the history alone.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
@@ -26,6 +25,7 @@ from llmrec.retrieve.linear import CoOccurrence, EASEConfig, EASERetriever, user
 from llmrec.retrieve.popularity import PopularityRetriever
 from llmrec.retrieve.sequence_config import Kind
 from llmrec.retrieve.transitions import TransitionsConfig, TransitionsRetriever
+from llmrec.text import typed_words
 
 EPOCH_USERS = 500
 """Held-out users that judge each epoch of a sequence model."""
@@ -52,12 +52,10 @@ def known_item_queries(held_out: HeldOut, lines: Sequence[str], seed: int) -> He
     rng = np.random.default_rng(seed)
     queries, targets = [], []
     for query, target in zip(held_out.queries, held_out.targets, strict=True):
-        words = sorted({w for w in re.findall(r"\w+", lines[target]) if len(w) > 2})
-        if not words:
-            continue
-        drawn = rng.choice(words, size=min(len(words), int(rng.integers(2, 4))), replace=False)
-        queries.append(replace(query, text=" ".join(drawn)))
-        targets.append(target)
+        words = typed_words(lines[target], rng)
+        if words:
+            queries.append(replace(query, text=words))
+            targets.append(target)
     return HeldOut(queries, np.array(targets, dtype=np.int32))
 
 

@@ -64,10 +64,14 @@ def pad(histories: Sequence[Codes]) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """A stretch of a history, oldest first, and what each of its events counts in the loss."""
+    """A stretch of a history, oldest first, and what each of its events counts in the loss.
+
+    `typed` are tokens of a wish that was typed before the last item was chosen; none if empty.
+    """
 
     items: Codes
     weights: Floats
+    typed: Sequence[int] = ()
 
     def __len__(self) -> int:
         return len(self.items)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 
+import numpy as np
 import polars as pl
 
 # Characters that have no width or steer the direction of text (Unicode Default_Ignorable_Code_Point,
@@ -96,3 +97,14 @@ def _defuse_word(word: str) -> str:
     if any(c in word for c in _SQUARE_OPEN) and any(c in word for c in _SQUARE_CLOSE):
         word = word.translate(_SQUARES)
     return word
+
+
+def typed_words(line: str, rng: np.random.Generator) -> str:
+    """What somebody might type who looks for an item: two or three words drawn from its line.
+
+    Words of one or two letters are not drawn; empty for a line without others.
+    """
+    words = sorted({word for word in re.findall(r"\w+", line) if len(word) > 2})
+    if not words:
+        return ""
+    return " ".join(rng.choice(words, size=min(len(words), int(rng.integers(2, 4))), replace=False))

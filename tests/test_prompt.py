@@ -20,5 +20,5 @@ def test_unknown_prompts_and_wrong_slots_are_errors(tmp_path):
         Prompt.load("nothing like it")
     path = tmp_path / "mine.md"
     path.write_text("{history} {wish}")
-    with pytest.raises(ConfigError, match="one slot"):
+    with pytest.raises(ConfigError, match=r"must have the slots \{history\}, got"):
         Prompt.load(str(path)).around("history")

@@ -17,6 +17,7 @@ from llmrec.lm_training import train_language_model
 from llmrec.protocols import Query
 from llmrec.recipe import HeldOut
 from llmrec.score.config import ItemTokensConfig, TrainingConfig
+from llmrec.score.item_tokens import Stretch
 from llmrec.score.tasks import ItemTokensTask
 from llmrec.sequences import Window, batches, next_item_loss, windows
 from llmrec.testing import tiny_lm
@@ -147,7 +148,9 @@ def test_windows_side_by_side_have_the_states_that_they_have_alone(base, width):
     lengths = [3, 6, 1, 6, 2, 5, 4, 4]
     pieces = [RULE[5 * i][:n] for i, n in enumerate(lengths)]
     with torch.inference_mode():
-        states, order = lm.model.packed(pieces, width)
+        states, order = lm.model.packed(
+            [Stretch.of(Window(piece, np.ones(len(piece), np.float32))) for piece in pieces], width
+        )
         assert sorted(order) == list(range(len(pieces)))
         alone = [lm.model.before(torch.from_numpy(pieces[i].astype(np.int64))[None])[0] for i in order]
     torch.testing.assert_close(states, torch.cat(alone), atol=1e-4, rtol=1e-4)

@@ -29,6 +29,12 @@ class ItemTokensConfig(BaseModel):
     dropout: float = Field(0.2, ge=0, lt=1, description="dropout on the item input vectors")
     id_dropout: float = Field(0.5, ge=0, lt=1, description="share of read items left without their id vector")
     id_out_dropout: float = Field(0.3, ge=0, lt=1, description="the same of the output vectors, each step")
+    wishes: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="share of training windows whose last item is asked for in words; 0: none are read",
+    )
     precision: Precision = Field("auto", description="of the LM body; the head is always float32")
 
     @property

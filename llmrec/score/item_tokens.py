@@ -13,6 +13,7 @@ import math
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,14 @@ from torch import Tensor, nn
 from llmrec.errors import ModelError
 from llmrec.protocols import Codes, Floats, Hits, Query
 from llmrec.ranking import tops
-from llmrec.sequences import pad, rows_of
+from llmrec.score.words import Vocabulary
+from llmrec.sequences import Window, pad, rows_of
 
 CHUNK = 128
 """Queries whose scores of the whole catalogue are held at once."""
+
+WISH_TOKENS = 32
+"""Tokens of a typed wish that are read, at most."""
 
 
 def instruction_tokens(folder: Path, words: str) -> list[int]:
@@ -37,6 +42,56 @@ def instruction_tokens(folder: Path, words: str) -> list[int]:
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     tokens: list[int] = tokenizer(words)["input_ids"]
     return tokens
+
+
+def as_words(tokens: Sequence[int]) -> Codes:
+    """Word tokens as they stand among item codes: below 0, so that nothing is both."""
+    return -1 - np.asarray(tokens, np.int32)
+
+
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """What is read of one history in training.
+
+    Parameters
+    ----------
+    elements
+        Item codes, and words as `as_words` has them, oldest first, shape (n,).
+    asked
+        How many elements come before each item that is predicted, ascending.
+    """
+
+    elements: Codes
+    asked: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, window: Window) -> Stretch:
+        """Every item of a window is predicted; a wish is read in place of the last one, and before it."""
+        asked = np.arange(len(window))
+        if not window.typed:
+            return cls(window.items, asked)
+        asked[-1] += len(window.typed)
+        return cls(np.concatenate([window.items[:-1], as_words(window.typed)]), asked)
+
+
+class Wish:
+    """Turns a typed wish into the words that the prompt has for it.
+
+    Parameters
+    ----------
+    line
+        Of the prompt, with the slot ``{wish}``.
+    """
+
+    def __init__(self, vocabulary: Vocabulary, line: str) -> None:
+        self._vocabulary = vocabulary
+        before, after = line.split("{wish}")
+        self._before = [vocabulary.end, *vocabulary.tokens(before.rstrip())]
+        self._after = [*vocabulary.tokens(after), vocabulary.end]
+
+    def tokens(self, text: str) -> list[int]:
+        """The line with these words in it, of which the first tokens are read."""
+        return [*self._before, *self._vocabulary.tokens(f" {text}")[:WISH_TOKENS], *self._after]
 
 
 class ItemTokenModel(nn.Module):
@@ -138,21 +193,29 @@ class ItemTokenModel(nn.Module):
         smoothed = self.counts + 1.0
         return torch.log(smoothed / smoothed.sum())
 
-    def hidden(self, codes: Tensor) -> Tensor:
-        """Hidden states before the first item and after each: (batch, n) -> (batch, n + 1, hidden).
+    def inputs(self, elements: Tensor) -> Tensor:
+        """Input vectors of items and of words as `as_words` has them: any shape -> (..., hidden)."""
+        vectors: Tensor = self.dropout(self.item_inputs(elements.clamp(min=0)))
+        if bool((elements < 0).any()):
+            words = self.body.get_input_embeddings()((-1 - elements).clamp(min=0))  # type: ignore[operator]
+            vectors = torch.where((elements >= 0).unsqueeze(-1), vectors, words.float())
+        return vectors
 
-        Rows are padded on the right with any code. Attention is causal, so no real position sees the
-        padding and no mask is needed.
+    def hidden(self, elements: Tensor) -> Tensor:
+        """Hidden states before the first element and after each: (batch, n) -> (batch, n + 1, hidden).
+
+        Elements are items, and words as `as_words` has them. Rows are padded on the right with any item.
+        Attention is causal, so no real position sees the padding and no mask is needed.
         """
         words = self.body.get_input_embeddings()(self.instruction)  # type: ignore[operator]
         # `words` has the LM's dtype, the head is float32.
-        prefix = words.float().unsqueeze(0).expand(len(codes), -1, -1)
-        inputs = torch.cat([prefix, self.dropout(self.item_inputs(codes))], dim=1).to(words.dtype)
+        prefix = words.float().unsqueeze(0).expand(len(elements), -1, -1)
+        inputs = torch.cat([prefix, self.inputs(elements)], dim=1).to(words.dtype)
         hidden = self.body(inputs_embeds=inputs, use_cache=False).last_hidden_state
         after: Tensor = hidden[:, len(self.instruction) - 1 :].float()
         return after
 
-    def packed(self, windows: Sequence[Codes], width: int) -> tuple[Tensor, list[int]]:
+    def packed(self, windows: Sequence[Stretch], width: int) -> tuple[Tensor, list[int]]:
         """States before each item of several windows that lie side by side behind one instruction.
 
         A window sees the instruction and itself (block mask), and its positions go on from the instruction:
@@ -161,24 +224,29 @@ class ItemTokenModel(nn.Module):
         Parameters
         ----------
         width
-            Items in a row, at most.
+            Elements in a row, at most.
 
         Returns
         -------
         tuple
             States (items, head_dim), window after window, and the order in which the windows come.
         """
-        rows = rows_of([len(window) for window in windows], width)
-        longest, lead = max(sum(len(windows[i]) for i in row) for row in rows), len(self.instruction)
-        codes = np.zeros((len(rows), longest), np.int64)
-        # Of each place: the number of its window, and how many items of it came before.
+        rows = rows_of([len(window.elements) for window in windows], width)
+        longest = max(sum(len(windows[i].elements) for i in row) for row in rows)
+        lead = len(self.instruction)
+        elements = np.zeros((len(rows), longest), np.int64)
+        # Of each place: the number of its window, and how many elements of it came before.
         block, offset = np.full((len(rows), longest), -1), np.zeros((len(rows), longest), np.int64)
+        # Row and place of the state before each item.
+        row_of, before = [], []
         for r, row in enumerate(rows):
             at = 0
             for i in row:
-                n = len(windows[i])
-                codes[r, at : at + n], block[r, at : at + n] = windows[i], i
+                window, n = windows[i], len(windows[i].elements)
+                elements[r, at : at + n], block[r, at : at + n] = window.elements, i
                 offset[r, at : at + n] = np.arange(n)
+                row_of.append(np.full(len(window.asked), r))
+                before.append(np.where(window.asked == 0, lead - 1, lead + at + window.asked - 1))
                 at += n
         device = self.counts.device
         places = torch.from_numpy(np.concatenate([np.full((len(rows), lead), -2), block], axis=1)).to(device)
@@ -188,7 +256,7 @@ class ItemTokenModel(nn.Module):
         positions = np.concatenate([np.tile(np.arange(lead), (len(rows), 1)), lead + offset], axis=1)
         words = self.body.get_input_embeddings()(self.instruction)  # type: ignore[operator]
         prefix = words.float().unsqueeze(0).expand(len(rows), -1, -1)
-        items = self.dropout(self.item_inputs(torch.from_numpy(codes).to(device)))
+        items = self.inputs(torch.from_numpy(elements).to(device))
         mask = torch.zeros(sees.shape, dtype=words.dtype, device=device)
         mask = mask.masked_fill_(~sees, torch.finfo(words.dtype).min)[:, None]
         hidden = self.body(
@@ -197,9 +265,8 @@ class ItemTokenModel(nn.Module):
             position_ids=torch.from_numpy(positions).to(device),
             use_cache=False,
         ).last_hidden_state
-        row_of, place = np.nonzero(block >= 0)
-        before = np.where(offset[row_of, place] == 0, lead - 1, lead + place - 1)
-        found = hidden[torch.from_numpy(row_of).to(device), torch.from_numpy(before).to(device)]
+        at_rows, at_places = (torch.from_numpy(np.concatenate(x)).to(device) for x in (row_of, before))
+        found = hidden[at_rows, at_places]
         return self.states(found), [i for row in rows for i in row]
 
     def before(self, codes: Tensor) -> Tensor:
@@ -241,6 +308,9 @@ class ItemTokenScorer:
         Latest items of a history that are read.
     dtype
         bfloat16 runs the body under autocast; the head is float32 either way.
+    wish
+        How a typed wish is read; None for a model that was not trained with any, which reads the history
+        alone.
     tokens
         Padded positions in one forward.
     cached
@@ -255,9 +325,11 @@ class ItemTokenScorer:
         window: int,
         dtype: torch.dtype = torch.float32,
         *,
+        wish: Wish | None = None,
         tokens: int = 4096,
         cached: int = 10_000,
     ) -> None:
+        self.wish = wish
         self.model, self.window, self.dtype, self.tokens, self.cached = (
             model.eval(),
             window,
@@ -277,16 +349,27 @@ class ItemTokenScorer:
 
     def log_probs(self, histories: Sequence[Codes]) -> Floats:
         """Log-probability of each item to be the next, shape (len(histories), items); rows sum to 1."""
+        return self._log_probs([Query(history) for history in histories])
+
+    def _log_probs(self, queries: Sequence[Query]) -> Floats:
+        """The same, after the wish too where one was typed."""
         with self._lock, torch.inference_mode():
             if self._outputs is None:
                 self._outputs = (self.model.item_outputs(), self.model.popularity())
-            states = self._read([h[-self.window :] for h in histories])
+            states = self._read([self._elements(query) for query in queries])
             logits = self.model.logits(states, *self._outputs)
             values: Floats = torch.log_softmax(logits, dim=-1).cpu().numpy()
         return values
 
+    def _elements(self, query: Query) -> Codes:
+        """What is read of a query: the latest items, then the words of its wish."""
+        items = query.history[-self.window :]
+        if self.wish is None or not query.text:
+            return items
+        return np.concatenate([items, as_words(self.wish.tokens(query.text))]).astype(np.int32)
+
     def _read(self, histories: Sequence[Codes]) -> Tensor:
-        """State after each history, shape (len(histories), head_dim)."""
+        """State after each history, of items and words, shape (len(histories), head_dim)."""
         keys = [h.astype(np.int32).tobytes() for h in histories]
         new = {key: h for key, h in zip(keys, histories, strict=True) if key not in self._states}
         fresh: dict[bytes, Tensor] = {}
@@ -320,7 +403,7 @@ class ItemTokenScorer:
         """Log-probability over the whole catalogue of each candidate of each query."""
         scores: list[Floats] = []
         for start in range(0, len(queries), CHUNK):
-            rows = self.log_probs([q.history for q in queries[start : start + CHUNK]])
+            rows = self._log_probs(queries[start : start + CHUNK])
             scores += [row[items] for row, items in zip(rows, candidates[start : start + CHUNK], strict=True)]
         return scores
 
@@ -329,5 +412,5 @@ class ItemTokenScorer:
         hits: list[Hits] = []
         for start in range(0, len(queries), CHUNK):
             chunk = queries[start : start + CHUNK]
-            hits += tops(self.log_probs([q.history for q in chunk]), chunk, k)
+            hits += tops(self._log_probs(chunk), chunk, k)
         return hits

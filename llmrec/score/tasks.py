@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from llmrec.errors import DataError
 from llmrec.protocols import Codes, Floats, Query
 from llmrec.score.config import TrainingConfig
-from llmrec.score.item_tokens import ItemTokenModel
+from llmrec.score.item_tokens import ItemTokenModel, Stretch
 from llmrec.score.labels import LettersScorer, YesNoScorer
 from llmrec.score.likelihood import LikelihoodModel
 from llmrec.score.packed import Row, forward, row_of
@@ -59,6 +59,10 @@ class ItemTokensTask:
         Longest window in items.
     weights
         Of the events, one array a history: what each counts in the loss; 1 if None.
+    typed
+        Gives the tokens of a wish, drawn, for an item; None for no wishes.
+    wishes
+        Share of windows whose last item is asked for by such a wish.
 
     Raises
     ------
@@ -73,21 +77,32 @@ class ItemTokensTask:
         window: int,
         config: TrainingConfig,
         weights: Sequence[Floats] | None = None,
+        *,
+        typed: Callable[[int, np.random.Generator], Sequence[int]] | None = None,
+        wishes: float = 0.0,
     ) -> None:
         if not any(len(h) for h in histories):
             raise DataError("no events to train on: all training histories are empty")
         self.model, self.window, self.config = model, window, config
         self.histories, self.weights = list(histories), weights
+        self.typed, self.wishes = typed, wishes
 
     def epoch(self, rng: np.random.Generator) -> list[list[Window]]:
         """Windows that hold every event once, grouped at random."""
         pieces = windows(self.histories, self.window, rng, self.weights)
-        grouped = packs([len(piece) for piece in pieces], self.config.tokens_per_step, rng)
+        if self.typed is not None and self.wishes > 0:
+            pieces = [self._asking(piece, rng) if rng.random() < self.wishes else piece for piece in pieces]
+        sizes = [len(piece) + len(piece.typed) for piece in pieces]
+        grouped = packs(sizes, self.config.tokens_per_step, rng)
         return [[pieces[i] for i in group] for group in grouped]
+
+    def _asking(self, window: Window, rng: np.random.Generator) -> Window:
+        assert self.typed is not None
+        return replace(window, typed=self.typed(int(window.items[-1]), rng))
 
     def loss(self, batch: Sequence[Window]) -> Tensor:
         """Mean nats an item, each with the weight of its event."""
-        states, order = self.model.packed([window.items for window in batch], ROW)
+        states, order = self.model.packed([Stretch.of(window) for window in batch], ROW)
         ordered = [batch[i] for i in order]
         targets = np.concatenate([window.items for window in ordered]).astype(np.int64)
         return weighted_mean(
