@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
+from llmrec.environment import environment
 from llmrec.index.faiss_index import FaissIndex
-from llmrec.offline import environment
 
 
 def vectors(n: int, dim: int, rng: np.random.Generator, centres: np.ndarray) -> np.ndarray:

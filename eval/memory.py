@@ -17,10 +17,10 @@ from pathlib import Path
 
 import polars as pl
 
+from llmrec.environment import environment
 from llmrec.errors import DataError, LLMRecError
 from llmrec.evaluation.memory import remembered
 from llmrec.fetch import resolve
-from llmrec.offline import environment
 from llmrec.score.config import ItemTokensConfig
 
 HERE = Path(__file__).resolve().parent

@@ -23,10 +23,11 @@ import numpy as np
 
 from llmrec.assembly import read_catalog, read_log
 from llmrec.config import Config
+from llmrec.environment import environment
 from llmrec.evaluation.cache import StageCache
 from llmrec.evaluation.protocol import make_split
 from llmrec.metrics import compare, holm, summary
-from llmrec.offline import core_of, environment
+from llmrec.offline import core_of
 from llmrec.protocols import Codes
 from llmrec.recipe import HeldOut, ranks_in
 from llmrec.retrieve.sequence import SequenceRetriever

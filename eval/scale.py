@@ -23,8 +23,8 @@ import polars as pl
 from threadpoolctl import threadpool_limits
 
 from llmrec import Recommender, Request
+from llmrec.environment import environment
 from llmrec.evaluation.run import peak_memory_mb
-from llmrec.offline import environment
 
 CANDIDATES = 200
 BATCH = 64

@@ -39,11 +39,12 @@ from rich.console import Console
 
 from llmrec.assembly import read_catalog, read_log
 from llmrec.config import Config
+from llmrec.environment import environment
 from llmrec.evaluation.cache import StageCache
 from llmrec.families import Texts
 from llmrec.fetch import resolve
 from llmrec.language_model import LanguageModel
-from llmrec.offline import core_of, environment
+from llmrec.offline import core_of
 from llmrec.protocols import Codes, Query
 from llmrec.score.config import ItemTokensConfig, Precision, WordsConfig
 from llmrec.score.labels import letter_labels, yes_no_labels

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -51,6 +53,9 @@ def evaluate(
     no_lm: Annotated[bool, typer.Option("--no-lm", help="Retrievers and merge only.")] = False,
     minutes: Annotated[float | None, typer.Option(help="Time to train the language model.")] = None,
     run: Annotated[Path | None, typer.Option(help="Folder of fitted stages; a killed run goes on.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the report, one HTML page, and the results.")
+    ] = None,
     result: Annotated[Path | None, typer.Option("--json", help="Write the results to this file.")] = None,
 ) -> None:
     """Measure every stage on held-out events; settings are chosen on validation, the table is on test."""
@@ -82,6 +87,9 @@ def evaluate(
     if result is not None:
         found.write(result)
         say(f"written: {result}, and the rank of each user's target in {result.with_suffix('.ranks.npz')}")
+    if out is not None:
+        command = shlex.join(["llmrec", *sys.argv[1:]])
+        say(f"written: {found.report(out, command)}")
     _show(found)
 
 

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import platform
-import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,12 +15,15 @@ import numpy as np
 from llmrec.assembly import read_catalog, read_log
 from llmrec.catalog import Catalog
 from llmrec.config import Config
+from llmrec.environment import environment
 from llmrec.errors import DataError, LeakError
 from llmrec.evaluation import leaks
 from llmrec.evaluation.beyond import Beyond, groups_of
 from llmrec.evaluation.cache import StageCache
+from llmrec.evaluation.insight import Example, ceiling, differences, examples, order_bias
 from llmrec.evaluation.pools import drawn_pools, fixed_pools
 from llmrec.evaluation.protocol import ProtocolConfig, make_split
+from llmrec.evaluation.report import render
 from llmrec.evaluation.run import latency, peak_memory_mb, run_systems
 from llmrec.evaluation.segments import by_segment, segments
 from llmrec.evaluation.split import Part, Split
@@ -39,19 +38,24 @@ from llmrec.state import State
 if TYPE_CHECKING:
     from llmrec.training import Progress
 
-PACKAGES = ("llmrec", "torch", "transformers", "peft", "sentence-transformers", "numpy", "scipy", "faiss-cpu")
-
 TYPED_USERS, TYPED_VALUES = 2000, 200
 """Most known-item queries and attribute values that are typed into `search`."""
+
+BIASED_USERS = 50
+"""Users whose candidates are given in several orders."""
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """The results dictionary, and the ranks of the target of each sampled user by system (0: not found)."""
+    """The results dictionary, and the ranks of the target of each sampled user by system (0: not found).
+
+    `examples` are drawn users in titles: for the report, not for a results file.
+    """
 
     result: dict[str, Any]
     ranks: dict[str, Ranks]
     comparisons: list[Comparison]
+    examples: list[Example] = field(default_factory=list)
 
     def write(self, path: Path, extra: Mapping[str, Any] | None = None) -> None:
         """Write the results as JSON, and the ranks beside them, each to a temporary name first."""
@@ -68,6 +72,14 @@ class Evaluation:
         finally:
             for draft in drafts.values():
                 draft.unlink(missing_ok=True)
+
+    def report(self, folder: Path, command: str = "") -> Path:
+        """Write the report as one HTML page, and the results beside it; returns the page."""
+        self.write(folder / "result.json", {"command": command} if command else None)
+        page, draft = folder / "index.html", folder / ".index.html"
+        draft.write_text(render(self.result, self.examples, command), encoding="utf-8")
+        draft.replace(page)
+        return page
 
 
 def core_of(catalog: Catalog, log: EventLog, k: int) -> tuple[Catalog, EventLog]:
@@ -179,7 +191,9 @@ def evaluate(
     on_stage("timing requests")
     timed = _latency(sampled, pipeline, catalog, fresh)
     clock.lap("latency")
+    bias = _order_bias(sampled, pipeline, catalog, exclude_seen) if lm else {}
     counts = np.bincount(log.item[split.fitted], minlength=len(catalog)).astype(np.float64)
+    masks = segments(sampled, counts)
     groups = groups_of(catalog)
     beyond = Beyond(counts, texts.vectors, groups[1] if groups else None, catalog.active)
     result: dict[str, Any] = {
@@ -196,7 +210,14 @@ def evaluate(
         "reliability": systems.reliability,
         "beyond": {name: beyond.measure(lists, sampled) for name, lists in systems.shown.items()},
         "groups": groups[0] if groups else None,
-        "segments": by_segment(systems.ranks, segments(sampled, counts)),
+        "segments": by_segment(systems.ranks, masks),
+        "segment_differences": {
+            name: differences(systems.ranks, masks, name, "merge")
+            for name in ("lm", "default")
+            if lm and name in systems.ranks
+        },
+        "ceiling": ceiling(systems.ranks["merge"]),
+        "order_bias": bias,
         "comparisons": [c.as_dict() for c in systems.comparisons],
         "search": typed,
         "recipe": state.recipe.as_dict(),
@@ -212,7 +233,9 @@ def evaluate(
     if everyone is not systems:
         result["systems_all_users"] = everyone.as_dict()
         result["protocol"]["users_all"] = len(reported)
-    return Evaluation(result, systems.ranks, systems.comparisons)
+    compared = {name: lists for name, lists in systems.shown.items() if name in ("merge", "lm", "default")}
+    drawn = examples(sampled, compared, systems.ranks, catalog.titles, seed=protocol.seed)
+    return Evaluation(result, systems.ranks, systems.comparisons, drawn)
 
 
 def intervals(ranks: Ranks) -> dict[str, list[float]]:
@@ -298,29 +321,13 @@ def _latency(
     return timed
 
 
-def environment() -> dict[str, Any]:
-    """Versions and machine, as results files carry them."""
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = "not installed"
-    return {
-        "python": sys.version.split()[0],
-        "machine": f"{os.cpu_count()} cores, {_processor()}, {platform.system()}",
-        "packages": versions,
-    }
-
-
-def _processor() -> str:
-    """The processor's name where the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return named[0] if named else platform.processor() or platform.machine()
+def _order_bias(part: Part, pipeline: Pipeline, catalog: Catalog, exclude_seen: bool) -> dict[str, Any]:
+    """Order bias of the language model over the first candidates of some users."""
+    assert pipeline.scorer is not None
+    queries = part.sample(BIASED_USERS, 0).held_out(catalog.active, exclude_seen).queries
+    plain = replace(pipeline, history=pipeline.history.with_lm(0.0))
+    shortlists = [found.items for found in plain.recommend(queries, pipeline.scored or 20)]
+    return order_bias(pipeline.scorer, queries, shortlists)
 
 
 class _Clock:

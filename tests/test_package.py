@@ -21,7 +21,7 @@ LAYERS = [
     {"errors"},
     {"types"},
     {"protocols"},
-    {"quiet", "ranking", "metrics", "prompt", "text", "rows", "tables"},
+    {"quiet", "environment", "ranking", "metrics", "prompt", "text", "rows", "tables"},
     {"attributes", "clock", "weights"},
     {"catalog"},
     {"rules", "events", "sequences"},

@@ -1,0 +1,139 @@
+"""What the report adds to the means: the ceiling, segments, order bias, and a page that says what was measured."""
+
+import html
+import re
+
+import numpy as np
+import pytest
+
+from llmrec.evaluation.insight import Example, ceiling, differences, order_bias
+from llmrec.evaluation.report import render
+from llmrec.metrics import compare, per_user
+from llmrec.protocols import Query
+
+
+def test_the_ceiling_is_the_share_of_targets_among_the_first():
+    ranks = np.array([1, 20, 21, 50, 99, 0, 100, 3])
+    expected = {"10": 2 / 8, "20": 3 / 8, "50": 5 / 8, "100": 7 / 8}
+    assert ceiling(ranks) == pytest.approx(expected)
+
+
+def test_segment_differences_are_means_over_their_users_and_agree_with_the_whole():
+    rng = np.random.default_rng(0)
+    ranks = {name: rng.integers(0, 30, 400) for name in "ab"}
+    first = rng.random(400) < 0.3
+    found = differences(ranks, {"all": np.ones(400, bool), "first": first, "rest": ~first}, "a", "b")
+    whole = compare(ranks, "a", "b")
+    assert found["all"]["difference"] == pytest.approx(whole.difference)
+    assert found["all"]["ci95"] == pytest.approx([whole.low, whole.high], abs=0.005)
+    values = per_user(ranks["a"], "ndcg@10") - per_user(ranks["b"], "ndcg@10")
+    assert found["first"]["difference"] == pytest.approx(values[first].mean())
+    assert found["first"]["users"] + found["rest"]["users"] == 400
+
+
+class ByItem:
+    """Scores an item by itself."""
+
+    def score(self, queries, candidates):
+        return [np.sin(items.astype(np.float32)) for items in candidates]
+
+
+class ByPlace:
+    """Prefers what is given first."""
+
+    def score(self, queries, candidates):
+        return [-np.arange(len(items), dtype=np.float32) for items in candidates]
+
+
+def test_order_bias_is_none_for_what_sees_items_alone_and_whole_for_what_sees_places_alone():
+    rng = np.random.default_rng(1)
+    queries = [Query() for _ in range(40)]
+    candidates = [rng.permutation(100)[:8].astype(np.int32) for _ in queries]
+    fair = order_bias(ByItem(), queries, candidates)
+    assert fair["largest_change"] == fair["top_changes"] == 0
+    assert np.mean(fair["mean_rank_by_position"]) == pytest.approx(4.5, abs=1e-3)
+    assert np.ptp(fair["mean_rank_by_position"]) < 1.5
+    unfair = order_bias(ByPlace(), queries, candidates)
+    assert unfair["mean_rank_by_position"] == list(range(1, 9))
+    # One time in eight the first one stays first.
+    assert unfair["top_changes"] == pytest.approx(7 / 8, abs=0.08)
+    assert order_bias(ByItem(), [], [])["users"] == 0
+
+
+def result(weight, difference, low, high):
+    systems = {
+        name: dict.fromkeys(("recall@5", "ndcg@5", "recall@10", "ndcg@10", "mrr@10", "recall@20"), value)
+        for name, value in (
+            ("ease", 0.0711),
+            ("merge", 0.0812),
+            ("lm", 0.0613),
+            ("default", 0.0812 + difference),
+        )
+    }
+    compared = {
+        "a": "default",
+        "b": "merge",
+        "metric": "ndcg@10",
+        "difference": difference,
+        "ci95": [low, high],
+        "shown": low > 0 or high < 0,
+        "verdict": "" if low > 0 or high < 0 else ": no difference shown",
+    }
+    timed = {"single_seconds": 0.0123, "repeated_seconds": 0.001, "batch32_seconds_per_request": 0.0045}
+    return {
+        "dataset": {"users": 1234, "items": 99, "events": 5678},
+        "protocol": {
+            "part": "test",
+            "split": "leave-last",
+            "ranking": "full catalogue",
+            "users": 1234,
+            "seen_items": "excluded",
+        },
+        "leaks": {"checked": ["split"]},
+        "systems": systems,
+        "comparisons": [compared],
+        "recipe": {"history": {"retrievers": {"ease": 1.0}, "lm": weight}},
+        "training": {"seconds": 600, "events_per_second": 1000},
+        "latency": {"merge": timed, "blend": timed},
+        "environment": {"machine": "a machine"},
+        "peak_memory_mb": 100,
+        "segments": {"history 1-4": {"users": 1234, "systems": systems}},
+        "beyond": {"merge": {"coverage@10": 0.5}},
+        "probabilities": {},
+        "reliability": {},
+        "seconds": {},
+        "config": {},
+    }
+
+
+@pytest.mark.parametrize(
+    ("weight", "difference", "low", "high", "words"),
+    [
+        (2.0, 0.0041, 0.0012, 0.0070, "Yes."),
+        (2.0, 0.0008, -0.0013, 0.0029, "Not shown."),
+        (2.0, -0.0050, -0.0080, -0.0020, "No."),
+        (0.0, 0.0, 0.0, 0.0, "No, not after 10 minutes of training."),
+    ],
+)
+def test_the_verdict_follows_from_the_interval(weight, difference, low, high, words):
+    page = render(result(weight, difference, low, high))
+    answer = re.search(r'id="answer">(.*?)</p>', page).group(1)
+    assert answer.startswith(f"<b>{words}</b>")
+    if weight:
+        assert f"{difference:+.4f} [{low:+.4f}, {high:+.4f}]" in answer
+
+
+def test_the_page_says_the_numbers_loads_nothing_and_keeps_titles_text():
+    hostile = '<img src=x onerror="alert(1)">'
+    example = Example([hostile, "Alien"], "Aliens", {"merge": [hostile, "Aliens"]}, {"merge": 2})
+    page = render(result(2.0, 0.0041, 0.0012, 0.0070), [example], "llmrec evaluate --items 'a&b'")
+    assert "<script" not in page
+    assert not re.search(r"(src|href)\s*=|https?://|url\(", page.replace(html.escape(hostile), ""))
+    assert hostile not in page
+    assert page.count(html.escape(hostile)) == 2
+    for number in ("0.0711", "0.0812", "0.0613", "0.0853", "12.3", "4.5", "12 s / 4 s", "1,234 users"):
+        assert number in page, number
+    assert "<mark>Aliens</mark>" in page
+    assert html.escape("--items 'a&b'") in page
+    cells = re.findall(r"<t[dh]", page)
+    assert len(cells) == len(re.findall(r"</t[dh]>", page))
