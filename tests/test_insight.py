@@ -1,4 +1,4 @@
-"""What the report adds to the means: the ceiling, segments, order bias, and a page that says what was measured."""
+"""What the report adds to the means, and that its page says what was measured."""
 
 import html
 import re
@@ -61,15 +61,9 @@ def test_order_bias_is_none_for_what_sees_items_alone_and_whole_for_what_sees_pl
 
 
 def result(weight, difference, low, high):
-    systems = {
-        name: dict.fromkeys(("recall@5", "ndcg@5", "recall@10", "ndcg@10", "mrr@10", "recall@20"), value)
-        for name, value in (
-            ("ease", 0.0711),
-            ("merge", 0.0812),
-            ("lm", 0.0613),
-            ("default", 0.0812 + difference),
-        )
-    }
+    measures = ("recall@5", "ndcg@5", "recall@10", "ndcg@10", "mrr@10", "recall@20")
+    values = {"ease": 0.0711, "merge": 0.0812, "lm": 0.0613, "default": 0.0812 + difference}
+    systems = {name: dict.fromkeys(measures, value) for name, value in values.items()}
     compared = {
         "a": "default",
         "b": "merge",

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-LABEL, PLOT, VALUE, ROW = 190, 330, 160, 26
+LABEL, PLOT, VALUE, ROW = 205, 205, 80, 28
 """Widths of the three columns and height of a row, in units of the drawing."""
 
 

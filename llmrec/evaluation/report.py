@@ -37,7 +37,7 @@ BEYOND = {
 def name_of(system: str) -> str:
     """What a system is called on the page."""
     if system.startswith(f"{LM}_top"):
-        return f"language model on the merge's first {system.removeprefix(f'{LM}_top')}"
+        return f"language model, top {system.removeprefix(f'{LM}_top')}"
     return NAMES.get(system, system)
 
 
@@ -143,7 +143,7 @@ def _systems(result: Mapping[str, Any]) -> str:
         Bar(
             f"{name_of(c['a'])}",
             c["difference"],
-            f"{_signed(c['difference'])}{'' if c['shown'] else ' (not shown)'}",
+            _signed(c["difference"]),
             c["ci95"][0],
             c["ci95"][1],
             strong=c["a"] == "default",
@@ -228,10 +228,7 @@ def _segments(result: Mapping[str, Any]) -> str:
     for a, by in found.items():
         if a == "default" and not _lm_weight(result):
             continue
-        drawn = [
-            Bar(name, d["difference"], f"{_signed(d['difference'])}, {d['users']:,} users", *d["ci95"])
-            for name, d in by.items()
-        ]
+        drawn = [Bar(name, d["difference"], _signed(d["difference"]), *d["ci95"]) for name, d in by.items()]
         parts.append(
             f"<h3>NDCG@10 of {name_of(a)} less that of retrieval</h3>" + intervals(drawn, name_of(a))
         )
@@ -263,8 +260,13 @@ def _beyond(result: Mapping[str, Any]) -> str:
     beyond = result["beyond"]
     systems = [n for n in ("popularity", "merge", LM, "default") if n in beyond]
     measures = [m for m in BEYOND if m in next(iter(beyond.values()))]
-    rows = ((f"{m}: {BEYOND[m]}", *(f"{beyond[n][m]:.3f}" for n in systems)) for m in measures)
-    return "<h2>Besides being right</h2>" + _table(("first ten", *(name_of(n) for n in systems)), rows)
+    rows = ((m, *(f"{beyond[n][m]:.3f}" for n in systems)) for m in measures)
+    meanings = "".join(f"<li>{m}: {BEYOND[m]}</li>" for m in measures)
+    return (
+        "<h2>Besides being right</h2>"
+        + _table(("first ten", *(name_of(n) for n in systems)), rows)
+        + f'<ul class="soft">{meanings}</ul>'
+    )
 
 
 def _lean(result: Mapping[str, Any]) -> str:
