@@ -34,6 +34,7 @@ from llmrec.store.sqlite import SQLiteStore
 from llmrec.types import Event, Item, Recommendation, Request
 
 if TYPE_CHECKING:
+    from llmrec.explain.wording import Writer
     from llmrec.training import Progress
     from llmrec.tuning import FinetuneReport
 
@@ -54,6 +55,7 @@ class Recommender:
         self._store = store
         self._adapter: Path | None = None
         self._run: Path | None = None
+        self._writer: Writer | None = None
         self._changing = threading.RLock()
 
     @property
@@ -340,6 +342,31 @@ class Recommender:
         stages["default"] = pipeline
         asked = [self._ask(given, state)]
         return {name: answer(asked, state, stage)[0] for name, stage in stages.items()}
+
+    def phrase(self, found: Sequence[Recommendation]) -> list[Recommendation]:
+        """Put the reasons of recommendations into the language model's own words, where they stay true.
+
+        The base model of the configuration writes a sentence for each; one that names anything but the
+        evidence, or nothing of it, is thrown away, and the template's sentence stays (`Reason.worded`
+        tells). Takes some seconds for ten items on two cores.
+
+        Raises
+        ------
+        RequestError
+            If a recommendation has no reason: ask with ``explain=True``.
+        FetchError, ImportError
+            If the model or its packages cannot be had.
+        """
+        if any(one.reason is None for one in found):
+            raise RequestError("there are no reasons to phrase; ask with explain=True")
+        try:
+            from llmrec.explain.wording import Writer, worded
+        except ImportError as missing:
+            raise ImportError('phrasing needs: pip install "llmrec[lm]"') from missing
+        with self._changing:
+            if self._writer is None:
+                self._writer = Writer(resolve(self.config.lm.base, allow_hub=self.config.allow_hub))
+            return worded(found, self._writer)
 
     def search(
         self, query: str, user: str | None = None, k: int = 10, where: Mapping[str, Any] | None = None

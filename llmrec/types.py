@@ -166,6 +166,8 @@ class Reason:
         Words of the typed query that the item's text has.
     sources
         Components that proposed the item or moved its score, as in `Recommendation`.
+    worded
+        Whether a language model wrote the sentence; else it is made by a template.
     """
 
     sentence: str
@@ -173,6 +175,7 @@ class Reason:
     shared: tuple[Shared, ...] = ()
     words: tuple[str, ...] = ()
     sources: tuple[Source, ...] = ()
+    worded: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,101 @@
+"""Reasons in a model's own words: kept where they name nothing but the evidence, else the template's."""
+
+import pytest
+
+from llmrec import Recommender
+from llmrec.errors import RequestError
+from llmrec.explain.wording import Writer, facts, grounded, prompt_of, worded
+from llmrec.testing import tiny_lm, toy_data
+from llmrec.types import Influence, Item, Reason, Recommendation, Shared
+
+REASON = Reason(
+    "Because you chose it.",
+    (Influence("1", "Alien", 0.5), Influence("2", "Blade Runner", 0.2)),
+    (Shared("genres", "Science Fiction", ("1", "2")), Shared("year", 1986, ("2",))),
+    ("space",),
+)
+FOUND = Recommendation(Item("3", "Aliens"), 1, 1.0, (), REASON)
+
+
+class Scripted:
+    """Answers what it was told to, and remembers what it was asked."""
+
+    def __init__(self, *answers):
+        self.answers, self.asked = list(answers), []
+
+    def __call__(self, prompts):
+        self.asked += prompts
+        return self.answers[: len(prompts)]
+
+
+@pytest.mark.parametrize(
+    "sentence",
+    [
+        "Since you liked Alien, you may enjoy Aliens.",
+        "Aliens is Science Fiction like Blade Runner.",
+        "You asked for space, and Aliens fits.",
+        "If you love science fiction, Aliens is for you.",
+    ],
+)
+def test_a_sentence_made_of_the_evidence_is_kept(sentence):
+    kept = worded([FOUND], Scripted(sentence))[0].reason
+    assert (kept.sentence, kept.worded) == (sentence, True)
+    assert kept.history == REASON.history
+
+
+@pytest.mark.parametrize(
+    "sentence",
+    [
+        "Since you liked Alien, you will love Ridley Scott.",  # a name nobody gave
+        "Alien and Aliens won seven awards.",
+        "You may like this a lot because it is for you.",  # fits anything
+        "Aliens is recommended to you.",  # names the item alone
+        "Since you liked Alien and Blade",  # cut off
+        "Since you liked Alien, from 1979, you may like Aliens.",  # another year
+        "",
+        "Since you liked Alien. " * 30,
+        "Alien " * 100 + ".",
+    ],
+)
+def test_what_claims_more_or_nothing_leaves_the_template(sentence):
+    assert worded([FOUND], Scripted(sentence)) == [FOUND]
+
+
+def test_only_the_first_line_counts_and_the_prompt_holds_the_facts_and_no_empty_ones():
+    writer = Scripted("Since you liked Alien, you may like Aliens.\nAnd Ridley Scott made it.")
+    assert worded([FOUND], writer)[0].reason.worded
+    (asked,) = writer.asked
+    for fact in ("Aliens", "Alien; Blade Runner", "genres Science Fiction; year 1986", "space"):
+        assert fact in asked
+    without = Recommendation(FOUND.item, 1, 1.0, (), Reason("x", REASON.history))
+    told = facts(without, without.reason)
+    assert "asked for" not in prompt_of(told)
+    assert "In common" not in prompt_of(told)
+
+
+def test_a_title_that_names_a_slot_fills_nothing():
+    odd = Recommendation(Item("3", "The {history} {title}"), 1, 1.0, (), REASON)
+    assert "The {history} {title}" in prompt_of(facts(odd, REASON))
+    assert not grounded("Since you liked Alien", {"title": "", "history": "", "shared": "", "words": ""})
+
+
+def test_reasons_without_evidence_are_not_asked_about():
+    bare = Recommendation(Item("4", "Heat"), 1, 1.0, (), Reason("Popular with others."))
+    writer = Scripted()
+    assert worded([bare], writer) == [bare]
+    assert not writer.asked
+
+
+def test_a_recommender_phrases_with_a_real_model_and_keeps_what_is_true(tmp_path):
+    base = tiny_lm(tmp_path / "lm")
+    items, events = toy_data()
+    rec = Recommender.fit(items, events, {"encoder": {"name": "light"}, "lm": {"base": str(base)}})
+    plain = rec.recommend(user=events[0].user_id, k=4)
+    with pytest.raises(RequestError, match="explain=True"):
+        rec.phrase(plain)
+    found = rec.recommend(user=events[0].user_id, k=4, explain=True)
+    # A random model writes nonsense: everything has to fall back to the template.
+    assert rec.phrase(found) == found
+    written = Writer(base)(["Recommended: a", "Recommended: something longer"])
+    assert len(written) == 2
+    assert written[1] == Writer(base)(["Recommended: something longer"])[0]
