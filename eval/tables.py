@@ -126,6 +126,8 @@ def repeated(results: dict[Path, dict[str, Any]]) -> list[str]:
     """A line for each recipe that was chosen and fitted with several seeds: what the seed alone changes."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for path, found in results.items():
+        if found["training"] or not found["protocol"].get("comparable", True) or "-seed" not in path.stem:
+            continue
         groups.setdefault(re.sub(r"-seed\d+$", "", path.stem), []).append(found)
     lines = []
     for name, runs in groups.items():

@@ -46,7 +46,7 @@ class TunedModel(Protocol):
     scored
         How many of the first candidates it scores; None for all.
     judged
-        How many held-out users choose its weight, at most; None for those of the search.
+        How many held-out users choose its weight, at most; None for `retrieval.lm_users`.
     proposes
         Whether its own best items join the candidates; then its scorer is a `Retriever` too.
     """

@@ -370,9 +370,9 @@ class Pipeline:
 
         Weights and the scale of each component are those of the first query, so that what an item loses or
         gains for another query is not hidden by scaling that query's best item to 1; nothing falls back to
-        popularity. For the query and the candidates of an answer the first row is the answer's scores.
-        Masks have to allow these items and no others. A language model that does not score all candidates
-        scores the first of these.
+        popularity. Masks have to allow these items and no others. For the query and the candidates of an
+        answer the first row is the answer's scores, save where the language model does not score all
+        candidates: it scores the first of these.
         """
         table = np.zeros((len(queries), len(items)), np.float32)
         order = np.argsort(items)

@@ -64,7 +64,7 @@ class RetrievalConfig(BaseModel):
     )
     search_users: int = Field(2000, ge=1, description="held-out users that the search looks at")
     lm_users: int = Field(
-        5000, ge=1, description="held-out users that choose the state and the weight of the language model"
+        5000, ge=1, description="held-out users that choose the weight of the language model, at most"
     )
     seed: int = 0
 

@@ -104,6 +104,7 @@ def with_language_model(
     log = [entry for entry in recipe.log if not any(word in entry["search"] for word in ours)]
     log.append(chosen_on("held-out events of the language model", held_out))
     held_out = held_out.sample(judged or config.lm_users, config.seed)
+    log[-1]["judged"] = len(held_out.queries)
 
     calibration = recipe.calibration
 

@@ -81,7 +81,7 @@ TAG = "mode:"
 
 def _kind(values: Any) -> str | None:
     """Which class describes a language model, None for an unknown mode."""
-    mode = values.get("mode", "item_tokens") if isinstance(values, Mapping) else values.mode
+    mode = values.get("mode", "item_tokens") if isinstance(values, Mapping) else getattr(values, "mode", None)
     known = {"item_tokens": f"{TAG}item_tokens"} | dict.fromkeys(WORDS, f"{TAG}words")
     return known.get(mode) if isinstance(mode, str) else None
 

@@ -17,9 +17,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from llmrec.protocols import Codes, Floats, Hits, Query
-from llmrec.score.packed import PackedReader, Row, forward
+from llmrec.score.packed import TOGETHER, PackedReader, Row, forward
 from llmrec.score.trie import ROOT, ItemTrie
 from llmrec.score.words import WordsModel
+
+SEARCHES = 16
+"""Beam searches at once: each keeps what the layers made of its history and of its branches."""
 
 
 class LikelihoodModel:
@@ -58,6 +61,13 @@ class LikelihoodScorer:
 
     def score(self, queries: Sequence[Query], candidates: Sequence[Codes]) -> list[Floats]:
         """Log-probability over the whole catalogue of each candidate of each query."""
+        scores: list[Floats] = []
+        for start in range(0, len(queries), TOGETHER):
+            rows = slice(start, start + TOGETHER)
+            scores += self._score(queries[rows], candidates[rows])
+        return scores
+
+    def _score(self, queries: Sequence[Query], candidates: Sequence[Codes]) -> list[Floats]:
         words, trie = self.model.words, self.model.trie
         nodes = [trie.to_score(items) for items in candidates]
         stems = [words.stem(query) for query in queries]
@@ -91,23 +101,28 @@ class LikelihoodScorer:
 
     def retrieve(self, queries: Sequence[Query], k: int) -> list[Hits]:
         """Return up to k allowed items for each query, found by beam search; at most about `beam` of them."""
+        found: list[Hits] = []
         with torch.inference_mode():
-            searches = [_Search(self.model, query, self.beam) for query in queries]
-            for search in searches:
-                search.begin(self.reader)
-            while running := [search for search in searches if search.unread]:
-                for start in range(0, len(running), 16):
-                    some = running[start : start + 16]
-                    hidden, layers = forward(self.model.words.body, [search.row() for search in some])
-                    read = max(search.past.shape[3] for search in some)
-                    for at, search in enumerate(some):
-                        n = len(search.unread)
-                        fresh = [
-                            torch.stack([key[at, :, read : read + n], value[at, :, read : read + n]])
-                            for key, value in layers
-                        ]
-                        search.go_on(hidden[at, :n].float(), torch.stack(fresh))
-            return [search.hits(k) for search in searches]
+            for start in range(0, len(queries), SEARCHES):
+                searches = [_Search(self.model, q, self.beam) for q in queries[start : start + SEARCHES]]
+                self._run(searches)
+                found += [search.hits(k) for search in searches]
+        return found
+
+    def _run(self, searches: Sequence[_Search]) -> None:
+        """Take some searches to their ends, a step of all of them in one forward."""
+        for search in searches:
+            search.begin(self.reader)
+        while running := [search for search in searches if search.unread]:
+            hidden, layers = forward(self.model.words.body, [search.row() for search in running])
+            read = max(search.past.shape[3] for search in running)
+            for at, search in enumerate(running):
+                n = len(search.unread)
+                fresh = [
+                    torch.stack([key[at, :, read : read + n], value[at, :, read : read + n]])
+                    for key, value in layers
+                ]
+                search.go_on(hidden[at, :n].float(), torch.stack(fresh))
 
 
 @dataclass(slots=True)

@@ -22,6 +22,8 @@ from llmrec.score.trie import Ints, Tree
 
 logger = logging.getLogger(__name__)
 
+TOGETHER = 64
+"""Requests whose states are held at once: one for each token of their trees."""
 
 NOTHING = Tree(np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64))
 """No tokens."""
