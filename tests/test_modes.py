@@ -202,6 +202,12 @@ def test_a_label_model_learns_which_of_hard_candidates_came_next(base, tmp_path)
     assert losses[-1] < 0.95 * np.log(6)
 
 
+@pytest.mark.parametrize("section", ["yes_no", None, ["yes_no"], {"mode": 3}])
+def test_a_section_that_is_no_description_of_a_model_is_an_error_that_says_so(section):
+    with pytest.raises(ConfigError, match="lm: mode must be one of"):
+        Config.of({"lm": section})
+
+
 def test_modes_and_their_settings_are_checked(base, tmp_path):
     with pytest.raises(ConfigError, match=r"lm: mode must be one of item_tokens, likelihood"):
         Config.of({"lm": {"mode": "poetry"}})
