@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from llmrec.errors import RequestError
 from llmrec.recommender import Recommender
 from llmrec.serve.models import Document, plain
-from llmrec.serve.relevance import relevance
+from llmrec.serve.relevance import by_relevance
 from llmrec.types import Recommendation, Request
 
 D = TypeVar("D")
@@ -72,13 +72,18 @@ class Defaults:
         where: Mapping[str, Any] | None = None,
         **rules: Any,
     ) -> Request:
-        """Make the request of a call; what it leaves out, or gives as None, is as in the defaults."""
+        """Make the request of a call; what it leaves out, or gives as None, is as in the defaults.
+
+        Who searches by words wants to find: seen items may come back then, as they do from
+        `Recommender.search`, unless the rules have ``seen``.
+        """
         asker = Asker(self.user, self.history).or_else(user, history)
         rules = {**self.rules, **rules}
         unknown = sorted(set(rules) - set(RULES))
         if unknown:
             known = ", ".join(("user", "history", "k", "where", *RULES))
             raise RequestError(f"unknown fields of a request: {', '.join(unknown)}; known are {known}")
+        rules.setdefault("seen", "include" if query else "auto")
         return Request(
             user=asker.user,
             history=asker.history,
@@ -130,7 +135,7 @@ def reordered(
     asker: Asker,
     limit: int | None = None,
 ) -> list[tuple[int, float]]:
-    """Order documents by relevance, the most relevant first; equal ones keep their order.
+    """Order documents by relevance, the most relevant first, see `by_relevance`.
 
     Parameters
     ----------
@@ -165,6 +170,4 @@ def reordered(
                 f"document {row} has no text, and its id {item_id!r} is not in the catalogue; "
                 "give a text, or the id of an item in the metadata"
             )
-    scores = relevance(recommender, given, query, asker.user, asker.history)
-    order = sorted(range(len(given)), key=lambda row: (-scores[row], row))[:limit]
-    return [(row, scores[row]) for row in order]
+    return by_relevance(recommender, given, query, asker.user, asker.history)[:limit]

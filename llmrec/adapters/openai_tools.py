@@ -81,8 +81,10 @@ class OpenAITools:
             return json.dumps({"error": message}, ensure_ascii=False)
 
 
-def _parsed(arguments_json: str) -> dict[str, Any]:
+def _parsed(arguments_json: object) -> dict[str, Any]:
     """Read the arguments of a call; some models send nothing at all where there are none."""
+    if not isinstance(arguments_json, str):
+        raise RequestError(f"the arguments are JSON text, got {type(arguments_json).__name__}")
     try:
         values = json.loads(arguments_json.strip() or "{}", parse_constant=_refused)
     except (ValueError, RecursionError) as broken:

@@ -59,10 +59,13 @@ class Condition(Arguments):
     value: Value = Field(description="One value, or a list of values for in, all and not.")
 
 
-User = Annotated[str | None, Field(description="Id of a user whose stored history counts; not with history.")]
+User = Annotated[
+    str | None, Field(description="Id of a user whose stored history counts; null where history is given.")
+]
 Ids = Annotated[list[str], Field(max_length=MAX_IDS)]
 History = Annotated[
-    Ids | None, Field(description="Ids of items that the person chose, oldest first; not with user.")
+    Ids | None,
+    Field(description="Ids of items that the person chose, oldest first, in place of stored ones."),
 ]
 Count = Annotated[
     Annotated[int, Field(ge=1, le=MAX_K)] | None, Field(description="How many items at most; null is 10.")

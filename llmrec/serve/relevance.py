@@ -19,17 +19,22 @@ DOCUMENT_LIMIT = 5_000
 """Longest document to rerank in characters; the rest is not read."""
 
 
-def relevance(
+def by_relevance(
     recommender: Recommender,
     documents: Sequence[Document],
     query: str = "",
     user: str | None = None,
     history: Sequence[str] | None = None,
-) -> list[float]:
-    """Relevance of each document in [0, 1], to a query and to a user or a history.
+) -> list[tuple[int, float]]:
+    """Order documents by how relevant they are to a query and to a user or a history.
 
     Ids of the catalogue alone are ordered by the recommender, as `rank` does; as soon as there are words
-    among them, all are compared by `score_documents`.
+    among them, all are compared by `score_documents`, and equal ones keep their order.
+
+    Returns
+    -------
+    list
+        Position and relevance in [0, 1] of each document, the most relevant first.
 
     Raises
     ------
@@ -42,12 +47,15 @@ def relevance(
     Request(user=user, history=history)
     if ids and len(ids) == len(documents):
         found = recommender.rank(list(dict.fromkeys(ids)), user, history, query or None)
-        by_id = {r.item_id: 1.0 / (1.0 + math.exp(-r.score)) for r in found}
-        return [by_id[item_id] for item_id in ids]
+        # By rank: items of the same score have an order too.
+        rank = {r.item_id: r.rank for r in found}
+        order = sorted(range(len(ids)), key=lambda row: (rank[ids[row]], row))
+        return [(row, 1.0 / (1.0 + math.exp(-found[rank[ids[row]] - 1].score))) for row in order]
     if history is None:
         past = [e.item_id for e in recommender.history(user)] if user is not None else []
         history = [item_id for item_id in past if item_id in recommender.catalog]
-    return [float(score) for score in score_documents(recommender, documents, query, history)]
+    scores = score_documents(recommender, documents, query, history).tolist()
+    return sorted(enumerate(scores), key=lambda one: (-one[1], one[0]))
 
 
 def score_documents(

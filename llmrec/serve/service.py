@@ -50,7 +50,7 @@ from llmrec.serve.models import (
     check,
     plain,
 )
-from llmrec.serve.relevance import relevance
+from llmrec.serve.relevance import by_relevance
 from llmrec.serve.summary import summarise
 from llmrec.types import Event, Item, Request
 
@@ -174,22 +174,21 @@ class Service:
     def rerank(self, body: RerankRequest) -> RerankResponse:
         """Order documents by relevance to the query and to who asks.
 
-        See `relevance`.
+        See `by_relevance`.
         """
         check(body, self.config)
         documents = [Document(text=d) if isinstance(d, str) else d for d in body.documents]
         for row, document in enumerate(documents):
             if document.text is None and document.id is None:
                 raise RequestError(f"document {row} has neither text nor id; give text, {{text}} or {{id}}")
-        scores = relevance(self.recommender, documents, body.query, body.user, body.history)
-        order = sorted(range(len(documents)), key=lambda row: (-scores[row], row))[: body.top_n]
+        order = by_relevance(self.recommender, documents, body.query, body.user, body.history)
         results = [
             RerankResult(
                 index=row,
-                relevance_score=scores[row],
+                relevance_score=score,
                 document=self._shown(documents[row]) if body.return_documents else None,
             )
-            for row in order
+            for row, score in order[: body.top_n]
         ]
         words = len(body.query.split()) + sum(len((d.text or "").split()) for d in documents)
         return RerankResponse(
@@ -204,11 +203,10 @@ class Service:
         """Order texts by relevance to the query and to who asks."""
         check(body, self.config)
         documents = [Document(text=text) for text in body.texts]
-        scores = relevance(self.recommender, documents, body.query, body.user, body.history)
-        order = sorted(range(len(documents)), key=lambda row: (-scores[row], row))
+        order = by_relevance(self.recommender, documents, body.query, body.user, body.history)
         return [
-            TextScore(index=row, score=scores[row], text=body.texts[row] if body.return_text else None)
-            for row in order
+            TextScore(index=row, score=score, text=body.texts[row] if body.return_text else None)
+            for row, score in order
         ]
 
     def _shown(self, document: Document) -> DocumentOut:
