@@ -21,7 +21,7 @@ except ImportError as missing:
 from pydantic import ConfigDict, Field, model_validator
 
 from llmrec.adapters.common import Asker, Defaults, as_documents, reordered
-from llmrec.adapters.tools import as_json, verb_of
+from llmrec.adapters.tools import verb_of
 from llmrec.errors import LLMRecError
 from llmrec.recommender import Recommender
 from llmrec.serve.models import problems
@@ -187,7 +187,7 @@ class RecommenderTool(BaseTool):
 
     def _run(self, **arguments: Any) -> tuple[str, list[Recommendation]]:
         try:
-            found = verb_of(self.name).run(self.recommender, arguments, self.user)
+            answer = verb_of(self.name).run(self.recommender, arguments, self.user)
         except LLMRecError as error:
             raise ToolException(str(error)) from error
-        return as_json(found), found
+        return answer.as_json(), answer.items

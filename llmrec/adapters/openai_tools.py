@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from llmrec.adapters.tools import VERBS, as_json, verb_of
+from llmrec.adapters.tools import VERBS, verb_of
 from llmrec.errors import LLMRecError, RequestError
 from llmrec.recommender import Recommender
 
@@ -68,13 +68,14 @@ class OpenAITools:
         """Carry out a call of the model and return what to tell it, as JSON.
 
         Never raises for what a model may get wrong: the answer to a bad call is ``{"error": message}``, and
-        the message says what to change. The answer to a good one is that of `as_json`. Blocks while the
-        recommender computes; in a coroutine use ``await asyncio.to_thread(tools.dispatch, name, arguments)``.
+        the message says what to change. The answer to a good one is that of `Answer.as_json`. Blocks while
+        the recommender computes; in a coroutine use ``await asyncio.to_thread(tools.dispatch, ...)``.
         """
         try:
-            if name not in self.verbs:
+            if not isinstance(name, str) or name not in self.verbs:
                 raise RequestError(f"there is no tool {name!r:.100}; there are {', '.join(self.verbs)}")
-            return as_json(self.verbs[name].run(self.recommender, _parsed(arguments_json), self.user))
+            answer = self.verbs[name].run(self.recommender, _parsed(arguments_json), self.user)
+            return answer.as_json()
         except LLMRecError as error:
             # A message may quote what no encoder takes, such as half a surrogate pair.
             message = str(error).encode("utf-8", "replace").decode()

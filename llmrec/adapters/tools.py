@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ MAX_IDS = 100
 MAX_CONDITIONS = 20
 EXAMPLES = 8
 """Values of an attribute that are named to the model, the most frequent ones."""
+_COMPARED = 1_000
+"""Values of an attribute among which a misspelt one is looked for, the most frequent ones."""
 
 
 class Arguments(BaseModel):
@@ -117,6 +120,27 @@ class Rank(Arguments):
 
 
 @dataclass(frozen=True, slots=True)
+class Answer:
+    """Items that a call found, best first, and where there are none what the model may try instead."""
+
+    items: list[Recommendation]
+    note: str = ""
+
+    def as_json(self) -> str:
+        """Return what a model reads: ``{"items": [{"item_id", "title", "rank", "score", "attributes"}]}``.
+
+        Scores have four digits; where reasons were asked for, each item has its ``reason``; ``note`` stands
+        beside the items if there is one.
+        """
+        items = [described(one) for one in self.items]
+        for item in items:
+            del item["sources"]
+            item["score"] = float(f"{item['score']:.4g}")
+        told = {"items": items} | ({"note": self.note} if self.note else {})
+        return json.dumps(told, ensure_ascii=False)
+
+
+@dataclass(frozen=True, slots=True)
 class Verb:
     """A verb with its arguments and what it does; made in this module alone."""
 
@@ -125,9 +149,7 @@ class Verb:
     arguments: type[Arguments]
     answer: Callable[[Recommender, Any, Asker], list[Recommendation]]
 
-    def run(
-        self, recommender: Recommender, arguments: Mapping[str, Any], user: str | None = None
-    ) -> list[Recommendation]:
+    def run(self, recommender: Recommender, arguments: Mapping[str, Any], user: str | None = None) -> Answer:
         """Answer a call.
 
         Parameters
@@ -147,7 +169,8 @@ class Verb:
         _check_text(arguments)
         given = read(self.arguments, dict(arguments))
         asker = Asker(user).or_else(getattr(given, "user", None), getattr(given, "history", None))
-        return self.answer(recommender, given, asker)
+        found = self.answer(recommender, given, asker)
+        return Answer(found, "" if found else _advice(recommender.catalog, getattr(given, "where", None)))
 
     def schema(self, catalog: Catalog, *, bound: bool = False) -> type[BaseModel]:
         """Return the arguments as a model that names the attributes of a catalogue.
@@ -218,6 +241,24 @@ def where_of(conditions: Sequence[Condition] | None) -> dict[str, dict[str, Any]
     return where or None
 
 
+def _advice(catalog: Catalog, conditions: Sequence[Condition] | None) -> str:
+    """Tell a model why nothing was found, if it wanted values that no item has, and which there are."""
+    missing = []
+    for one in conditions or ():
+        wanted = one.value if isinstance(one.value, list) else [one.value]
+        if one.operator not in ("in", "all") or catalog.attributes.get(one.attribute) == "number":
+            continue
+        counts = catalog.counts(one.attribute)
+        frequent = sorted(counts, key=lambda value: -counts[value])[:_COMPARED]
+        known = {str(value).lower(): str(value) for value in frequent}
+        for value in wanted:
+            if value not in counts:
+                close = difflib.get_close_matches(str(value).lower(), known, n=3)
+                hint = f", but {', '.join(repr(known[name]) for name in close)}" if close else ""
+                missing.append(f"no item has {one.attribute} {value!r}{hint}")
+    return "; ".join(missing) or "nothing fits all of this; ask for less"
+
+
 def _recommend(recommender: Recommender, given: Recommend, asker: Asker) -> list[Recommendation]:
     return recommender.recommend(
         Request(
@@ -280,15 +321,3 @@ def verb_of(name: object) -> Verb:
     if not isinstance(name, str) or name not in VERBS:
         raise RequestError(f"there is no tool {name!r:.100}; there are {', '.join(VERBS)}")
     return VERBS[name]
-
-
-def as_json(found: Sequence[Recommendation]) -> str:
-    """Items as a model reads them: ``{"items": [{"item_id", "title", "rank", "score", "attributes"}]}``.
-
-    Scores have four digits; where reasons were asked for, each item has its ``reason``.
-    """
-    items = [described(one) for one in found]
-    for item in items:
-        del item["sources"]
-        item["score"] = float(f"{item['score']:.4g}")
-    return json.dumps({"items": items}, ensure_ascii=False)
