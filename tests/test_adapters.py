@@ -257,10 +257,13 @@ def test_who_is_known_to_ask_is_the_only_one_to_ask(rec):
 def test_what_is_added_later_can_be_asked_for():
     rec = Recommender.fit(ITEMS, EVENTS, {"encoder": {"name": "light", "dim": 16}})
     tools = OpenAITools(rec, names=["recommend"])
-    rec.add_items([Item("new", "Velvet Comet", attributes={"colour": "red"})])
+    tale = "a tale of many words " * 9
+    rec.add_items([Item("new", "Velvet Comet", attributes={"colour": "red", "tale": tale, "pages": 7})])
+    rec.add_items([Item("new", "Velvet Comet", attributes={"colour": "red", "tale": tale})])
     assert ids(call(tools, "recommend", where=[condition("colour", "in", "red")])) == ["new"]
     (tool,) = tools.schemas()
-    assert "colour (string: red)" in tool["function"]["parameters"]["properties"]["where"]["description"]
+    told = tool["function"]["parameters"]["properties"]["where"]["description"]
+    assert "colour (string: red); tale (string); pages (number)." in told
 
 
 @pytest.mark.parametrize(

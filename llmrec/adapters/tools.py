@@ -25,6 +25,8 @@ MAX_IDS = 100
 MAX_CONDITIONS = 20
 EXAMPLES = 8
 """Values of an attribute that are named to the model, the most frequent ones."""
+LONGEST_EXAMPLE = 60
+"""Longest value that is named to the model, in characters."""
 _COMPARED = 1_000
 """Values of an attribute among which a misspelt one is looked for, the most frequent ones."""
 
@@ -212,12 +214,14 @@ def _where(catalog: Catalog) -> tuple[Any, Any]:
 
 def _told(name: str, about: Mapping[str, Any]) -> str:
     """Tell a model about an attribute, e.g. ``brand (string: Acme, Dune)``."""
-    if about["kind"] == "number":
+    if about["kind"] == "number" and about["different"]:
         return f"{name} (number from {about['min']} to {about['max']})"
-    values = [str(one["value"]) for one in about["frequent"][:EXAMPLES]]
-    if about["different"] > len(values):
+    values = [str(one["value"]) for one in about["frequent"]]
+    # A value that is a sentence is nothing to choose by, and cut short it would match nothing.
+    values = [value for value in values if len(value) <= LONGEST_EXAMPLE][:EXAMPLES]
+    if values and about["different"] > len(values):
         values.append("...")
-    return f"{name} ({about['kind']}: {', '.join(values)})"
+    return f"{name} ({about['kind']}{': ' if values else ''}{', '.join(values)})"
 
 
 def where_of(conditions: Sequence[Condition] | None) -> dict[str, dict[str, Any]] | None:
