@@ -47,7 +47,7 @@ LAYERS = [
     {"offline"},
     {"recommender"},
     {"testing", "cli_show", "serve"},
-    {"cli_evaluate", "cli_serve", "client"},
+    {"cli_evaluate", "cli_serve", "client", "adapters"},
     {"cli"},
 ]
 HEAVY = {"torch", "transformers", "sentence_transformers", "peft", "accelerate", "datasets"}

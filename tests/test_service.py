@@ -12,7 +12,7 @@ from llmrec.errors import ConfigError, NotFoundError, OverloadError, RequestErro
 from llmrec.serve import ApiKey, ServeConfig, Service, batching
 from llmrec.serve import models as m
 from llmrec.serve.batching import Batcher, Load, Pool
-from llmrec.serve.service import score_documents
+from llmrec.serve.relevance import score_documents
 from llmrec.testing import tiny_lm, toy_data
 
 LIGHT = {"encoder": {"name": "light", "dim": 16}}

@@ -349,8 +349,12 @@ def read(model: type[M], values: Any) -> M:
     try:
         return model.model_validate(values)
     except ValidationError as invalid:
-        problems = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in invalid.errors()]
-        raise RequestError(f"the request is invalid: {'; '.join(problems)}") from None
+        raise RequestError(f"the request is invalid: {problems(invalid)}") from None
+
+
+def problems(invalid: ValidationError) -> str:
+    """Every problem of a request in words, with the field that has it."""
+    return "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in invalid.errors())
 
 
 def limited(model: type[BaseModel]) -> Iterator[tuple[str, str]]:

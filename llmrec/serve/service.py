@@ -10,7 +10,6 @@ has no weight in, and requests with a budget that the model would overrun: those
 from __future__ import annotations
 
 import base64
-import math
 import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -20,7 +19,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from llmrec.answering import QUERY_LIMIT
 from llmrec.errors import NotFoundError, RequestError
 from llmrec.protocols import Floats
 from llmrec.recommender import Recommender
@@ -52,16 +50,13 @@ from llmrec.serve.models import (
     check,
     plain,
 )
+from llmrec.serve.relevance import by_relevance
 from llmrec.serve.summary import summarise
-from llmrec.text import neutralise
 from llmrec.types import Event, Item, Request
 
 A = TypeVar("A")
 _Asked = tuple[Request, bool]
 """A request, and whether the language model is left out to keep its budget."""
-
-DOCUMENT_LIMIT = 5_000
-"""Longest document to rerank in characters; the rest is not read."""
 
 
 class Service:
@@ -179,23 +174,21 @@ class Service:
     def rerank(self, body: RerankRequest) -> RerankResponse:
         """Order documents by relevance to the query and to who asks.
 
-        Ids of the catalogue alone are ordered by the recommender, as `rank` does; as soon as there are
-        words among them, all are compared by `score_documents`.
+        See `by_relevance`.
         """
         check(body, self.config)
         documents = [Document(text=d) if isinstance(d, str) else d for d in body.documents]
         for row, document in enumerate(documents):
             if document.text is None and document.id is None:
                 raise RequestError(f"document {row} has neither text nor id; give text, {{text}} or {{id}}")
-        scores = self._relevance(documents, body.query, body.user, body.history)
-        order = sorted(range(len(documents)), key=lambda row: (-scores[row], row))[: body.top_n]
+        order = by_relevance(self.recommender, documents, body.query, body.user, body.history)
         results = [
             RerankResult(
                 index=row,
-                relevance_score=scores[row],
+                relevance_score=score,
                 document=self._shown(documents[row]) if body.return_documents else None,
             )
-            for row in order
+            for row, score in order[: body.top_n]
         ]
         words = len(body.query.split()) + sum(len((d.text or "").split()) for d in documents)
         return RerankResponse(
@@ -210,30 +203,11 @@ class Service:
         """Order texts by relevance to the query and to who asks."""
         check(body, self.config)
         documents = [Document(text=text) for text in body.texts]
-        scores = self._relevance(documents, body.query, body.user, body.history)
-        order = sorted(range(len(documents)), key=lambda row: (-scores[row], row))
+        order = by_relevance(self.recommender, documents, body.query, body.user, body.history)
         return [
-            TextScore(index=row, score=scores[row], text=body.texts[row] if body.return_text else None)
-            for row in order
+            TextScore(index=row, score=score, text=body.texts[row] if body.return_text else None)
+            for row, score in order
         ]
-
-    def _relevance(
-        self, documents: Sequence[Document], query: str, user: str | None, history: Sequence[str] | None
-    ) -> list[float]:
-        """Relevance of each document in [0, 1]."""
-        rec = self.recommender
-        if not query.strip() and user is None and history is None:
-            raise RequestError("relevant to what? give a query, a user or a history")
-        ids = [d.id for d in documents if d.text is None and d.id is not None]
-        Request(user=user, history=history)
-        if ids and len(ids) == len(documents):
-            found = rec.rank(list(dict.fromkeys(ids)), user, history, query or None)
-            by_id = {r.item_id: 1.0 / (1.0 + math.exp(-r.score)) for r in found}
-            return [by_id[item_id] for item_id in ids]
-        if history is None:
-            past = [e.item_id for e in rec.history(user)] if user is not None else []
-            history = [item_id for item_id in past if item_id in rec.catalog]
-        return [float(score) for score in score_documents(rec, documents, query, history)]
 
     def _shown(self, document: Document) -> DocumentOut:
         if document.text is not None or document.id is None:
@@ -311,37 +285,6 @@ class Service:
             self.recommender.catalog.code(item_id)
         except RequestError as unknown:
             raise NotFoundError(str(unknown)) from None
-
-
-def score_documents(
-    recommender: Recommender, documents: Sequence[Document], query: str, history: Sequence[str]
-) -> Floats:
-    """Relevance of documents to a query and a history in [0, 1], shape (len(documents),).
-
-    (1 + c) / 2, where c is the mean of the cosines between a document and what there is of: the query, and
-    the mean vector of the history's items. A document is words, or an item of the catalogue.
-
-    Raises
-    ------
-    RequestError
-        If an id is unknown.
-    """
-    catalog, texts = recommender.catalog, recommender.texts
-    past = catalog.codes(list(history))
-    words = [neutralise(d.text, DOCUMENT_LIMIT) if d.text is not None else "" for d in documents]
-    wish = neutralise(query, QUERY_LIMIT)
-    encoded = texts.encoder.encode([*words, wish])
-    vectors, asked = encoded[:-1].copy(), [encoded[-1]] if wish else []
-    items = [row for row, d in enumerate(documents) if d.text is None]
-    vectors[items] = texts.vectors[catalog.codes([documents[row].id or "" for row in items])]
-    if len(past):
-        mean = texts.vectors[past].mean(axis=0)
-        asked.append(mean / max(float(np.linalg.norm(mean)), 1e-12))
-    if not asked:
-        return np.full(len(documents), 0.5, dtype=np.float32)
-    cosines = np.clip(vectors @ np.mean(asked, axis=0), -1.0, 1.0)
-    relevance: Floats = ((1.0 + cosines) / 2.0).astype(np.float32)
-    return relevance
 
 
 def _base64(vector: Floats) -> str:
