@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from llmrec.card import Card
 from llmrec.errors import ModelError
 from llmrec.score.config import ItemTokensConfig, LMConfig, WordsConfig
-from llmrec.training import read_tensors, write_tensors
+from llmrec.tensors import read_tensors, write_tensors
 
 CARD, HEAD, LORA = "card.json", "head.safetensors", "adapter_model.safetensors"
 

@@ -23,7 +23,7 @@ from llmrec.recipe import Recipe
 from llmrec.types import Recommendation
 
 if TYPE_CHECKING:
-    from llmrec.training import Progress
+    from llmrec.progress import Progress
 
 stderr = Console(stderr=True)
 """Progress, notes and errors."""

@@ -20,6 +20,7 @@ from llmrec.fetch import resolve
 from llmrec.language_model import LanguageModel, TunedModel
 from llmrec.metrics import summary
 from llmrec.mining import mined_choices
+from llmrec.progress import Progress, TrainingReport
 from llmrec.protocols import Codes
 from llmrec.recipe import HeldOut, Recipe, hash_histories, ranks_in
 from llmrec.score.config import ItemTokensConfig, TrainingConfig, WordsConfig
@@ -28,7 +29,7 @@ from llmrec.score.likelihood import LikelihoodScorer
 from llmrec.score.tasks import ItemTokensTask, LikelihoodTask, ListwiseTask, Task
 from llmrec.search import with_language_model
 from llmrec.state import State
-from llmrec.training import LoRATrainer, Progress, TrainingReport
+from llmrec.training import LoRATrainer
 from llmrec.word_model import WordLanguageModel
 
 OnStep = Callable[[Progress, float], None]
@@ -200,7 +201,7 @@ def _run(
     """Train, and give the model its card. `items` is a hash: the same log over other items is another run."""
     prompt = lm.config.prompt_name
     card = make_card(prompt, base, encoder, data, {})
-    parts = [BATCHES, lm.config.model_dump(), training.model_dump(), asdict(card), items, selected_on]
+    parts = [BATCHES, lm.config.model_dump(), training.learned, asdict(card), items, selected_on]
     fingerprint = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
     report = LoRATrainer(task, training, folder, fingerprint, dtype=lm.dtype).run(validate, on_step)
     made = {

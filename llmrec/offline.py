@@ -37,7 +37,7 @@ from llmrec.stages import cached_retrievers, cached_texts, estimate, in_words, t
 from llmrec.state import State
 
 if TYPE_CHECKING:
-    from llmrec.training import Progress
+    from llmrec.progress import Progress
 
 PACKAGES = ("llmrec", "torch", "transformers", "peft", "sentence-transformers", "numpy", "scipy", "faiss-cpu")
 

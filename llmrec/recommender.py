@@ -34,7 +34,7 @@ from llmrec.store.sqlite import SQLiteStore
 from llmrec.types import Event, Item, Recommendation, Request
 
 if TYPE_CHECKING:
-    from llmrec.training import Progress
+    from llmrec.progress import Progress
     from llmrec.tuning import FinetuneReport
 
 CHUNK = 64
@@ -221,7 +221,13 @@ class Recommender:
             same = folder == self.folder
             folder.mkdir(parents=True, exist_ok=True)
             before = persistence.state_of(folder)
-            name = persistence.write_state(folder, lambda target: state.write(target, self._adapter))
+
+            def write(target: Path) -> None:
+                state.write(target, self._adapter)
+                if (target / "adapter").is_dir():
+                    persistence.keep_log([self._run, self._adapter], target / "adapter")
+
+            name = persistence.write_state(folder, write)
             events = Path(store.path).name if same else f"events-{uuid.uuid4().hex[:12]}.sqlite"
             moving = contextlib.nullcontext() if same else store.moving(folder / events)
             with moving:

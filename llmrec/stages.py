@@ -25,7 +25,7 @@ from llmrec.selection import choose_recipe
 from llmrec.state import State
 
 if TYPE_CHECKING:
-    from llmrec.training import Progress
+    from llmrec.progress import Progress
 
 
 FITTING = (
@@ -50,6 +50,9 @@ FITTING = (
 TUNING = (
     "score",
     "training",
+    "progress",
+    "processes",
+    "tensors",
     "sequences",
     "adapter",
     "language_model",

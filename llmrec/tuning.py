@@ -12,9 +12,9 @@ from llmrec.events import EventLog
 from llmrec.language_model import TunedModel
 from llmrec.lm_training import fine_tune
 from llmrec.metrics import Comparison, compare
+from llmrec.progress import Progress, TrainingReport
 from llmrec.recipe import Recipe, fit_retrievers, ranks_in
 from llmrec.state import State
-from llmrec.training import Progress, TrainingReport
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from llmrec import sequences, training
+from llmrec import progress, sequences, training
 from llmrec.errors import DataError, ModelError
 from llmrec.families import Texts, TrainingLog
 from llmrec.index.faiss_index import FaissIndex
@@ -288,7 +288,7 @@ def test_a_run_cools_only_once_the_held_out_loss_has_risen():
     def curve(*nats):
         return [{"events": 100.0 * (n + 1), "nats": value} for n, value in enumerate(nats)]
 
-    assert training.cooling(curve(7.0), 1.0) is None
-    assert training.cooling(curve(7.0, 6.5, 6.9), 0.9) is None
-    assert training.cooling(curve(7.0, 6.5, 6.9, 7.1), 0.6) == training.Cooling(400, 600, 0.6)
-    assert training.cooling([{"events": 1.0, "ndcg@10": 0.1}] * 3, 1.0) is None
+    assert progress.cooling(curve(7.0), 1.0) is None
+    assert progress.cooling(curve(7.0, 6.5, 6.9), 0.9) is None
+    assert progress.cooling(curve(7.0, 6.5, 6.9, 7.1), 0.6) == progress.Cooling(400, 600, 0.6)
+    assert progress.cooling([{"events": 1.0, "ndcg@10": 0.1}] * 3, 1.0) is None
