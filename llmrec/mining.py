@@ -23,9 +23,13 @@ CHUNK = 128
 """Queries at once, so that masks stay small."""
 
 
-def first_parts(log: TrainingLog) -> TrainingLog:
-    """The log without the last third of each history; at least one event stays and one is left out."""
-    ends = [cut(len(history)) for history in log.histories]
+def first_parts(log: TrainingLog, ends: Sequence[int] | None = None) -> TrainingLog:
+    """The log with so many events of each history.
+
+    Without `ends` that is all but the last third; at least one event stays and one is left out.
+    """
+    if ends is None:
+        ends = [cut(len(history)) for history in log.histories]
 
     def short(columns: Sequence[NDArray[Any]] | None) -> list[NDArray[Any]] | None:
         if columns is None:
@@ -41,7 +45,14 @@ def cut(n: int) -> int:
     return n if n < 2 else n - max(1, round(LATER * n))
 
 
-def mined_choices(state: State, log: TrainingLog, listed: int, limit: int, seed: int) -> list[Choice]:
+def mined_choices(
+    state: State,
+    log: TrainingLog,
+    listed: int,
+    limit: int,
+    seed: int,
+    ends: Sequence[int] | None = None,
+) -> list[Choice]:
     """What came next among what the retrievers proposed instead.
 
     Retrievers are fitted on the first part of each history and asked for events of the rest: shortening the
@@ -53,13 +64,16 @@ def mined_choices(state: State, log: TrainingLog, listed: int, limit: int, seed:
         Candidates of a choice; fewer where fewer were found.
     limit
         Choices, a seeded sample of the events.
+    ends
+        Events of each history in its first part; by default all but the last third.
     """
-    retrievers = fit_retrievers(first_parts(log), state.texts, state.recipe)
+    first = first_parts(log, ends)
+    retrievers = fit_retrievers(first, state.texts, state.recipe)
     pipeline = replace(state, retrievers=retrievers, lm=None).pipeline()
     later = [
         (user, place)
-        for user, history in enumerate(log.histories)
-        for place in range(cut(len(history)), len(history))
+        for user, (history, known) in enumerate(zip(log.histories, first.histories, strict=True))
+        for place in range(len(known), len(history))
         if log.weights is None or log.weights[user][place] > 0
     ]
     rng = np.random.default_rng(seed)
@@ -71,17 +85,23 @@ def mined_choices(state: State, log: TrainingLog, listed: int, limit: int, seed:
         np.array([log.histories[user][place] for user, place in asked.tolist()], dtype=np.int32),
         np.full(len(asked), -1),
     )
+    weights = [
+        1.0 if log.weights is None else float(log.weights[user][place]) for user, place in asked.tolist()
+    ]
     choices: list[Choice] = []
     for start in range(0, len(part), CHUNK):
         held_out = part.take(np.arange(start, min(start + CHUNK, len(part)))).held_out(
             state.catalog.active, not state.repeats
         )
         found = pipeline.recommend(held_out.queries, listed)
-        for query, target, candidates in zip(held_out.queries, held_out.targets, found, strict=True):
+        counted = weights[start : start + CHUNK]
+        for query, target, candidates, weight in zip(
+            held_out.queries, held_out.targets, found, counted, strict=True
+        ):
             items = _with_target(candidates.items, target, rng)
             if len(items) > 1:
                 truth = int(np.flatnonzero(items == target)[0])
-                choices.append(Choice(Query(query.history), items, truth))
+                choices.append(Choice(Query(query.history), items, truth, weight))
     return choices
 
 
