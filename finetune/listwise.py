@@ -5,7 +5,8 @@
 
 Every step stands here, to be copied and changed; `llmrec finetune` with the same configuration does them for
 a recommender that is served. `yes_no` and `letters` learn from lists of candidates, `likelihood` and
-`generate` from the lines of the items. Interrupt it and give the same command again: it goes on from its checkpoint.
+`generate` from the lines of the items. Interrupt it and give the same command again: it goes on from its
+checkpoint.
 """
 
 from __future__ import annotations

@@ -106,7 +106,7 @@ def _curve(rows: Sequence[Mapping[str, float]]) -> str:
 def _number(value: float | None) -> str:
     if value is None:
         return ""
-    return f"{value:,.0f}" if float(value).is_integer() and abs(value) > 1 else f"{value:.4f}"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
 
 
 def _brings(made: Mapping[str, Any]) -> str:
