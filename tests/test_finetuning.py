@@ -153,11 +153,8 @@ def test_pieces_are_dealt_out_evenly_and_none_is_lost():
         sizes = rng.integers(0, 50, n).tolist()
         for parts in (1, 3, 8):
             dealt = shares(sizes, parts)
-            assert (
-                sorted(itertools.chain(*dealt)) == list(range(n))
-                and len(dealt) == min(parts, n)
-                and all(dealt)
-            )
+            assert sorted(itertools.chain(*dealt)) == list(range(n))
+            assert len(dealt) == min(parts, n) and all(dealt)
             loads = [sum(sizes[i] for i in part) for part in dealt]
             assert max(loads) - min(loads) <= max(sizes) + n
 
@@ -179,9 +176,9 @@ def test_gradient_checkpointing_changes_memory_and_nothing_else(base, tmp_path):
         return lm, losses
 
     (kept, one), (again, other) = run(False), run(True)
+    assert calls == {False: 3, True: 6}
     assert one == pytest.approx(other, abs=1e-6)
     assert_alike(kept, again, 1e-5)
-    assert calls == {False: 3, True: 6}
 
 
 def test_a_model_without_gradient_checkpointing_says_so(base, tmp_path):
@@ -641,22 +638,10 @@ def test_two_processes_have_the_curve_of_one_with_twice_the_batch(base, files, t
         command = [sys.executable]
         if name == "two":
             launcher = str(CONFIGS / "two-processes.accelerate.yaml")
-            command += [
-                "-m",
-                "accelerate.commands.launch",
-                "--config_file",
-                launcher,
-                "--main_process_port",
-                "0",
-            ]
-        command += [
-            str(ROOT / "finetune" / "lora.py"),
-            *files,
-            "--config",
-            config,
-            "--out",
-            str(tmp_path / name),
-        ]
+            command += ["-m", "accelerate.commands.launch", "--config_file", launcher]
+            command += ["--main_process_port", "0"]
+        command += [str(ROOT / "finetune" / "lora.py"), *files]
+        command += ["--config", config, "--out", str(tmp_path / name)]
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=600)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("12 steps") == 1  # one process speaks

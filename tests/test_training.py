@@ -209,7 +209,7 @@ def test_an_adapter_scores_the_same_after_saving_and_refuses_what_it_was_not_tra
     again = load_language_model(tmp_path / "adapter", base, texts("e"), "d")
     asked = [RULE[0], RULE[5][:2]]
     np.testing.assert_array_equal(again.scorer.log_probs(asked), lm.scorer.log_probs(asked))
-    assert not [p for p in (tmp_path / "adapter").iterdir() if p.suffix not in (".json", ".safetensors")]
+    assert {p.suffix for p in (tmp_path / "adapter").iterdir()} == {".json", ".safetensors", ".md"}
 
     other = tiny_lm(tmp_path / "other", seed=7)
     with pytest.raises(ModelError, match=r"another base: [0-9a-f]{12}\.\.\. then, [0-9a-f]{12}"):
