@@ -40,6 +40,7 @@ def random_state(device: torch.device) -> Tensor:
 def set_random_state(state: Tensor, device: torch.device) -> None:
     """Put the generators back to what `random_state` returned for a device of the same kind."""
     own = len(torch.get_rng_state())
-    torch.set_rng_state(state[:own].cpu())
+    # Copies: of a part of a tensor torch reads the wrong bytes.
+    torch.set_rng_state(state[:own].cpu().clone())
     if device.type == "cuda":
-        torch.cuda.set_rng_state(state[own:].cpu(), device)
+        torch.cuda.set_rng_state(state[own:].cpu().clone(), device)

@@ -28,7 +28,7 @@ from llmrec.run_log import RunLog, read_lines
 from llmrec.score.config import ItemTokensConfig, TrainingConfig, WordsConfig
 from llmrec.score.tasks import Choice, ItemTokensTask, LikelihoodTask, ListwiseTask
 from llmrec.sequences import Replay, Source, shares
-from llmrec.tensors import read_tensors
+from llmrec.tensors import random_state, read_tensors, set_random_state
 from llmrec.testing import tiny_lm, toy_data
 from llmrec.training import LoRATrainer, trainable
 from llmrec.word_model import WordLanguageModel
@@ -240,6 +240,20 @@ def test_a_killed_run_of_accumulated_steps_has_the_curve_and_the_log_of_a_whole_
     # A finished run that is given again adds nothing.
     train(base, tmp_path / "run", lm=dropped, **values)
     assert lines(tmp_path / "run") == lines(tmp_path / "whole")
+
+
+def test_the_random_state_of_one_process_is_found_again_among_those_of_several():
+    cpu, before = torch.device("cpu"), torch.get_rng_state()
+    states, drawn = [], []
+    for seed in (3, 4, 5):
+        torch.manual_seed(seed)
+        torch.rand(7)
+        states.append(random_state(cpu))
+        drawn.append(torch.rand(4))
+    for row in (2, 0, 1):
+        set_random_state(torch.stack(states)[row], cpu)
+        assert torch.equal(torch.rand(4), drawn[row])
+    torch.set_rng_state(before)
 
 
 @pytest.mark.parametrize("patience", [None, 2, 3])
@@ -455,6 +469,27 @@ def test_a_continued_model_learns_the_new_rule_and_keeps_the_old_one(yesterday, 
     assert "kept: " in (adapter / "README.md").read_text()
     with pytest.raises(DataError, match="too little is new"):
         again.finetune(since="last")
+
+
+def test_a_continued_run_that_is_killed_goes_on_in_another_process(yesterday, tmp_path):
+    yesterday.observe_many(day(2, 12, seed=1))
+    train_with(yesterday, checkpoint_seconds=1e-9, steps=12)
+    yesterday.save(tmp_path / "model")
+    whole = yesterday.finetune(since="last", folder=tmp_path / "whole")
+
+    def die(progress, done):
+        if progress.step == 7:
+            raise Killed
+
+    with pytest.raises(Killed):
+        Recommender.load(tmp_path / "model").finetune(since="last", on_step=die)
+    steps = []
+    again = Recommender.load(tmp_path / "model")
+    report = again.finetune(since="last", on_step=lambda p, done: steps.append(p.step))
+    assert steps[0] == 7
+    assert [{**row, "seconds": 0} for row in report.training.curve] == [
+        {**row, "seconds": 0} for row in whole.training.curve
+    ]
 
 
 def test_without_replay_more_is_forgotten(yesterday):
