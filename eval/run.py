@@ -24,7 +24,7 @@ from llmrec.config import Config
 from llmrec.errors import LLMRecError
 from llmrec.fetch import resolve
 from llmrec.offline import Evaluation, evaluate
-from llmrec.training import Progress
+from llmrec.progress import Progress
 
 HERE = Path(__file__).resolve().parent
 console = Console(stderr=True)

@@ -4,20 +4,21 @@
         --config finetune/configs/laptop.toml
 
 Interrupt it with Ctrl-C and give the same command again: it goes on from the last checkpoint. The steps
-are those of `llmrec fit` and `llmrec finetune`; copy this file to change them.
+are those of `llmrec fit` and `llmrec finetune`; copy this file to change them. Several GPUs share a step with
+
+    accelerate launch --config_file finetune/configs/eight-gpus.accelerate.yaml finetune/lora.py ...
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
-from rich.console import Console
-
 from llmrec import LLMRecError, Recommender
-
-console = Console(stderr=True)
+from llmrec.cli_show import say, training_bar
+from llmrec.processes import Processes
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -29,31 +30,29 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--config", help="TOML file")
     parser.add_argument("--minutes", type=float, help="time to train; the configuration's otherwise")
     args = parser.parse_args(argv)
-    out = Path(args.out)
+    out, team = Path(args.out), Processes()
 
-    # 1. Retrievers, once: an interrupted run finds them saved.
-    if (out / "manifest.json").is_file():
-        console.print(f"{out} is there; its retrievers are kept")
-        rec = Recommender.load(out)
-        if args.config:
-            rec.configure(args.config)
-    else:
-        rec = Recommender.fit(args.items, args.events, args.config, on_stage=console.print)
-        rec.save(out)
+    # 1. Retrievers, once: an interrupted run, and every process but the first, finds them saved.
+    with team.main_first():
+        if (out / "manifest.json").is_file():
+            rec = Recommender.load(out)
+            if args.config:
+                rec.configure(args.config)
+            if team.main:
+                say(f"{out} is there; its retrievers are kept")
+        else:
+            rec = Recommender.fit(args.items, args.events, args.config, on_stage=say)
+            rec.save(out)
 
     # 2. LoRA on the histories; the last event of each user is held out and decides what is kept.
-    def on_step(progress: object, done: float) -> None:
-        if progress.step % 20 == 0:
-            speed = progress.events / max(progress.seconds, 1e-9)
-            console.print(
-                f"{done:5.0%}  step {progress.step}  {speed:.0f} events/s  {progress.loss:.3f} nats"
-            )
-
-    report = rec.finetune(args.minutes, on_step=on_step)
+    with training_bar() if team.main else nullcontext() as on_step:
+        report = rec.finetune(args.minutes, on_step=on_step)
 
     # 3. The report says what the model adds on held-out events; its weight may be 0.
-    rec.save(out)
-    print(report)
+    if team.main:
+        rec.save(out)
+        print(report)
+    team.end()
 
 
 if __name__ == "__main__":

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from llmrec.card import Card
 from llmrec.errors import ModelError
+from llmrec.model_card import model_card
 from llmrec.score.config import ItemTokensConfig, LMConfig, WordsConfig
-from llmrec.training import read_tensors, write_tensors
+from llmrec.tensors import read_tensors, write_tensors
 
-CARD, HEAD, LORA = "card.json", "head.safetensors", "adapter_model.safetensors"
+CARD, PAGE, HEAD, LORA = "card.json", "README.md", "head.safetensors", "adapter_model.safetensors"
 
 
 def fresh_adapter(body: Any, config: LMConfig) -> Any:
@@ -32,17 +33,17 @@ def fresh_adapter(body: Any, config: LMConfig) -> Any:
     return adapted
 
 
-def kept_adapter(body: Any, folder: Path) -> Any:
-    """The body with the LoRA matrices that `write_adapter` wrote, for serving."""
+def kept_adapter(body: Any, folder: Path, *, trainable: bool = False) -> Any:
+    """The body with the LoRA matrices that `write_adapter` wrote, for serving or to train them further."""
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(body, str(folder), is_trainable=False)
+    return PeftModel.from_pretrained(body, str(folder), is_trainable=trainable)
 
 
 def write_adapter(
     folder: Path, body: Any, head: Mapping[str, Tensor], config: LMConfig, card: Card | None
 ) -> None:
-    """Write adapter (peft's own files), head and card into a folder; safetensors and JSON only.
+    """Write adapter (peft's own files), head and card into a folder; safetensors, JSON and a page of text.
 
     Raises
     ------
@@ -53,7 +54,8 @@ def write_adapter(
         raise ModelError("only a trained language model can be saved")
     folder.mkdir(parents=True, exist_ok=True)
     body.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
-    (folder / "README.md").unlink(missing_ok=True)
+    # peft's own page has fields to fill in.
+    (folder / PAGE).write_text(model_card(config, card), encoding="utf-8")
     write_tensors(folder / HEAD, head, {})
     written = {"config": config.model_dump(), "card": asdict(card)}
     (folder / CARD).write_text(json.dumps(written, indent=1), encoding="utf-8")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """What an adapter belongs to. The first five must match when it is loaded, data and versions should."""
+    """What an adapter belongs to. The first five must match when it is loaded, data and versions should.
+
+    `training` holds what was done: counts of the data and its newest time stamp, settings, the curve, the
+    measures, the licence of the base; `llmrec.model_card` makes a page of it.
+    """
 
     base_sha256: str
     tokenizer_sha256: str
@@ -29,6 +33,10 @@ class Card:
     data_sha256: str
     versions: dict[str, str]
     training: dict[str, Any]
+
+    def noting(self, **notes: Any) -> Card:
+        """The same with more to say of the training; what a note names already is replaced."""
+        return replace(self, training={**self.training, **notes})
 
     def check(self, other: Card) -> None:
         """Refuse another base, tokenizer, prompt, renderer or encoder; warn of other data and versions.

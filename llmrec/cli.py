@@ -129,10 +129,15 @@ def finetune(
     config: Annotated[
         Path | None, typer.Option(help="TOML file; its lm and training sections count.")
     ] = None,
+    further: Annotated[
+        bool, typer.Option("--continue", help="Continue the tuned model on the events that came since.")
+    ] = False,
 ) -> None:
     """Fine-tune the language model on the stored log, choose its weight, and save.
 
-    An interrupted run goes on from its last checkpoint when the same command is given again.
+    An interrupted run goes on from its last checkpoint when the same command is given again. With --continue
+    the retrievers are fitted on all stored events too, and the continued model is kept unless it is shown to
+    be worse than the one before on new events.
     """
     from llmrec.recommender import Recommender
 
@@ -143,7 +148,9 @@ def finetune(
         raise RequestError(f"--minutes must be above 0, got {minutes:g}")
     try:
         with training_bar() as on_step:
-            report = rec.finetune(minutes, on_step=on_step)
+            report = rec.finetune(minutes, on_step=on_step, since="last" if further else None)
+        if further:
+            rec.refit()
         rec.save(model)
     except KeyboardInterrupt:
         kept = (model / "training" / "checkpoint.safetensors").is_file()

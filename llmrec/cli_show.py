@@ -23,7 +23,7 @@ from llmrec.recipe import Recipe
 from llmrec.types import Recommendation
 
 if TYPE_CHECKING:
-    from llmrec.training import Progress
+    from llmrec.progress import Progress
 
 stderr = Console(stderr=True)
 """Progress, notes and errors."""
@@ -149,7 +149,7 @@ def stages() -> Iterator[Callable[[str], None]]:
 
 @contextmanager
 def training_bar() -> Iterator[Callable[[Progress, float], None]]:
-    """Show share done, nats an item, speed and time left of a training run.
+    """Show share done, nats an item, speed, time left and the last validation of a training run.
 
     Where standard error is no terminal, that is a line every twentieth of the run.
     """
@@ -174,6 +174,8 @@ def training_bar() -> Iterator[Callable[[Progress, float], None]]:
                 f"step {progress.step}, {progress.loss:.2f} nats an item, "
                 f"{progress.events / max(progress.seconds, 1e-9):.0f} events/s, {_minutes(left)} left"
             )
+            if progress.curve:
+                state += f", NDCG@10 {progress.curve[-1]['ndcg@10']:.4f}"
             what = "training" if done < 1 else "choosing the weight"
             bars.update(task, completed=done, description=what, state=state)
             if bars.disable and int(done * 20) > reached:

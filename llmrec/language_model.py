@@ -79,8 +79,14 @@ class TunedModel(Protocol):
         """The same for a catalogue whose texts changed or grew."""
         ...
 
+    def recounted(self, counts: NDArray[Any]) -> Self:
+        """The same model after other training events, whose weight for each item has shape (items,)."""
+        ...
 
-def load_language_model(folder: Path, base: Path, texts: Texts, data: str) -> TunedModel:
+
+def load_language_model(
+    folder: Path, base: Path, texts: Texts, data: str, *, trainable: bool = False
+) -> TunedModel:
     """Load what `save` wrote, of whatever mode.
 
     Parameters
@@ -91,6 +97,8 @@ def load_language_model(folder: Path, base: Path, texts: Texts, data: str) -> Tu
         Of the catalogue, which may have grown since.
     data
         Fingerprint of the log; another one than it was trained on is a warning.
+    trainable
+        Whether its LoRA matrices can be trained further.
 
     Raises
     ------
@@ -102,8 +110,8 @@ def load_language_model(folder: Path, base: Path, texts: Texts, data: str) -> Tu
     config, card, head = read_adapter(folder)
     card.check(make_card(config.prompt_name, base, texts.encoder.fingerprint, data, {}))
     if isinstance(config, ItemTokensConfig):
-        return LanguageModel.restored(folder, base, texts, config, card, head)
-    return WordLanguageModel.restored(folder, base, texts, config, card, head)
+        return LanguageModel.restored(folder, base, texts, config, card, head, trainable=trainable)
+    return WordLanguageModel.restored(folder, base, texts, config, card, head, trainable=trainable)
 
 
 class LanguageModel:
@@ -185,10 +193,13 @@ class LanguageModel:
         config: ItemTokensConfig,
         card: Card,
         head: dict[str, Tensor],
+        *,
+        trainable: bool = False,
     ) -> LanguageModel:
         """Put together what `read_adapter` read from a folder; see `load_language_model`."""
         counts = head.pop("counts").numpy()
-        body = kept_adapter(load_body(base, config.layers, body_dtype(config.precision)), folder)
+        body = load_body(base, config.layers, body_dtype(config.precision))
+        body = kept_adapter(body, folder, trainable=trainable)
         model, _, wish = _assemble(body, config, base, texts.vectors[: len(counts)], counts)
         model.load_state_dict(head, strict=False)
         on_device(model)
@@ -205,6 +216,11 @@ class LanguageModel:
             state[name] = torch.nn.functional.pad(state[name], (0, 0, 0, len(vectors) - len(old.counts)))
         model.load_state_dict(state, strict=False)
         return LanguageModel(model.to(old.counts.device).eval(), self.config, self.wish, self.card)
+
+    def recounted(self, counts: NDArray[Any]) -> LanguageModel:
+        """The same model after other training events: items that had none before get id vectors."""
+        self.model.counts.copy_(torch.from_numpy(counts.astype(np.float32)))
+        return LanguageModel(self.model, self.config, self.wish, self.card)
 
 
 def _assemble(

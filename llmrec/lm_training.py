@@ -16,11 +16,12 @@ from numpy.typing import NDArray
 from llmrec.card import make_card
 from llmrec.config import Config
 from llmrec.families import Texts, TrainingLog
-from llmrec.fetch import resolve
+from llmrec.fetch import licence_of, resolve
 from llmrec.language_model import LanguageModel, TunedModel
 from llmrec.metrics import summary
 from llmrec.mining import mined_choices
-from llmrec.protocols import Codes
+from llmrec.progress import Progress, TrainingReport
+from llmrec.protocols import Codes, Floats
 from llmrec.recipe import HeldOut, Recipe, hash_histories, ranks_in
 from llmrec.score.config import ItemTokensConfig, TrainingConfig, WordsConfig
 from llmrec.score.item_tokens import ItemTokenScorer
@@ -28,7 +29,7 @@ from llmrec.score.likelihood import LikelihoodScorer
 from llmrec.score.tasks import ItemTokensTask, LikelihoodTask, ListwiseTask, Task
 from llmrec.search import with_language_model
 from llmrec.state import State
-from llmrec.training import LoRATrainer, Progress, TrainingReport
+from llmrec.training import LoRATrainer
 from llmrec.word_model import WordLanguageModel
 
 OnStep = Callable[[Progress, float], None]
@@ -119,14 +120,15 @@ def train_language_model(
         wishes=config.wishes,
     )
     sample = held_out.sample(VALIDATION_USERS, training.seed)
-    report = _run(
+    report = run_training(
         lm,
         task,
         training,
         (lambda: measure(lm.scorer_of(lm.model), sample)) if len(sample.queries) else None,
         log=log,
+        held_out=len(held_out.queries),
         selected_on=held_out.sha256(),
-        items=hashlib.sha256(texts.vectors.tobytes()).hexdigest(),
+        items=hash_vectors(texts),
         base=base,
         encoder=texts.encoder.fingerprint,
         data=data,
@@ -161,16 +163,15 @@ def train_words_model(
     sample = held_out.sample(WORDS_VALIDATION_USERS, training.seed)
     merged = state.without_language_model().pipeline().recommend(sample.queries, config.candidates)
     candidates = [found.items for found in merged]
-    # The recipe decides which candidates are learned from.
-    chosen = json.dumps({**state.recipe.as_dict(), "log": None})
-    report = _run(
+    report = run_training(
         lm,
         task,
         training,
         (lambda: measure_words(lm, sample, candidates)) if len(sample.queries) else None,
         log=log,
+        held_out=len(held_out.queries),
         selected_on=held_out.sha256(),
-        items=hashlib.sha256("\n".join([*texts.lines, chosen]).encode()).hexdigest(),
+        items=hash_words(state),
         base=base,
         encoder=texts.encoder.fingerprint,
         data=data,
@@ -181,6 +182,17 @@ def train_words_model(
     return lm, report
 
 
+def hash_vectors(texts: Texts) -> str:
+    """Hash of what a model that reads vectors knows of the items."""
+    return hashlib.sha256(texts.vectors.tobytes()).hexdigest()
+
+
+def hash_words(state: State) -> str:
+    """Hash of what a model that reads words knows of the items, and of what decides its candidates."""
+    chosen = json.dumps({**state.recipe.as_dict(), "log": None})
+    return hashlib.sha256("\n".join([*state.texts.lines, chosen]).encode()).hexdigest()
+
+
 def counts_of(log: TrainingLog, items: int) -> NDArray[Any]:
     """Weight of the events of each item, shape (items,)."""
     events = np.concatenate([np.empty(0, np.int32), *log.histories])
@@ -188,13 +200,14 @@ def counts_of(log: TrainingLog, items: int) -> NDArray[Any]:
     return np.bincount(events, weights, minlength=items)
 
 
-def _run(
+def run_training(
     lm: LanguageModel | WordLanguageModel,
     task: Task[Any],
     training: TrainingConfig,
     validate: Callable[[], Mapping[str, float]] | None,
     *,
     log: TrainingLog,
+    held_out: int,
     selected_on: str,
     items: str,
     base: Path,
@@ -203,10 +216,21 @@ def _run(
     folder: Path,
     on_step: OnStep | None,
 ) -> TrainingReport:
-    """Train, and give the model its card. `items` is a hash: the same log over other items is another run."""
+    """Train, and give the model its card.
+
+    Parameters
+    ----------
+    task
+        Made of the model.
+    validate
+        Measures the model on held-out events, of which there are `held_out`; None where there are none.
+    selected_on, items
+        Hashes of the held-out events, and of what is read of the items: the same log over other items is
+        another run.
+    """
     prompt = lm.config.prompt_name
     card = make_card(prompt, base, encoder, data, {})
-    parts = [BATCHES, lm.config.model_dump(), training.model_dump(), asdict(card), items, selected_on]
+    parts = [BATCHES, lm.config.model_dump(), training.learned, asdict(card), items, selected_on]
     fingerprint = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
     report = LoRATrainer(task, training, folder, fingerprint, dtype=lm.dtype).run(validate, on_step)
     made = {
@@ -214,6 +238,13 @@ def _run(
         "settings": training.model_dump(),
         "histories_sha256": hash_histories(log.histories),
         "selected_on_sha256": selected_on,
+        "data": {
+            "users": sum(len(history) > 0 for history in log.histories),
+            "events": sum(map(len, log.histories)),
+            "items": len(lm.counts),
+            "held_out": held_out,
+        },
+        "licence": licence_of(base),
     }
     lm.card = make_card(prompt, base, encoder, data, made)
     return report
@@ -228,6 +259,11 @@ def measure(scorer: ItemTokenScorer, held_out: HeldOut) -> dict[str, float]:
     return {**summary(ranks, ["ndcg@10", "recall@10"]), "nats": float(np.mean(nats))}
 
 
+def in_order(candidates: Sequence[Codes], scores: Sequence[Floats]) -> list[Codes]:
+    """Candidates of each query, best first."""
+    return [items[np.argsort(-s, kind="stable")] for items, s in zip(candidates, scores, strict=True)]
+
+
 def measure_words(lm: WordLanguageModel, held_out: HeldOut, candidates: Sequence[Codes]) -> dict[str, float]:
     """NDCG@10 and Recall@10 of the model's own order of each user's candidates, and nats per held-out item.
 
@@ -236,8 +272,8 @@ def measure_words(lm: WordLanguageModel, held_out: HeldOut, candidates: Sequence
     """
     lm.scorer.forget()
     scores = lm.scorer.score(held_out.queries, candidates)
-    ordered = (items[np.argsort(-s, kind="stable")] for items, s in zip(candidates, scores, strict=True))
-    measured = summary(ranks_in(ordered, held_out.targets), ["ndcg@10", "recall@10"])
+    ranks = ranks_in(in_order(candidates, scores), held_out.targets)
+    measured = summary(ranks, ["ndcg@10", "recall@10"])
     if isinstance(lm.scorer, LikelihoodScorer):
         own = lm.scorer.score(held_out.queries, [held_out.targets[i : i + 1] for i in range(len(scores))])
         nats = [-float(values[0]) for values in own]

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from llmrec.evaluation.split import Part
 from llmrec.families import TrainingLog
-from llmrec.protocols import Codes, Query
+from llmrec.protocols import Query
 from llmrec.recipe import fit_retrievers
 from llmrec.score.tasks import Choice
 from llmrec.state import State
@@ -23,9 +23,13 @@ CHUNK = 128
 """Queries at once, so that masks stay small."""
 
 
-def first_parts(log: TrainingLog) -> TrainingLog:
-    """The log without the last third of each history; at least one event stays and one is left out."""
-    ends = [cut(len(history)) for history in log.histories]
+def first_parts(log: TrainingLog, ends: Sequence[int] | None = None) -> TrainingLog:
+    """The log with so many events of each history.
+
+    Without `ends` that is all but the last third; at least one event stays and one is left out.
+    """
+    if ends is None:
+        ends = [cut(len(history)) for history in log.histories]
 
     def short(columns: Sequence[NDArray[Any]] | None) -> list[NDArray[Any]] | None:
         if columns is None:
@@ -41,55 +45,58 @@ def cut(n: int) -> int:
     return n if n < 2 else n - max(1, round(LATER * n))
 
 
-def mined_choices(state: State, log: TrainingLog, listed: int, limit: int, seed: int) -> list[Choice]:
+def mined_choices(
+    state: State,
+    log: TrainingLog,
+    listed: int,
+    limit: int,
+    seed: int,
+    ends: Sequence[int] | None = None,
+) -> list[Choice]:
     """What came next among what the retrievers proposed instead.
 
     Retrievers are fitted on the first part of each history and asked for events of the rest: shortening the
-    input alone would not hide an event from them. An event that they did not propose takes a random place.
+    input alone would not hide an event from them. Events that they did not propose are left out, as they are
+    in serving, where the model orders what was proposed.
 
     Parameters
     ----------
     listed
         Candidates of a choice; fewer where fewer were found.
     limit
-        Choices, a seeded sample of the events.
+        Choices at most, of events in a seeded order.
+    ends
+        Events of each history in its first part; by default all but the last third.
     """
-    retrievers = fit_retrievers(first_parts(log), state.texts, state.recipe)
+    first = first_parts(log, ends)
+    retrievers = fit_retrievers(first, state.texts, state.recipe)
     pipeline = replace(state, retrievers=retrievers, lm=None).pipeline()
     later = [
         (user, place)
-        for user, history in enumerate(log.histories)
-        for place in range(cut(len(history)), len(history))
+        for user, (history, known) in enumerate(zip(log.histories, first.histories, strict=True))
+        for place in range(len(known), len(history))
         if log.weights is None or log.weights[user][place] > 0
     ]
-    rng = np.random.default_rng(seed)
-    drawn = np.sort(rng.choice(len(later), min(limit, len(later)), replace=False))
-    asked = np.array(later, dtype=np.int64).reshape(-1, 2)[drawn]
-    part = Part(
-        asked[:, 0],
-        [log.histories[user][:place] for user, place in asked.tolist()],
-        np.array([log.histories[user][place] for user, place in asked.tolist()], dtype=np.int32),
-        np.full(len(asked), -1),
-    )
     choices: list[Choice] = []
-    for start in range(0, len(part), CHUNK):
-        held_out = part.take(np.arange(start, min(start + CHUNK, len(part)))).held_out(
-            state.catalog.active, not state.repeats
+    drawn = np.random.default_rng(seed).permutation(len(later))
+    for start in range(0, len(drawn), CHUNK):
+        asked = [later[row] for row in drawn[start : start + CHUNK]]
+        part = Part(
+            np.array([user for user, _ in asked], dtype=np.int64),
+            [log.histories[user][:place] for user, place in asked],
+            np.array([log.histories[user][place] for user, place in asked], dtype=np.int32),
+            np.full(len(asked), -1),
         )
+        held_out = part.held_out(state.catalog.active, not state.repeats)
         found = pipeline.recommend(held_out.queries, listed)
-        for query, target, candidates in zip(held_out.queries, held_out.targets, found, strict=True):
-            items = _with_target(candidates.items, target, rng)
-            if len(items) > 1:
-                truth = int(np.flatnonzero(items == target)[0])
-                choices.append(Choice(Query(query.history), items, truth))
-    return choices
-
-
-def _with_target(items: Codes, target: int, rng: np.random.Generator) -> Codes:
-    if target in items:
-        return items
-    if not len(items):
-        return np.array([target], dtype=np.int32)
-    items = items.copy()
-    items[rng.integers(len(items))] = target
-    return items
+        for (user, place), query, target, candidates in zip(
+            asked, held_out.queries, held_out.targets, found, strict=True
+        ):
+            # An item put in among what was proposed would be known by not being like the others.
+            truth = np.flatnonzero(candidates.items == target)
+            if len(truth) and len(candidates.items) > 1:
+                weight = 1.0 if log.weights is None else float(log.weights[user][place])
+                choices.append(Choice(Query(query.history), candidates.items, int(truth[0]), weight))
+        if len(choices) >= limit:
+            break
+    return choices[:limit]

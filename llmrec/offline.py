@@ -36,7 +36,7 @@ from llmrec.stages import cached_retrievers, cached_texts, estimate, in_words, t
 from llmrec.state import State
 
 if TYPE_CHECKING:
-    from llmrec.training import Progress
+    from llmrec.progress import Progress
 
 TYPED_USERS, TYPED_VALUES = 2000, 200
 """Most known-item queries and attribute values that are typed into `search`."""

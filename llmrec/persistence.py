@@ -28,6 +28,9 @@ FORMAT = 3
 
 MANIFEST = "manifest.json"
 
+RUN_LOG = "log.jsonl"
+"""Name of the log of a training run, in its folder and then beside the adapter."""
+
 KEYS = {"state", "events", "config", "recipe", "repeats", "encoder", "catalog", "log", "language_model"}
 
 Arrays = Mapping[str, NDArray[Any]]
@@ -98,12 +101,20 @@ def state_of(folder: Path) -> list[str]:
 
 
 def clear_run(folder: Path) -> None:
-    """Remove what a training run wrote, and its folder if nothing else is in it."""
-    for name in ("checkpoint.safetensors", "best.safetensors"):
+    """Remove what a training run wrote but its curves, and its folder if nothing else is in it."""
+    for name in ("checkpoint.safetensors", "best.safetensors", RUN_LOG):
         for path in (folder / name, folder / f"{name}.tmp"):
             path.unlink(missing_ok=True)
     with contextlib.suppress(OSError):
         folder.rmdir()
+
+
+def keep_log(sources: Sequence[Path | None], adapter: Path) -> None:
+    """Copy the log of a run beside the adapter that came of it, from the first folder that has one."""
+    for folder in sources:
+        if folder is not None and (folder / RUN_LOG).is_file():
+            shutil.copyfile(folder / RUN_LOG, adapter / RUN_LOG)
+            return
 
 
 def remove_stale(folder: Path, keep: Sequence[str]) -> None:

@@ -34,8 +34,9 @@ from llmrec.store.sqlite import SQLiteStore
 from llmrec.types import Event, Item, Recommendation, Request
 
 if TYPE_CHECKING:
+    from llmrec.continuing import Since
     from llmrec.explain.wording import Writer
-    from llmrec.training import Progress
+    from llmrec.progress import Progress
     from llmrec.tuning import FinetuneReport
 
 CHUNK = 64
@@ -123,10 +124,14 @@ class Recommender:
         *,
         on_step: Callable[[Progress, float], None] | None = None,
         folder: str | Path | None = None,
+        since: Since | None = None,
     ) -> FinetuneReport:
         """Fine-tune the language model on the stored log with LoRA, and fit its weight in the blend.
 
-        The last event of each user is held out: it decides which state is kept and the weight.
+        The last event of each user is held out: it decides which state is kept and the weight. With `since`
+        the tuned model that is there is continued on newer events instead, with some older ones
+        (`training.replay`), and replaced unless the result is shown to be worse on new held-out events; its
+        weight stays, and the report says which of the two was kept.
 
         Parameters
         ----------
@@ -137,11 +142,16 @@ class Recommender:
         folder
             Where checkpoints go; an interrupted run on the same data and settings is continued from
             there. By default ``training/`` in the directory of a saved recommender, else a temporary one.
+        since
+            ``"last"`` continues on the events after those that the tuned model knows, a number on those
+            after so many seconds since 1970, None trains anew.
 
         Raises
         ------
         DataError, FetchError, ImportError
             If there is nothing to train on, or the language model or its packages cannot be had.
+        ModelError, ConfigError
+            If there is no model to continue, or one of another shape than the configuration has.
         """
         try:
             from llmrec.tuning import tune
@@ -149,11 +159,32 @@ class Recommender:
             raise ImportError('fine-tuning needs: pip install "llmrec[lm]"') from missing
 
         run = Path(folder) if folder else (self.folder / "training" if self.folder else None)
+        if since is not None:
+            return self._continue(minutes, on_step, run, since)
         lm, recipe, report = tune(self._state, self._log(), self.config, minutes, run, on_step)
         with self._changing:
             # Items may have been added meanwhile.
             self._state = replace(self._state, lm=lm.grown(self._state.texts), recipe=recipe)
             self._adapter, self._run = None, run
+        return report
+
+    def _continue(
+        self,
+        minutes: float | None,
+        on_step: Callable[[Progress, float], None] | None,
+        run: Path | None,
+        since: Since,
+    ) -> FinetuneReport:
+        from llmrec.continuing import continue_tuning
+
+        state = self._ready(lm=True)
+        lm, report = continue_tuning(state, self._log(), self.config, minutes, run, on_step, since)
+        if report.continued is not None and report.continued.kept:
+            with self._changing:
+                self._state = replace(self._state, lm=lm.grown(self._state.texts))
+                self._adapter, self._run = None, run
+        elif run is not None:
+            persistence.clear_run(run)
         return report
 
     def refit(self) -> None:
@@ -223,7 +254,13 @@ class Recommender:
             same = folder == self.folder
             folder.mkdir(parents=True, exist_ok=True)
             before = persistence.state_of(folder)
-            name = persistence.write_state(folder, lambda target: state.write(target, self._adapter))
+
+            def write(target: Path) -> None:
+                state.write(target, self._adapter)
+                if (target / "adapter").is_dir():
+                    persistence.keep_log([self._run, self._adapter], target / "adapter")
+
+            name = persistence.write_state(folder, write)
             events = Path(store.path).name if same else f"events-{uuid.uuid4().hex[:12]}.sqlite"
             moving = contextlib.nullcontext() if same else store.moving(folder / events)
             with moving:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from llmrec.errors import DataError
 from llmrec.protocols import Codes, Floats
 
 FULL_SOFTMAX_UP_TO = 50_000
@@ -97,6 +98,60 @@ def windows(
     return pieces
 
 
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """Old histories, of which each epoch learns some again.
+
+    Parameters
+    ----------
+    histories
+        Oldest first.
+    weights
+        Of their events, one array a history; 1 if None.
+    events
+        About so many events are drawn an epoch, in whole histories.
+    """
+
+    histories: Sequence[Codes]
+    weights: Sequence[Floats] | None
+    events: int
+
+    def draw(self, length: int, rng: np.random.Generator) -> list[Window]:
+        """Windows of at most `length` items of histories drawn at random, no history twice."""
+        left, drawn = self.events, []
+        for user in rng.permutation(len(self.histories)).tolist():
+            if left <= 0:
+                break
+            drawn.append(user)
+            left -= len(self.histories[user])
+        weights = None if self.weights is None else [self.weights[user] for user in drawn]
+        return windows([self.histories[user] for user in drawn], length, rng, weights)
+
+
+class Source:
+    """Windows of histories, anew in each epoch.
+
+    Raises
+    ------
+    DataError
+        If there are no events to learn.
+    """
+
+    def __init__(
+        self, histories: Sequence[Codes], weights: Sequence[Floats] | None, replay: Replay | None = None
+    ) -> None:
+        counted = histories if weights is None else weights
+        if not any(len(h) if weights is None else h.any() for h in counted):
+            raise DataError("no events to train on: all training histories are empty")
+        self.histories, self.weights, self.replay = list(histories), weights, replay
+
+    def __call__(self, rng: np.random.Generator, length: int) -> list[Window]:
+        """Windows of at most `length` items; those in which nothing counts are left out."""
+        pieces = windows(self.histories, length, rng, self.weights)
+        pieces = [piece for piece in pieces if piece.weights.any()]
+        return pieces if self.replay is None else pieces + self.replay.draw(length, rng)
+
+
 def batches(
     pieces: Sequence[Window], overhead: int, tokens: int, rng: np.random.Generator
 ) -> list[list[Window]]:
@@ -143,6 +198,17 @@ def rows_of(sizes: Sequence[int], width: int) -> list[list[int]]:
     return rows
 
 
+def shares(sizes: Sequence[int], parts: int) -> list[list[int]]:
+    """Deal pieces of these sizes out to parts of about the same size, in the old order; none is empty."""
+    dealt: list[list[int]] = [[] for _ in range(min(parts, len(sizes)))]
+    total = [0] * len(dealt)
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        least = total.index(min(total))
+        dealt[least].append(i)
+        total[least] += max(1, sizes[i])
+    return [sorted(part) for part in dealt]
+
+
 def next_item_loss(model: NextItemModel, batch: Sequence[Window], negatives: int) -> Tensor:
     """Mean nats an item over all positions of a batch, each counted with the weight of its event.
 
@@ -160,6 +226,11 @@ def weighted_mean(nats: Tensor, batch: Sequence[Window]) -> Tensor:
     """Mean of the nats of all items of a batch, in its order, each with the weight of its event."""
     weights = torch.from_numpy(np.concatenate([window.weights for window in batch])).to(nats.device)
     return (weights * nats).sum() / weights.sum()
+
+
+def weight_of(batch: Sequence[Window]) -> float:
+    """What all events of a batch count together, which `weighted_mean` divides by."""
+    return float(sum(window.weights.sum(dtype=np.float64) for window in batch))
 
 
 def item_nats(model: NextItemModel, states: Tensor, targets: Tensor, negatives: int) -> Tensor:

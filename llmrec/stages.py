@@ -21,11 +21,12 @@ from llmrec.evaluation.split import Split
 from llmrec.families import Texts
 from llmrec.protocols import Retriever
 from llmrec.recipe import HeldOut, Recipe, RetrievalConfig, hash_histories, load_retrievers, retriever_arrays
+from llmrec.score.config import ItemTokensConfig
 from llmrec.selection import choose_recipe
 from llmrec.state import State
 
 if TYPE_CHECKING:
-    from llmrec.training import Progress
+    from llmrec.progress import Progress
 
 
 FITTING = (
@@ -44,12 +45,17 @@ FITTING = (
     "pipeline",
     "ranking",
     "metrics",
+    "text",
 )
 """Source that decides what retrievers are fitted and which weights they get."""
 
 TUNING = (
+    "text",
     "score",
     "training",
+    "progress",
+    "processes",
+    "tensors",
     "sequences",
     "adapter",
     "language_model",
@@ -143,6 +149,13 @@ def tuned(
             settings.model_dump(),
             sources(*TUNING),
         ]
+        if not isinstance(config.lm, ItemTokensConfig):
+            # Those that read words learn from the candidates that a recipe's retrievers give.
+            key += [
+                {**state.recipe.as_dict(), "log": None},
+                state.catalog.fingerprint,
+                sources(*FITTING, "mining"),
+            ]
         place = cache.place("lm", key) if cache.folder else Path(temporary)
         cache.found["lm"] = (place / "checkpoint.safetensors").is_file()
         model, report, recipe = fine_tune(

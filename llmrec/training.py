@@ -5,85 +5,30 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Generic
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from llmrec.errors import ModelError
+from llmrec.processes import Processes
+from llmrec.progress import Progress, TrainingReport, cooling
+from llmrec.run_log import RunLog, need_tensorboard
 from llmrec.score.config import TrainingConfig
 from llmrec.score.tasks import Batch, Task
+from llmrec.tensors import random_state, read_tensors, set_random_state, write_tensors
 
 logger = logging.getLogger(__name__)
-
-
-WORSE = 0.5
-"""Nats an item by which the held-out loss has to rise above its lowest to end the run early."""
 
 VALIDATION_SECONDS = 90.0
 """Longest stretch of training between two validations in a run that lasts by minutes."""
 
-
-@dataclass(frozen=True, slots=True)
-class Cooling:
-    """The end of a run that was seen to learn by heart: from `start` to `end` events the rate falls to 0.
-
-    `rate` is the share of the learning rate at its start.
-    """
-
-    start: int
-    end: int
-    rate: float
-
-
-@dataclass(slots=True)
-class Progress:
-    """State of a run; written into every checkpoint."""
-
-    step: int = 0
-    epoch: int = 0
-    batch: int = 0
-    events: int = 0
-    seconds: float = 0.0
-    loss: float = math.nan
-    validated: int = 0
-    best: float = -math.inf
-    curve: list[dict[str, float]] = field(default_factory=list)
-    cooling: Cooling | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class TrainingReport:
-    """What a run did. `curve` holds one row a validation: events, seconds, train_nats and the measures.
-
-    `early` says that it ended before its budget, since the held-out loss rose.
-    """
-
-    steps: int
-    events: int
-    seconds: float
-    events_per_second: float
-    best: float
-    best_step: int
-    curve: list[dict[str, float]]
-    early: bool = False
-
-    def __str__(self) -> str:
-        last = self.curve[-1]["train_nats"] if self.curve else math.nan
-        return (
-            f"{self.steps} steps, {self.events} events in {self.seconds:.0f} s "
-            f"({self.events_per_second:.0f} a second), {last:.2f} nats an item; "
-            f"validation NDCG@10 {self.best:.4f} at step {self.best_step}"
-            + ("; ended early, since it began to learn by heart" if self.early else "")
-        )
-
+CHECKPOINT, BEST = "checkpoint.safetensors", "best.safetensors"
 
 Validate = Callable[[], Mapping[str, float]]
 """Measures the model as it is; ``ndcg@10`` among the measures decides which state is kept."""
@@ -94,49 +39,8 @@ def trainable(model: nn.Module) -> dict[str, Tensor]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def cooling(curve: Sequence[Mapping[str, float]], rate: float) -> Cooling | None:
-    """Whether the last validation says that a run learns by heart, and how it then ends.
-
-    Where the held-out loss has risen by `WORSE` above its lowest, as many events follow as there were up to
-    that lowest, with a falling learning rate: lists still get better while the rate falls, though the loss
-    does not. The state that ranked best is kept either way.
-
-    Parameters
-    ----------
-    curve
-        Validations so far, with ``events`` and ``nats`` (never cooling without).
-    rate
-        Share of the learning rate now.
-    """
-    known = [row for row in curve if "nats" in row]
-    if len(known) < 2:
-        return None
-    lowest = min(known, key=lambda row: row["nats"])
-    if known[-1]["nats"] <= lowest["nats"] + WORSE:
-        return None
-    now = int(known[-1]["events"])
-    return Cooling(now, now + int(lowest["events"]), rate)
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file to a temporary name and rename it, so that no half file is ever seen."""
-    temporary = path.with_name(path.name + ".tmp")
-    save_file(
-        {k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata=dict(metadata)
-    )
-    with temporary.open("rb") as written:
-        os.fsync(written.fileno())
-    temporary.replace(path)
-
-
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read a safetensors file: tensors and metadata."""
-    with safe_open(path, framework="pt") as opened:
-        return {key: opened.get_tensor(key) for key in opened.keys()}, dict(opened.metadata() or {})  # noqa: SIM118
-
-
 class LoRATrainer(Generic[Batch]):
-    """One training run, resumable from its folder.
+    """One training run, resumable from its folder, in one process or in several that share each step.
 
     Parameters
     ----------
@@ -144,9 +48,19 @@ class LoRATrainer(Generic[Batch]):
         Model, batches and loss. The model's body carries LoRA matrices already; everything else in the
         body is frozen.
     folder
-        Where checkpoint and best state are written. A checkpoint of the same `fingerprint` is continued.
+        Where checkpoint, best state and log are written, by the main process alone; that of the main process
+        is read by all. A checkpoint of the same `fingerprint` and as many processes is continued.
     fingerprint
         Hash of data and settings; a checkpoint of another run is not continued.
+    dtype
+        bfloat16 runs the loss under autocast.
+
+    Raises
+    ------
+    ImportError
+        If TensorBoard is wanted and not installed.
+    ModelError
+        If gradient checkpointing is wanted of a model that has none.
     """
 
     def __init__(
@@ -158,15 +72,16 @@ class LoRATrainer(Generic[Batch]):
         *,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        from accelerate import Accelerator
-
-        self.task, self.config, self.folder = task, config, folder
-        model = task.model
-        self.fingerprint = fingerprint
+        if config.tensorboard:
+            need_tensorboard()
+        self.team = Processes()
+        self.task, self.config, self.dtype = task, config, dtype
+        self.folder = self.team.agreed(folder)
+        # What one process was given to draw is not what another draws.
+        self.fingerprint = fingerprint + (f"/{self.team.count}" if self.team.count > 1 else "")
         self.progress = Progress()
-        self.accelerator = Accelerator(
-            cpu=not torch.cuda.is_available(), mixed_precision="bf16" if dtype == torch.bfloat16 else "no"
-        )
+        self.log: RunLog | None = None
+        model = task.model
         body = [p for n, p in model.named_parameters() if p.requires_grad and n.startswith("body.")]
         head = [p for n, p in model.named_parameters() if not n.startswith("body.")]
         optimiser = torch.optim.AdamW(
@@ -178,7 +93,7 @@ class LoRATrainer(Generic[Batch]):
             weight_decay=config.weight_decay,
             fused=True,
         )
-        self.model = model.to(self.accelerator.device)
+        self.model = model.to(self.team.device)
         self.optimiser: Any = optimiser
         self.parameters = trainable(model)
 
@@ -187,29 +102,47 @@ class LoRATrainer(Generic[Batch]):
     ) -> TrainingReport:
         """Train to the end of the budget and leave the best validated state in the model.
 
-        `on_step` is called with the progress and the finished share of the budget.
+        `on_step` is called with the progress and the finished share of the budget. Only the main process
+        calls it, and `validate`.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        torch.manual_seed(self.config.seed)
+        torch.manual_seed(self.config.seed + self.team.index)
         self._resume()
-        started = time.monotonic() - self.progress.seconds
+        p = self.progress
+        if self.team.main:
+            run = self.fingerprint[:12]
+            self.log = RunLog(self.folder, run, p.logged, p.step, tensorboard=self.config.tensorboard)
+        checkpointing(self.model, self.config.gradient_checkpointing)
+        try:
+            self._loop(validate, on_step if self.team.main else None)
+            return self._finish(validate)
+        finally:
+            checkpointing(self.model, False)
+            if self.log is not None:
+                self.log.close()
+
+    def _loop(self, validate: Validate | None, on_step: Callable[[Progress, float], None] | None) -> None:
+        p = self.progress
+        started = time.monotonic() - p.seconds
         saved = time.monotonic()
-        recent: list[float] = []
         for batch in self._stream():
             if self._done() >= 1:
                 break
             loss = self._step(batch)
-            recent = [*recent[-49:], loss]
-            p = self.progress
-            p.loss, p.seconds = float(np.mean(recent)), time.monotonic() - started
+            now = time.monotonic()
+            # One clock decides for all processes.
+            due = float(now - saved > self.config.checkpoint_seconds)
+            seconds, due = self.team.agreed_numbers([now - started, due])
+            p.took(loss, seconds)
+            if p.step % self.config.log_steps == 0:
+                self._note("step", {"rate": self._rate(), "loss": loss})
             if on_step is not None:
                 on_step(p, self._done())
             if validate is not None and self._done() * self._validations() >= p.validated + 1:
                 started += self._validate(validate)
-            if time.monotonic() - saved > self.config.checkpoint_seconds:
+            if due:
                 self._checkpoint()
                 saved = time.monotonic()
-        return self._finish(validate)
 
     def _spent(self) -> float:
         """Spent share of the budget; the sooner of minutes and steps."""
@@ -219,8 +152,10 @@ class LoRATrainer(Generic[Batch]):
 
     def _done(self) -> float:
         """Finished share of the run: of its budget, or of what is left of it while it cools."""
-        cooling = self.progress.cooling
-        return max(self._spent(), self.progress.events / cooling.end if cooling else 0.0)
+        p = self.progress
+        if p.stopped:
+            return 1.0
+        return max(self._spent(), p.events / p.cooling.end if p.cooling else 0.0)
 
     def _rate(self) -> float:
         """Share of the learning rate: up over the first steps, then down to 0 at the end of the run."""
@@ -238,61 +173,106 @@ class LoRATrainer(Generic[Batch]):
 
     def _stream(self) -> Iterator[Batch]:
         """Batches without end; their order depends on seed and epoch alone, so a resumed run is exact."""
-        p = self.progress
+        p, parts = self.progress, self.team.count * self.config.accumulate
         while True:
             rng = np.random.default_rng([self.config.seed, p.epoch])
-            for batch in self.task.epoch(rng)[p.batch :]:
+            for batch in self.task.epoch(rng, parts)[p.batch :]:
                 p.batch += 1
                 yield batch
             p.epoch, p.batch = p.epoch + 1, 0
 
     def _step(self, batch: Batch) -> float:
+        """Learn from a batch, part by part, and return its loss. Every process takes its parts of it."""
         for group in self.optimiser.param_groups:
             group["lr"] = group["base"] * self._rate()
         self.model.train()
-        with self.accelerator.autocast():
-            loss = self.task.loss(batch)
-        self.accelerator.backward(loss)
-        self.accelerator.clip_grad_norm_(self.parameters.values(), self.config.clip)
+        parts = self.task.split(batch, self.team.count * self.config.accumulate)
+        total, loss = self.task.weight(batch), 0.0
+        for part in parts[self.team.index :: self.team.count]:
+            with torch.autocast(self.team.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+                mean = self.task.loss(part)
+            # A part counts as much as its events do, so that the sum is the mean over the whole batch.
+            share = self.task.weight(part) / total
+            torch.autograd.backward(mean * share)
+            loss += float(mean.detach()) * share
+        if self.team.count > 1:
+            loss = self._sum_gradients(loss)
+        torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.config.clip)
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
         self.progress.step += 1
         self.progress.events += self.task.events(batch)
-        return float(loss.detach())
+        return loss
+
+    def _sum_gradients(self, loss: float) -> float:
+        """Add up the gradients of all processes, in one message, and return the sum of their losses."""
+        parameters = list(self.parameters.values())
+        device = self.team.device
+        # What no process has used has no gradient afterwards either, and is not decayed.
+        used = torch.tensor([float(p.grad is not None) for p in parameters], device=device)
+        flat = [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters]
+        summed = self.team.summed(torch.cat([torch.tensor([loss], device=device), used, *flat]))
+        found, at = float(summed[0]), 1 + len(parameters)
+        for number, parameter in enumerate(parameters, start=1):
+            gradient = summed[at : at + parameter.numel()].view_as(parameter).to(parameter.dtype)
+            parameter.grad = gradient if summed[number] > 0 else None
+            at += parameter.numel()
+        return found
 
     def _validate(self, validate: Validate) -> float:
         """Measure, keep the state if it is the best so far, and return the seconds it took."""
         begun = time.monotonic()
         p = self.progress
         self.model.eval()
-        measures = dict(validate())
+        measures = self.team.agreed(dict(validate()) if self.team.main else {})
         p.curve.append(
             {"step": p.step, "events": p.events, "seconds": p.seconds, "train_nats": p.loss, **measures}
         )
         logger.info("step %d: %s", p.step, p.curve[-1])
+        self._note("validation", measures)
+        p.stale += 1
         if measures["ndcg@10"] > p.best:
-            p.best = measures["ndcg@10"]
-            write_tensors(self.folder / "best.safetensors", self.parameters, {"step": str(p.step)})
+            p.best, p.stale = measures["ndcg@10"], 0
+            if self.team.main:
+                write_tensors(self.folder / BEST, self.parameters, {"step": str(p.step)})
+        p.stopped = self.config.patience is not None and p.stale >= self.config.patience
         if p.cooling is None:
             p.cooling = cooling(p.curve, self._rate())
         p.validated = math.floor(self._done() * self._validations() + 1e-9)
         return time.monotonic() - begun
 
+    def _note(self, kind: str, values: Mapping[str, float]) -> None:
+        """Write a line of the log."""
+        p = self.progress
+        p.logged += 1
+        if self.log is not None:
+            known = {"events": p.events, "seconds": p.seconds, "train_nats": p.loss}
+            self.log.add(kind, p.step, {**known, **values})
+
     def _finish(self, validate: Validate | None) -> TrainingReport:
         p = self.progress
-        best, best_step = self.folder / "best.safetensors", p.step
+        best, best_step = self.folder / BEST, p.step
         if validate is not None and (not p.curve or p.curve[-1]["step"] != p.step):
             self._validate(validate)
         # Whoever gives the same command again has the result at once.
         self._checkpoint()
+        self.team.wait()
         if best.is_file():
             tensors, metadata = read_tensors(best)
             self._load(tensors)
             best_step = int(metadata["step"])
+        # The main process may remove the folder as soon as it has its report.
+        self.team.wait()
         self.model.eval()
         speed = p.events / p.seconds if p.seconds else 0.0
-        early = p.cooling is not None and self._spent() < 1
-        return TrainingReport(p.step, p.events, p.seconds, speed, p.best, best_step, p.curve, early)
+        reason = ""
+        if self._spent() < 1 and p.stopped:
+            reason = f"{p.stale} validations in a row were no better"
+        elif self._spent() < 1 and p.cooling is not None:
+            reason = "it began to learn by heart"
+        return TrainingReport(
+            p.step, p.events, p.seconds, speed, p.best, best_step, p.curve, bool(reason), reason
+        )
 
     def _load(self, tensors: Mapping[str, Tensor]) -> None:
         with torch.no_grad():
@@ -300,25 +280,30 @@ class LoRATrainer(Generic[Batch]):
                 parameter.copy_(tensors[name])
 
     def _checkpoint(self) -> None:
+        # Each process draws its own dropout.
+        drawn = self.team.gathered(random_state(self.team.device))
+        if not self.team.main:
+            return
         state: dict[str, Tensor] = dict(self.parameters)
         for name, parameter in self.parameters.items():
             for key, value in self.optimiser.state[parameter].items():
                 state[f"optimiser.{key}.{name}"] = value
-        state["rng"] = torch.get_rng_state()
+        state["rng"] = drawn
         metadata = {"fingerprint": self.fingerprint, "progress": json.dumps(asdict(self.progress))}
-        write_tensors(self.folder / "checkpoint.safetensors", state, metadata)
+        write_tensors(self.folder / CHECKPOINT, state, metadata)
 
     def _resume(self) -> None:
-        path = self.folder / "checkpoint.safetensors"
-        if not path.is_file():
-            # What a run left that was killed before its first checkpoint.
-            (self.folder / "best.safetensors").unlink(missing_ok=True)
-            return
-        tensors, metadata = read_tensors(path)
+        path = self.folder / CHECKPOINT
+        tensors, metadata = read_tensors(path) if path.is_file() else ({}, {})
+        # All have looked before anything is removed.
+        self.team.wait()
         if metadata.get("fingerprint") != self.fingerprint:
-            logger.warning("the checkpoint in %s is of another run; starting anew", self.folder)
-            (self.folder / "best.safetensors").unlink(missing_ok=True)
-            path.unlink()
+            if metadata:
+                logger.warning("the checkpoint in %s is of another run; starting anew", self.folder)
+            if self.team.main:
+                # Besides, what a run left that was killed before its first checkpoint.
+                path.unlink(missing_ok=True)
+                (self.folder / BEST).unlink(missing_ok=True)
             return
         self._load(tensors)
         for name, parameter in self.parameters.items():
@@ -326,9 +311,24 @@ class LoRATrainer(Generic[Batch]):
             self.optimiser.state[parameter] = {
                 key: tensors[f"optimiser.{key}.{name}"].to(parameter.device) for key in keys
             }
-        torch.set_rng_state(tensors["rng"])
-        stored = json.loads(metadata["progress"])
-        if stored["cooling"] is not None:
-            stored["cooling"] = Cooling(**stored["cooling"])
-        self.progress = Progress(**stored)
+        set_random_state(tensors["rng"][self.team.index], self.team.device)
+        self.progress = Progress.of(json.loads(metadata["progress"]))
         logger.info("continuing at step %d", self.progress.step)
+
+
+def checkpointing(model: nn.Module, wanted: bool) -> None:
+    """Let the layers of a model's body be computed again in the backward pass, or be kept.
+
+    Raises
+    ------
+    ModelError
+        If the model cannot do it.
+    """
+    body: Any = model.body
+    if not wanted:
+        if getattr(body, "is_gradient_checkpointing", False):
+            body.gradient_checkpointing_disable()
+        return
+    if not getattr(body, "supports_gradient_checkpointing", False):
+        raise ModelError(f"{type(body).__name__} has no gradient checkpointing; switch it off")
+    body.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from llmrec.config import Config
 from llmrec.evaluation.split import tail
@@ -12,29 +14,66 @@ from llmrec.events import EventLog
 from llmrec.language_model import TunedModel
 from llmrec.lm_training import fine_tune
 from llmrec.metrics import Comparison, compare
-from llmrec.recipe import Recipe, fit_retrievers, ranks_in
+from llmrec.progress import Progress, TrainingReport
+from llmrec.recipe import HeldOut, Recipe, fit_retrievers, ranks_in
 from llmrec.state import State
-from llmrec.training import Progress, TrainingReport
+
+CHOSEN = "held-out users that chose the weight"
+JUDGED = "held-out users with new events that chose nothing"
+
+
+@dataclass(frozen=True)
+class Continued:
+    """How a tuned model was continued on newer events, and whether the result was kept.
+
+    `since` is in seconds since 1970: events after it were new. In each epoch `fresh` of them were learned,
+    and about `replayed` older ones. `comparison` sets the continued model against the earlier one, each
+    alone, on new events that neither has seen.
+    """
+
+    since: int
+    fresh: int
+    replayed: int
+    comparison: Comparison
+
+    @property
+    def kept(self) -> bool:
+        """Whether the continued model took the place of the earlier one: not if it is shown to be worse."""
+        return not self.comparison.high < 0
+
+    def __str__(self) -> str:
+        since = datetime.fromtimestamp(self.since, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+        what = f"continued on {self.fresh:,} events after {since}, with about {self.replayed:,} older ones"
+        why = (
+            "kept: on new held-out events it is not shown to be worse than the earlier model"
+            if self.kept
+            else "not kept, the earlier model stays: on new held-out events it is worse"
+        )
+        return f"{what}\n{why}\n{self.comparison}"
 
 
 @dataclass(frozen=True)
 class FinetuneReport:
     """What fine-tuning did, and the language model's weight in the blend (0: it is left out).
 
-    `gain` compares the blend with the merge on the held-out users that chose the weight.
+    `gain` compares the blend with the merge on the held-out users that chose the weight. `continued` says
+    what a tuned model was continued on, and which of the two was kept; None where it was trained anew.
     """
 
     training: TrainingReport
     weight: float
     query_weight: float
     gain: Comparison
+    continued: Continued | None = None
 
     def __str__(self) -> str:
         if self.weight or self.query_weight:
             used = f"weight in the blend {self.weight:g}, with typed words {self.query_weight:g}"
         else:
             used = "weight 0: on held-out events the language model adds nothing beyond noise, it is left out"
-        return f"{self.training}\n{used}\n{self.gain} (held-out users that chose the weight)"
+        if self.continued is not None:
+            return f"{self.training}\n{self.continued}\n{used}\n{self.gain} ({JUDGED})"
+        return f"{self.training}\n{used}\n{self.gain} ({CHOSEN})"
 
 
 def tune(
@@ -61,11 +100,31 @@ def tune(
         on_step=on_step,
     )
     judged = held_out.sample(lm.judged or search.lm_users, search.seed)
-    tuned = replace(state, recipe=recipe, lm=lm).pipeline()
+    tuned = replace(state, recipe=recipe, lm=lm)
+    gain = gain_of(tuned, judged)
+    note(tuned, log, gain, CHOSEN)
+    return lm, recipe, FinetuneReport(report, recipe.history.most_lm, recipe.query.most_lm, gain)
+
+
+def gain_of(state: State, judged: HeldOut) -> Comparison:
+    """The blend with the language model against the blend without it."""
+    tuned = state.pipeline()
     plain = replace(tuned, history=tuned.history.with_lm(0.0))
     ranks = {
         name: ranks_in((c.items for c in system.recommend(judged.queries, 100)), judged.targets)
         for name, system in (("blend", tuned), ("merge", plain))
     }
-    gain = compare(ranks, "blend", "merge")
-    return lm, recipe, FinetuneReport(report, recipe.history.most_lm, recipe.query.most_lm, gain)
+    return compare(ranks, "blend", "merge")
+
+
+def note(state: State, log: EventLog, gain: Comparison, where: str, **more: Any) -> None:
+    """Write on the card of a state's language model how new its data is, and what it brings."""
+    lm = state.lm
+    assert lm is not None and lm.card is not None
+    until = None if log.timestamp is None or not len(log) else int(log.timestamp.max())
+    weights = {"weight": state.recipe.history.most_lm, "query_weight": state.recipe.query.most_lm}
+    lm.card = lm.card.noting(
+        data={**lm.card.training["data"], "until": until},
+        blend={**gain.as_dict(), **weights, "where": where},
+        **more,
+    )

@@ -94,11 +94,19 @@ class WordLanguageModel:
 
     @classmethod
     def restored(
-        cls, folder: Path, base: Path, texts: Texts, config: WordsConfig, card: Card, head: dict[str, Tensor]
+        cls,
+        folder: Path,
+        base: Path,
+        texts: Texts,
+        config: WordsConfig,
+        card: Card,
+        head: dict[str, Tensor],
+        *,
+        trainable: bool = False,
     ) -> WordLanguageModel:
         """Put together what `read_adapter` read from a folder; see `load_language_model`."""
         body, vectors = load_causal(base, config.layers, body_dtype(config.precision))
-        words = _assemble(kept_adapter(body, folder), vectors, config, base, texts.lines)
+        words = _assemble(kept_adapter(body, folder, trainable=trainable), vectors, config, base, texts.lines)
         with torch.no_grad():
             words.scale.copy_(head["scale"])
         on_device(words)
@@ -111,6 +119,10 @@ class WordLanguageModel:
         words = WordsModel(old.body, old.head, old.vocabulary, old.layout, tokens, old.window)
         words.scale = old.scale
         return WordLanguageModel(words.eval(), self.config, _padded(self.counts, len(lines)), self.card)
+
+    def recounted(self, counts: NDArray[Any]) -> WordLanguageModel:
+        """The same model after other training events, whose weight for each item has shape (items,)."""
+        return WordLanguageModel(self.words, self.config, counts, self.card)
 
 
 def _assemble(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from llmrec import sequences, training
+from llmrec import progress, sequences, training
 from llmrec.errors import DataError, ModelError
 from llmrec.families import Texts, TrainingLog
 from llmrec.index.faiss_index import FaissIndex
@@ -212,7 +212,7 @@ def test_an_adapter_scores_the_same_after_saving_and_refuses_what_it_was_not_tra
     again = load_language_model(tmp_path / "adapter", base, texts("e"), "d")
     asked = [RULE[0], RULE[5][:2]]
     np.testing.assert_array_equal(again.scorer.log_probs(asked), lm.scorer.log_probs(asked))
-    assert not [p for p in (tmp_path / "adapter").iterdir() if p.suffix not in (".json", ".safetensors")]
+    assert {p.suffix for p in (tmp_path / "adapter").iterdir()} == {".json", ".safetensors", ".md"}
 
     other = tiny_lm(tmp_path / "other", seed=7)
     with pytest.raises(ModelError, match=r"another base: [0-9a-f]{12}\.\.\. then, [0-9a-f]{12}"):
@@ -291,7 +291,7 @@ def test_a_run_cools_only_once_the_held_out_loss_has_risen():
     def curve(*nats):
         return [{"events": 100.0 * (n + 1), "nats": value} for n, value in enumerate(nats)]
 
-    assert training.cooling(curve(7.0), 1.0) is None
-    assert training.cooling(curve(7.0, 6.5, 6.9), 0.9) is None
-    assert training.cooling(curve(7.0, 6.5, 6.9, 7.1), 0.6) == training.Cooling(400, 600, 0.6)
-    assert training.cooling([{"events": 1.0, "ndcg@10": 0.1}] * 3, 1.0) is None
+    assert progress.cooling(curve(7.0), 1.0) is None
+    assert progress.cooling(curve(7.0, 6.5, 6.9), 0.9) is None
+    assert progress.cooling(curve(7.0, 6.5, 6.9, 7.1), 0.6) == progress.Cooling(400, 600, 0.6)
+    assert progress.cooling([{"events": 1.0, "ndcg@10": 0.1}] * 3, 1.0) is None

@@ -111,13 +111,17 @@ class Writer:
     """
 
     def __init__(self, folder: Path) -> None:
+        import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         with quiet_transformers():
             self._tokenizer: Any = AutoTokenizer.from_pretrained(
                 folder, trust_remote_code=False, padding_side="left"
             )
-            self._model: Any = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False).eval()
+            # Weights are kept in a type that says little on a processor that does not multiply it.
+            self._model: Any = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=torch.float32, trust_remote_code=False
+            ).eval()
         if self._tokenizer.pad_token_id is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token
 

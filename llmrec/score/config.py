@@ -108,12 +108,33 @@ class TrainingConfig(BaseModel):
     head_learning_rate: float = Field(5e-3, gt=0, description="of item projections and id vectors")
     weight_decay: float = Field(0.01, ge=0)
     warmup_steps: int = Field(30, ge=0)
-    tokens_per_step: int = Field(900, ge=1, description="items of histories in one step")
+    tokens_per_step: int = Field(
+        900, ge=1, description="items of histories in one step, in each process and for each `accumulate`"
+    )
+    accumulate: int = Field(
+        1, ge=1, description="parts in which a step is read one after the other: so many times as large"
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="compute the layers twice instead of keeping them: less memory, same gradients"
+    )
     clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
     negatives: int = Field(8192, ge=1, description="drawn items a step in a catalogue above 50,000")
     validations: int = Field(8, ge=1, description="validations over the budget, at least")
+    patience: int | None = Field(
+        None, ge=1, description="end after so many validations without a better NDCG@10; None: never"
+    )
     checkpoint_seconds: float = Field(60.0, gt=0, description="between checkpoints")
+    log_steps: int = Field(50, ge=1, description="steps between lines of the log; validations have their own")
+    tensorboard: bool = Field(False, description="write curves for TensorBoard too")
+    replay: float = Field(
+        0.5, ge=0, lt=1, description="share of old events where a tuned model is continued on new ones"
+    )
     seed: int = 0
+
+    @property
+    def learned(self) -> dict[str, Any]:
+        """The settings that decide what is learned, as values: all but those of the log."""
+        return self.model_dump(exclude={"log_steps", "tensorboard"})
 
     def lasting(self, minutes: float | None) -> TrainingConfig:
         """The same for a run of so many minutes; as it is for None."""

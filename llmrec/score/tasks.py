@@ -19,7 +19,17 @@ from llmrec.score.labels import LettersScorer, YesNoScorer
 from llmrec.score.likelihood import LikelihoodModel
 from llmrec.score.packed import Row, forward, row_of
 from llmrec.score.trie import ROOT, Tree
-from llmrec.sequences import Window, item_nats, packs, rows_of, weighted_mean, windows
+from llmrec.sequences import (
+    Replay,
+    Source,
+    Window,
+    item_nats,
+    packs,
+    rows_of,
+    shares,
+    weight_of,
+    weighted_mean,
+)
 
 Batch = TypeVar("Batch")
 
@@ -28,15 +38,27 @@ ROW = 256
 
 
 class Task(Protocol[Batch]):
-    """Batches of an epoch and their loss. The order of batches follows from the generator alone."""
+    """Batches of an epoch and their loss. The order of batches follows from the generator alone.
+
+    A batch may be split into parts, whose losses, each with the share that its `weight` has, sum to the loss
+    of the batch.
+    """
 
     @property
     def model(self) -> nn.Module:
         """The model that is trained."""
         ...
 
-    def epoch(self, rng: np.random.Generator) -> list[Batch]:
-        """All batches of one pass over the data."""
+    def epoch(self, rng: np.random.Generator, parts: int = 1) -> list[Batch]:
+        """All batches of one pass over the data, each to be read in so many parts of the usual size."""
+        ...
+
+    def split(self, batch: Batch, parts: int) -> list[Batch]:
+        """At most so many parts of a batch, none of them empty, which take about the same time."""
+        ...
+
+    def weight(self, batch: Batch) -> float:
+        """What the events of a batch count together."""
         ...
 
     def loss(self, batch: Batch) -> Tensor:
@@ -58,7 +80,10 @@ class ItemTokensTask:
     window
         Longest window in items.
     weights
-        Of the events, one array a history: what each counts in the loss; 1 if None.
+        Of the events, one array a history: what each counts in the loss; 1 if None. An event of weight 0 is
+        read and not learned.
+    replay
+        Old histories that some are drawn from in each epoch besides.
     typed
         Gives the tokens of a wish, drawn, for an item; None for no wishes.
     wishes
@@ -77,28 +102,35 @@ class ItemTokensTask:
         window: int,
         config: TrainingConfig,
         weights: Sequence[Floats] | None = None,
+        replay: Replay | None = None,
         *,
         typed: Callable[[int, np.random.Generator], Sequence[int]] | None = None,
         wishes: float = 0.0,
     ) -> None:
-        if not any(len(h) for h in histories):
-            raise DataError("no events to train on: all training histories are empty")
         self.model, self.window, self.config = model, window, config
-        self.histories, self.weights = list(histories), weights
+        self.source = Source(histories, weights, replay)
         self.typed, self.wishes = typed, wishes
 
-    def epoch(self, rng: np.random.Generator) -> list[list[Window]]:
+    def epoch(self, rng: np.random.Generator, parts: int = 1) -> list[list[Window]]:
         """Windows that hold every event once, grouped at random."""
-        pieces = windows(self.histories, self.window, rng, self.weights)
+        pieces = self.source(rng, self.window)
         if self.typed is not None and self.wishes > 0:
             pieces = [self._asking(piece, rng) if rng.random() < self.wishes else piece for piece in pieces]
         sizes = [len(piece) + len(piece.typed) for piece in pieces]
-        grouped = packs(sizes, self.config.tokens_per_step, rng)
+        grouped = packs(sizes, parts * self.config.tokens_per_step, rng)
         return [[pieces[i] for i in group] for group in grouped]
 
     def _asking(self, window: Window, rng: np.random.Generator) -> Window:
         assert self.typed is not None
         return replace(window, typed=self.typed(int(window.items[-1]), rng))
+
+    def split(self, batch: Sequence[Window], parts: int) -> list[list[Window]]:
+        """Parts with about as many items each."""
+        return [[batch[i] for i in part] for part in shares([len(window) for window in batch], parts)]
+
+    def weight(self, batch: Sequence[Window]) -> float:
+        """Weight of the events of a batch."""
+        return weight_of(batch)
 
     def loss(self, batch: Sequence[Window]) -> Tensor:
         """Mean nats an item, each with the weight of its event."""
@@ -122,10 +154,8 @@ class LikelihoodTask:
 
     Parameters
     ----------
-    histories
-        Oldest first.
-    weights
-        Of the events, one array a history; 1 if None.
+    histories, weights, replay
+        As in `ItemTokensTask`.
 
     Raises
     ------
@@ -139,25 +169,35 @@ class LikelihoodTask:
         histories: Sequence[Codes],
         config: TrainingConfig,
         weights: Sequence[Floats] | None = None,
+        replay: Replay | None = None,
     ) -> None:
-        if not any(len(h) for h in histories):
-            raise DataError("no events to train on: all training histories are empty")
         self.likelihood, self.model = model, model.words
-        self.histories, self.config, self.weights = list(histories), config, weights
+        self.config, self.source = config, Source(histories, weights, replay)
         self._sizes = np.array([len(line) + 1 for line in model.words.lines])
         self._choices: dict[int, list[tuple[int, int, int]]] = {}
 
-    def epoch(self, rng: np.random.Generator) -> list[list[Window]]:
+    def epoch(self, rng: np.random.Generator, parts: int = 1) -> list[list[Window]]:
         """Windows that hold every event once, grouped at random."""
-        pieces = windows(self.histories, self.model.window, rng, self.weights)
-        sizes = [int(self._sizes[piece.items].sum()) for piece in pieces]
-        grouped = packs(sizes, self.config.tokens_per_step, rng)
+        pieces = self.source(rng, self.model.window)
+        grouped = packs(self._lengths(pieces), parts * self.config.tokens_per_step, rng)
         return [[pieces[i] for i in group] for group in grouped]
+
+    def split(self, batch: Sequence[Window], parts: int) -> list[list[Window]]:
+        """Parts with about as many words each."""
+        return [[batch[i] for i in part] for part in shares(self._lengths(batch), parts)]
+
+    def weight(self, batch: Sequence[Window]) -> float:
+        """Weight of the events of a batch."""
+        return weight_of(batch)
+
+    def _lengths(self, batch: Sequence[Window]) -> list[int]:
+        """Words of each window."""
+        return [int(self._sizes[window.items].sum()) for window in batch]
 
     def loss(self, batch: Sequence[Window]) -> Tensor:
         """Mean nats an item, each with the weight of its event."""
         words, trie = self.model, self.likelihood.trie
-        sizes = [int(self._sizes[window.items].sum()) for window in batch]
+        sizes = self._lengths(batch)
         rows: list[Row] = []
         ordered: list[int] = []
         # By node: row, place of the state before the choice, child taken, and line that it belongs to.
@@ -207,11 +247,12 @@ class LikelihoodTask:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A history, candidates, and which of them came next."""
+    """A history, candidates, which of them came next, and what that event counts in the loss."""
 
     query: Query
     candidates: Codes
     truth: int
+    weight: float = 1.0
 
 
 class ListwiseTask:
@@ -223,6 +264,8 @@ class ListwiseTask:
         Of the model that is trained.
     choices
         Candidates from retrievers that have not seen what came next.
+    old, replayed
+        Old choices, of which each epoch learns so many again.
 
     Raises
     ------
@@ -231,28 +274,47 @@ class ListwiseTask:
     """
 
     def __init__(
-        self, scorer: YesNoScorer | LettersScorer, choices: Sequence[Choice], config: TrainingConfig
+        self,
+        scorer: YesNoScorer | LettersScorer,
+        choices: Sequence[Choice],
+        config: TrainingConfig,
+        old: Sequence[Choice] = (),
+        replayed: int = 0,
     ) -> None:
         if not choices:
             raise DataError("no events to train on: no history has an event that retrievers can be asked for")
         self.scorer, self.model, self.choices, self.config = scorer, scorer.words, list(choices), config
+        self.old, self.replayed = list(old), min(replayed, len(old))
 
-    def epoch(self, rng: np.random.Generator) -> list[list[Choice]]:
+    def epoch(self, rng: np.random.Generator, parts: int = 1) -> list[list[Choice]]:
         """All choices once, their candidates in an order drawn anew, grouped at random."""
+        again = rng.choice(len(self.old), self.replayed, replace=False).tolist() if self.replayed else []
         shuffled = []
-        for choice in self.choices:
+        for choice in [*self.choices, *(self.old[i] for i in again)]:
             order = rng.permutation(len(choice.candidates))
             truth = int(np.flatnonzero(order == choice.truth)[0])
-            shuffled.append(Choice(choice.query, choice.candidates[order], truth))
+            shuffled.append(replace(choice, candidates=choice.candidates[order], truth=truth))
+        grouped = packs(self._lengths(shuffled), parts * self.config.tokens_per_step, rng)
+        return [[shuffled[i] for i in group] for group in grouped]
+
+    def split(self, batch: Sequence[Choice], parts: int) -> list[list[Choice]]:
+        """Parts with about as many words each."""
+        return [[batch[i] for i in part] for part in shares(self._lengths(batch), parts)]
+
+    def weight(self, batch: Sequence[Choice]) -> float:
+        """Weight of the events of a batch."""
+        return sum(choice.weight for choice in batch)
+
+    def _lengths(self, batch: Sequence[Choice]) -> list[int]:
+        """Words of each choice: those of its history and its candidates."""
         lines, end = self.model.lines, 1 + len(self.scorer.last)
-        sizes = [
+        return [
             len(self.model.beginning(c.query.history)) + sum(len(lines[i]) + end for i in c.candidates)
-            for c in shuffled
+            for c in batch
         ]
-        return [[shuffled[i] for i in group] for group in packs(sizes, self.config.tokens_per_step, rng)]
 
     def loss(self, batch: Sequence[Choice]) -> Tensor:
-        """Mean nats of what came next among the candidates."""
+        """Mean nats of what came next among the candidates, each with the weight of its event."""
         asked = [self.scorer.asks(choice.query, choice.candidates) for choice in batch]
         rows = [
             row_of(self.model.beginning(choice.query.history), tree)
@@ -265,7 +327,8 @@ class ListwiseTask:
             states = hidden[at, behind + as_tensor(places, hidden)]
             values = self.scorer.answers(states, len(choice.candidates))
             nats.append(-torch.log_softmax(values, dim=-1)[choice.truth])
-        return torch.stack(nats).mean()
+        weights = torch.tensor([choice.weight for choice in batch], device=hidden.device)
+        return (weights * torch.stack(nats)).sum() / weights.sum()
 
     def events(self, batch: Sequence[Choice]) -> int:
         """Choices of a batch."""

@@ -1,0 +1,307 @@
+"""Continuing a tuned language model on newer events, with some older ones so that it forgets little.
+
+What is new are the events after those that the model's card names. Of half the users who have new events
+the last one is held out: neither model has seen it. Some of these users choose which state of the run is
+kept, the others judge whether it takes the place of the earlier model.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmrec.config import Config
+from llmrec.errors import ConfigError, DataError, ModelError
+from llmrec.evaluation.split import Part, training_log
+from llmrec.events import EventLog
+from llmrec.families import TrainingLog
+from llmrec.fetch import resolve, weights_hash
+from llmrec.language_model import LanguageModel, TunedModel, load_language_model
+from llmrec.lm_training import (
+    counts_of,
+    hash_vectors,
+    hash_words,
+    in_order,
+    measure,
+    measure_words,
+    run_training,
+)
+from llmrec.metrics import Ranks, compare
+from llmrec.mining import first_parts, mined_choices
+from llmrec.progress import Progress, TrainingReport
+from llmrec.protocols import Codes
+from llmrec.recipe import HeldOut, fit_retrievers, ranks_in
+from llmrec.score.config import TrainingConfig
+from llmrec.score.likelihood import LikelihoodScorer
+from llmrec.score.tasks import ItemTokensTask, LikelihoodTask, ListwiseTask, Task
+from llmrec.sequences import Replay
+from llmrec.state import State
+from llmrec.tuning import JUDGED, Continued, FinetuneReport, gain_of, note
+from llmrec.word_model import WordLanguageModel
+
+Since = Literal["last"] | int
+"""``"last"``: after the events that the card of the tuned model names; else seconds since 1970."""
+
+HELD_OUT = 0.5
+"""Share of the users with new events whose last one is held out."""
+
+FEWEST = 4
+"""Held-out users without whom nothing can be chosen and judged."""
+
+
+@dataclass(frozen=True, slots=True)
+class News:
+    """A log in which some events are new, and some of these held out.
+
+    Parameters
+    ----------
+    log
+        All events but the held-out ones.
+    old
+        Events of each history of `log` that are not new, shape (users,).
+    chosen_on, judged_on
+        Held-out users that choose the state which is kept, and that judge it.
+    """
+
+    log: TrainingLog
+    old: NDArray[np.int64]
+    chosen_on: Part
+    judged_on: Part
+
+    @property
+    def fresh(self) -> int:
+        """New events that are learned."""
+        return sum(map(len, self.log.histories)) - int(self.old.sum())
+
+    @classmethod
+    def of(cls, log: EventLog, since: int, most: int, seed: int) -> News:
+        """Hold out the last event of half the users with new ones, of at most `most`.
+
+        Raises
+        ------
+        DataError
+            If the log has no clock, or too few users have new events.
+        """
+        stamps = log.require_clock("continuing a tuned model")
+        new = stamps > since
+        ends = log.offsets[1:][np.diff(log.offsets) >= 2] - 1
+        ends = ends[new[ends]]
+        rng = np.random.default_rng(seed)
+        held = rng.permutation(ends)[: min(most, int(HELD_OUT * len(ends)))]
+        keep = np.ones(len(log), dtype=np.bool_)
+        keep[held] = False
+        if len(held) < FEWEST or not (new & keep).any():
+            raise DataError(
+                f"too little is new to continue: {int(new.sum())} events of {len(np.unique(log.user[new]))} "
+                f"users are later than {since}; at least {int(FEWEST / HELD_OUT)} users with 2 events "
+                "or more are needed. Store more events, or fine-tune anew"
+            )
+        old = np.bincount(log.user[keep & ~new], minlength=log.n_users)
+        half = len(held) // 2
+        parts = (Part.of(log, np.sort(part)) for part in (held[:half], held[half:]))
+        return cls(training_log(log, keep), old, *parts)
+
+
+def continue_tuning(
+    state: State,
+    log: EventLog,
+    config: Config,
+    minutes: float | None,
+    folder: Path | None,
+    on_step: Callable[[Progress, float], None] | None,
+    since: Since,
+) -> tuple[TunedModel, FinetuneReport]:
+    """Continue the language model of a state; the one of the two that is kept, and a report.
+
+    Weights of the blend stay as they are: the users with new events are few, and the continued model has the
+    place of the earlier one.
+
+    Raises
+    ------
+    ModelError
+        If the state has no tuned model.
+    ConfigError
+        If the configuration describes a model of another shape.
+    DataError
+        If too little is new.
+    """
+    before = state.lm
+    if before is None or before.card is None:
+        raise ModelError("there is no tuned language model to continue; fine-tune without `since` first")
+    _check_shape(before, config)
+    after = _since(before, since)
+    search, training = config.retrieval, config.training.lasting(minutes)
+    news = News.of(log, after, search.lm_users, search.seed)
+    state = replace(state, retrievers=fit_retrievers(news.log, state.texts, state.recipe))
+    base = resolve(config.lm.base, allow_hub=config.allow_hub)
+    replayed = round(news.fresh * training.replay / (1 - training.replay))
+    parts = (p.held_out(state.catalog.active, not state.repeats) for p in (news.chosen_on, news.judged_on))
+    chosen_on, judged_on = (part.sample(before.judged or search.lm_users, search.seed) for part in parts)
+    with tempfile.TemporaryDirectory(prefix="llmrec-") as temporary:
+        # The earlier model goes on serving: a copy of it is trained.
+        place = Path(temporary)
+        before.save(place / "adapter")
+        data = before.card.data_sha256
+        lm = load_language_model(place / "adapter", base, state.texts, data, trainable=True)
+        lm = lm.recounted(counts_of(news.log, len(state.texts.lines)))
+        report = _train(
+            cast(LanguageModel | WordLanguageModel, lm),
+            state,
+            news,
+            chosen_on,
+            training,
+            replayed,
+            base=base,
+            data=log.fingerprint,
+            parent=weights_hash(place / "adapter"),
+            folder=folder or place,
+            on_step=on_step,
+        )
+    candidates = _candidates(lm, state, judged_on)
+    ranks = {name: _ranks(m, judged_on, candidates) for name, m in (("continued", lm), ("earlier", before))}
+    continued = Continued(after, news.fresh, replayed, compare(ranks, "continued", "earlier"))
+    kept = replace(state, lm=lm if continued.kept else before)
+    gain = gain_of(kept, judged_on)
+    if continued.kept:
+        story = {"since": after, "summary": str(continued), "comparison": continued.comparison.as_dict()}
+        note(kept, log, gain, JUDGED, continued=story)
+    weights = state.recipe.history.most_lm, state.recipe.query.most_lm
+    return cast(TunedModel, kept.lm), FinetuneReport(report, *weights, gain, continued)
+
+
+def _check_shape(before: TunedModel, config: Config) -> None:
+    """Refuse settings of `lm` that the tuned model was not made with."""
+    now, then = config.lm.model_dump(), before.config.model_dump()
+    names = [name for name in {**then, **now} if then.get(name) != now.get(name)]
+    if names:
+        changed = ", ".join(f"{name} {then.get(name)!r} -> {now.get(name)!r}" for name in names)
+        raise ConfigError(f"the tuned model has other settings of lm: {changed}; fine-tune anew to use these")
+
+
+def _since(before: TunedModel, since: Since) -> int:
+    """The time after which events are new, in seconds since 1970."""
+    assert before.card is not None
+    known = before.card.training.get("data", {}).get("until")
+    if since == "last":
+        if known is None:
+            raise DataError(
+                "the card of the tuned model does not say how new its events are: give `since` in seconds "
+                "since 1970, or fine-tune anew"
+            )
+        return int(known)
+    if isinstance(since, bool) or not isinstance(since, int):
+        raise DataError(f"`since` is 'last' or whole seconds since 1970, got {since!r}")
+    if known is not None and since < known:
+        raise DataError(
+            f"the tuned model has learned events up to {known}, so since={since} would judge it on some of "
+            f"them; give {known} or later, or 'last'"
+        )
+    return since
+
+
+def _train(
+    lm: LanguageModel | WordLanguageModel,
+    state: State,
+    news: News,
+    held_out: HeldOut,
+    training: TrainingConfig,
+    replayed: int,
+    *,
+    base: Path,
+    data: str,
+    parent: str,
+    folder: Path,
+    on_step: Callable[[Progress, float], None] | None,
+) -> TrainingReport:
+    candidates = _candidates(lm, state, held_out)
+    if isinstance(lm, LanguageModel):
+        items = hash_vectors(state.texts)
+
+        def validate() -> dict[str, float]:
+            return measure(lm.scorer_of(lm.model), held_out)
+    else:
+        items = hash_words(state)
+
+        def validate() -> dict[str, float]:
+            return measure_words(lm, held_out, candidates)
+
+    report = run_training(
+        lm,
+        _task(lm, state, news, training, replayed),
+        training,
+        validate,
+        log=news.log,
+        held_out=len(news.chosen_on) + len(news.judged_on),
+        selected_on=held_out.sha256(),
+        # What it goes on from decides what comes out.
+        items=f"{items} {parent} {news.old.tolist()}",
+        base=base,
+        encoder=state.texts.encoder.fingerprint,
+        data=data,
+        folder=folder,
+        on_step=on_step,
+    )
+    lm.scorer.forget()
+    return report
+
+
+def _task(
+    lm: LanguageModel | WordLanguageModel, state: State, news: News, training: TrainingConfig, replayed: int
+) -> Task[Any]:
+    """New events in the context of the old ones, and old ones drawn anew in each epoch."""
+    log, ends = news.log, news.old.tolist()
+    old = first_parts(log, ends)
+    if isinstance(lm, WordLanguageModel) and not isinstance(lm.scorer, LikelihoodScorer):
+        mined = lm.config.listed, lm.config.mined, training.seed
+        return ListwiseTask(
+            lm.scorer,
+            mined_choices(state, log, *mined, ends),
+            training,
+            mined_choices(state, old, *mined),
+            replayed,
+        )
+    users = [user for user, end in enumerate(ends) if len(log.histories[user]) > end]
+    histories = [log.histories[user] for user in users]
+    weights = [np.ones(len(h), np.float32) for h in histories]
+    if log.weights is not None:
+        weights = [np.array(log.weights[user], np.float32) for user in users]
+    for weight, user in zip(weights, users, strict=True):
+        weight[: ends[user]] = 0.0
+    replay = Replay(old.histories, old.weights, replayed)
+    if isinstance(lm, LanguageModel):
+        return ItemTokensTask(
+            lm.model,
+            histories,
+            lm.config.window,
+            training,
+            weights,
+            replay,
+            typed=lm.typing(state.texts.lines),
+            wishes=lm.config.wishes,
+        )
+    assert isinstance(lm.scorer, LikelihoodScorer)
+    return LikelihoodTask(lm.scorer.model, histories, training, weights, replay)
+
+
+def _candidates(lm: TunedModel, state: State, held_out: HeldOut) -> list[Codes]:
+    """The first candidates of the merge, which models that read words order; none for the others."""
+    if lm.scored is None:
+        return []
+    found = state.without_language_model().pipeline().recommend(held_out.queries, lm.scored)
+    return [one.items for one in found]
+
+
+def _ranks(lm: TunedModel, held_out: HeldOut, candidates: Sequence[Codes]) -> Ranks:
+    """Rank of each target in what the model alone makes of the catalogue, or of the candidates."""
+    lm.scorer.forget()
+    if isinstance(lm, LanguageModel):
+        hits = lm.scorer.retrieve(held_out.queries, 10)
+        return ranks_in((one.items for one in hits), held_out.targets)
+    scores = lm.scorer.score(held_out.queries, candidates)
+    return ranks_in(in_order(candidates, scores), held_out.targets)
