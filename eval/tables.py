@@ -47,8 +47,8 @@ def short(results: dict[Path, dict[str, Any]]) -> str:
     """One row a results file: what the language model adds to the merge."""
     lines = [
         "| data | minutes | users | merge R@10 | merge N@10 | LM alone N@10 | blend R@10 | blend N@10 "
-        "| blend - merge, N@10 |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| blend - merge, N@10 | typed words: merge N@10 | typed words: served N@10 |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for path, found in results.items():
         systems, training = found["systems"], found["training"]
@@ -57,11 +57,13 @@ def short(results: dict[Path, dict[str, Any]]) -> str:
         merge, lm, blend = systems["merge"], systems["lm"], systems["default"]
         compared = next(c for c in found["comparisons"] if (c["a"], c["metric"]) == ("default", "ndcg@10"))
         weight = lm_weight(found)
+        typed = found["search"]["known_item"]["systems"]
         added = difference(compared) if weight else "weight 0: left out"
         lines.append(
             f"| {path.stem.split('-test-')[0]} ({source(found)}) | {_minutes(found):g} "
             f"| {found['protocol']['users']:,} | {merge['recall@10']:.4f} | {merge['ndcg@10']:.4f} "
-            f"| {lm['ndcg@10']:.4f} | {blend['recall@10']:.4f} | {blend['ndcg@10']:.4f} | {added} |"
+            f"| {lm['ndcg@10']:.4f} | {blend['recall@10']:.4f} | {blend['ndcg@10']:.4f} | {added} "
+            f"| {typed['merge']['ndcg@10']:.4f} | {typed['default']['ndcg@10']:.4f} |"
         )
     return "\n".join(lines)
 

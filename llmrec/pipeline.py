@@ -293,7 +293,7 @@ class Pipeline:
     def weights_for(self, query: Query) -> Weights:
         """The weights that apply to a query."""
         if query.text:
-            return self.query
+            return self.query.for_history(len(query.history))
         # Weights that were fitted with the language model say nothing without it.
         history = self.history if self.scorer is not None else self.history.with_lm(0.0)
         return history.for_history(len(query.history))

@@ -87,6 +87,9 @@ def with_language_model(
 ) -> Recipe:
     """Fit the weight of the language model for requests by history and with typed words.
 
+    Typed words of people without a history get a weight of their own: there the model may know nothing but
+    what is popular.
+
     Neither `retrievers` nor `model` may have been fitted on `held_out`.
 
     Parameters
@@ -117,7 +120,7 @@ def with_language_model(
         hits = {n: retrievers[n].retrieve(part.queries, config.depth) for n in used}
         proposed = cast(Retriever, model).retrieve(part.queries, config.depth) if proposes else None
         features = Features.with_lm(hits, proposed, model, part, weights, scored)
-        if kind == "query":
+        if kind.startswith("query"):
             return weights.with_lm(lm_weight(features, weights, log, kind, config.seed))
         if scored is None:
             chosen = weights_with_lm(features, weights, log, kind, config.seed)
@@ -130,7 +133,12 @@ def with_language_model(
 
     typed = known_item_queries(held_out, lines, config.seed)
     history = weighted("history", recipe.history, held_out)
-    query = weighted("query", recipe.query, typed)
+    words = replace(recipe.query.with_lm(0.0), longer=())
+    unknown = [replace(query, history=query.history[:0]) for query in typed.queries]
+    query = replace(
+        weighted("query without history", words, HeldOut(unknown, typed.targets)),
+        longer=((1, weighted("query", words, typed)),),
+    )
     return replace(recipe, history=history, query=query, log=log, calibration=calibration)
 
 

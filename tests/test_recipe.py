@@ -90,7 +90,8 @@ class KnowingScorer:
         rng = np.random.default_rng(self.seed)
         for query in queries:
             scores = rng.normal(size=N).astype(np.float32)
-            if self.knows:
+            # Without a history there is nobody it could know.
+            if self.knows and len(query.history):
                 scores[self.target[id(query.history)]] += 9
             yield scores
 
@@ -336,6 +337,25 @@ def test_fitting_the_language_model_again_replaces_its_entries_in_the_log(search
         with_language_model(once, retrievers, KnowingScorer(True), nobody, TEXTS.lines, CONFIG).history.lm
         == 0
     )
+
+
+def test_typed_words_of_people_without_a_history_get_a_weight_of_their_own(searched):
+    recipe, retrievers = searched
+    # Words that many items have: there is something left to know.
+    lines = [line.rsplit(" ", 1)[0] for line in TEXTS.lines]
+    fitted = with_language_model(recipe, retrievers, KnowingScorer(True), HELD_OUT, lines, CONFIG)
+    assert fitted.query.for_history(3).lm > 0 == fitted.query.for_history(0).lm
+    assert fitted.query.for_history(0).retrievers == recipe.query.retrievers
+    scorer = KnowingScorer(True)
+    served = Pipeline(
+        {**retrievers, LM: scorer}, fitted.history, fitted.query, fitted.similar, scorer, depth=20
+    )
+    plain = replace(served, query=recipe.query)
+    alone = Query(codes([]), "red lamp")
+    got, expected = (p.recommend([alone], 9)[0].items for p in (served, plain))
+    np.testing.assert_array_equal(got, expected)
+    again = with_language_model(fitted, retrievers, KnowingScorer(False), HELD_OUT, TEXTS.lines, CONFIG)
+    assert again.query.most_lm == 0
 
 
 # The whole search

@@ -84,7 +84,7 @@ def _systems(queries: Sequence[Query], plain: Pipeline, pipeline: Pipeline) -> d
     }
     lists["merge"] = [c.items for c in plain.recommend(queries, 100)]
     lists["default"] = lists["merge"]
-    if pipeline.query.lm > 0:
+    if pipeline.query.most_lm > 0:
         lists["default"] = [c.items for c in pipeline.recommend(queries, 100)]
     return lists
 
