@@ -114,9 +114,12 @@ def test_two_runs_with_one_seed_are_equal_and_a_killed_one_goes_on_to_the_same(c
     for name in ("systems", "probabilities", "beyond", "segments", "comparisons", "search", "recipe"):
         assert once[name] == again[name] == third[name], name
     # Whatever decides a stage makes it anew: other validation users, other texts, other items.
-    other = {**config, "retrieval": {"search_users": 20}}
-    anew = {"retrievers": False, "lm": False}
-    assert evaluate(*data, other, folder=tmp_path).result["cached"] == anew
+    for users, anew in (
+        ({"search_users": 20}, {"retrievers": False, "lm": True}),
+        ({"lm_users": 20}, {"retrievers": False, "lm": False}),
+    ):
+        other = {**config, "retrieval": users}
+        assert evaluate(*data, other, folder=tmp_path).result["cached"] == anew, users
     renamed = [replace(item, title=f"{item.title} again") for item in data[0]]
     assert evaluate(renamed, data[1], config, folder=tmp_path, lm=False).result["cached"] == {
         "retrievers": False
