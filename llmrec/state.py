@@ -90,6 +90,8 @@ class State:
 
     def with_catalog(self, catalog: Catalog) -> State:
         """The same over a catalogue in which items were added or replaced."""
+        if catalog.lines() is self.texts.lines:
+            return replace(self, catalog=catalog)
         texts = grown_texts(self.texts, catalog.lines())
         retrievers = load_retrievers(retriever_arrays(self.retrievers), texts, self.recipe)
         lm = self.lm.grown(texts) if self.lm is not None else None

@@ -27,12 +27,22 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One purchase, click or watch. `timestamp` is in seconds since 1970, None where the log has no clock."""
+    """One purchase, click or watch.
+
+    Parameters
+    ----------
+    timestamp
+        In seconds since 1970, None where the log has no clock.
+    event_id
+        An id that the caller chose, unique among the events of the user: an event store keeps one event of
+        each id, so that sending it again after a lost answer does not count twice.
+    """
 
     user_id: str
     item_id: str
     timestamp: int | None = None
     weight: float = 1.0
+    event_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,7 +40,7 @@ LAYERS = [
     {"word_model"},
     {"language_model"},
     {"assembly"},
-    {"state"},
+    {"state", "saved"},
     {"mining"},
     {"lm_training"},
     {"tuning", "stages", "answering"},

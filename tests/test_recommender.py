@@ -134,8 +134,8 @@ def test_observe_counts_in_the_next_request_and_forget_erases(rec, data):
 def test_many_events_are_observed_at_once_or_not_at_all(rec):
     a, b, c = rec.catalog.ids[:3]
     rec.observe_many([Event("new", a, 20), Event("new", b, 10), Event("new", c)])
-    assert [e.item_id for e in rec._store.history("new")] == [b, a, c]
-    assert rec._store.history("new")[-1].timestamp > 1_700_000_000
+    assert [e.item_id for e in rec.history("new")] == [b, a, c]
+    assert rec.history("new")[-1].timestamp > 1_700_000_000
     rec.observe_many([])
     for bad in (
         Event("new", "nope"),
@@ -209,7 +209,7 @@ def test_what_observe_acknowledged_is_there_once_after_kills(rec, tmp_path):
         results = [run.result() for run in runs]
     rec = Recommender.load(tmp_path / "model")
     for name, (in_flight, acknowledged) in zip(names, results, strict=True):
-        stored = [e.timestamp for e in rec._store.history(name)]
+        stored = [e.timestamp for e in rec.history(name)]
         assert len(stored) == len(set(stored)), "nothing twice"
         there = set(stored) & set(in_flight)
         assert there == set(in_flight) or (not there and not acknowledged), "a batch is there whole or not"
