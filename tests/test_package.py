@@ -18,7 +18,7 @@ PACKAGE = ROOT / "llmrec"
 
 # Lowest first. A module imports from lower layers only; those of one layer do not know each other.
 LAYERS = [
-    {"errors"},
+    {"errors", "timing"},
     {"types"},
     {"protocols"},
     {"quiet", "ranking", "metrics", "prompt", "text", "rows", "tables"},
