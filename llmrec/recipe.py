@@ -209,6 +209,21 @@ def load_retrievers(
     }
 
 
+def grow_retrievers(
+    retrievers: Mapping[str, Retriever], texts: Texts, recipe: Recipe
+) -> dict[str, Retriever]:
+    """Make the retrievers for a catalogue that changed or grew, with as much of them as can be kept."""
+    grown = {}
+    for name in recipe.settings:
+        grow, old = FAMILIES[name].grow, retrievers[name]
+        if grow is not None:
+            grown[name] = grow(old, texts)
+        else:
+            arrays = retriever_arrays({name: old}).get(name, {})
+            grown[name] = FAMILIES[name].load(arrays, texts, recipe.settings[name])
+    return grown
+
+
 def ranks_in(results: Iterable[Codes], targets: Codes) -> Ranks:
     """Rank of each target in its list of codes, from 1; 0 if it is not there."""
     ranks = np.zeros(len(targets), dtype=np.int64)
