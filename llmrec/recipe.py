@@ -23,6 +23,7 @@ from llmrec.retrieve.linear import EASEConfig
 from llmrec.retrieve.popularity import RecentConfig
 from llmrec.retrieve.sequence_config import GRU4RecConfig, SequenceConfig
 from llmrec.retrieve.transitions import TransitionsConfig
+from llmrec.types import Request
 
 ALWAYS = ("popularity", "profile", "text", "bm25")
 """Families that every recipe has: the fallback, and those that the catalogue gives for nothing."""
@@ -145,6 +146,11 @@ class Recipe:
     def uses_lm(self) -> bool:
         """Whether the language model takes part in answering any kind of request."""
         return max(self.history.most_lm, self.query.most_lm) > 0
+
+    def asks_lm(self, request: Request) -> bool:
+        """Whether leaving the language model out could change the answer to a request."""
+        weights = self.query if request.query and request.query.strip() else self.history
+        return weights.most_lm > 0 or weights.plain is not None
 
     @property
     def best_alone(self) -> str | None:

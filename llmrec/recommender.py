@@ -14,7 +14,7 @@ import numpy as np
 import polars as pl
 
 from llmrec import persistence
-from llmrec.answering import Asked, answer, ask, only, recommendations
+from llmrec.answering import Asked, answer, ask, only, recommendations, units_of
 from llmrec.assembly import encode, read_catalog, read_log
 from llmrec.catalog import Catalog
 from llmrec.config import Config
@@ -32,6 +32,7 @@ from llmrec.selection import choose_recipe
 from llmrec.state import State
 from llmrec.store.places import Slot, Store, check, copied, new_name, remove
 from llmrec.store.sqlite import SQLiteStore
+from llmrec.timing import Timing
 from llmrec.types import Event, Item, Recommendation, Request
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ class Recommender:
         self._adapter: Path | None = None
         self._run: Path | None = None
         self._changing = threading.RLock()
+        self._timing = Timing()
 
     @property
     def folder(self) -> Path | None:
@@ -364,8 +366,40 @@ class Recommender:
     def recommend_many(self, requests: Sequence[Request], *, lm: bool = True) -> list[list[Recommendation]]:
         """Answer many requests; those of a chunk go through each component as one batch.
 
-        With ``lm=False`` the language model is neither loaded nor run: the answers are in retrieval order.
+        With ``lm=False`` the language model is neither loaded nor run: the answers are in retrieval order,
+        as are those to requests whose budget it would overrun, which are marked `degraded`.
         """
+        late = self._late(requests) if lm else [False] * len(requests)
+        kept = iter(self._answers([r for r, out in zip(requests, late, strict=True) if not out], lm))
+        plain = iter(self._answers([r for r, out in zip(requests, late, strict=True) if out], False))
+        return [[replace(item, degraded=True) for item in next(plain)] if out else next(kept) for out in late]
+
+    def _late(self, requests: Sequence[Request]) -> list[bool]:
+        """Whether the language model would overrun each budget, all requests being answered together."""
+        asking = [self._state.recipe.asks_lm(request) for request in requests]
+        if not any(r.budget_ms is not None and asks for r, asks in zip(requests, asking, strict=True)):
+            return [False] * len(requests)
+        expected = self._timing.estimate(sum(map(units_of, requests)), idle=True)
+        return [
+            asks and r.budget_ms is not None and (expected is None or expected > r.budget_ms / 1e3)
+            for r, asks in zip(requests, asking, strict=True)
+        ]
+
+    def warm_up(self) -> tuple[str, ...]:
+        """Load the language model and measure it, so that the first `budget_ms` is kept.
+
+        Returns the item ids of the history that was asked about.
+        """
+        catalog = self._state.catalog
+        history = tuple(catalog.ids[code] for code in np.flatnonzero(catalog.active)[:1])
+        for _ in range(2):  # the first forward of a model takes longer than all others
+            self._timing = Timing()
+            self.recommend_many([Request(history=history, k=1)])
+        return history
+
+    def _answers(self, requests: Sequence[Request], lm: bool) -> list[list[Recommendation]]:
+        if not requests:
+            return []
         state = self._ready(lm=lm and self._state.recipe.uses_lm)
         pipeline = state.pipeline()
         if not lm:
@@ -373,8 +407,10 @@ class Recommender:
             pipeline = replace(pipeline, history=history, query=query)
         answers: list[list[Recommendation]] = []
         for start in range(0, len(requests), CHUNK):
-            chunk = [self._ask(request, state) for request in requests[start : start + CHUNK]]
-            answers += answer(chunk, state, pipeline)
+            begun, chunk = time.monotonic(), requests[start : start + CHUNK]
+            answers += answer([self._ask(request, state) for request in chunk], state, pipeline)
+            if lm and any(map(state.recipe.asks_lm, chunk)):
+                self._timing.note(sum(map(units_of, chunk)), time.monotonic() - begun)
         return answers
 
     def stages(self, request: Request | None = None, **fields: Any) -> dict[str, list[Recommendation]]:

@@ -14,6 +14,7 @@ import pytest
 from llmrec import Event, Item, LLMRecError, Recommender, Request
 from llmrec.errors import DataError, ModelError, RequestError
 from llmrec.testing import tiny_lm, toy_data
+from llmrec.timing import Timing
 
 LIGHT = {"encoder": {"name": "light", "dim": 16}}
 
@@ -540,3 +541,23 @@ def test_a_truncated_file_is_named_in_the_error(tuned, tmp_path, name):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(ModelError):
         Recommender.load(tmp_path / "model").stages(user="u1")
+
+
+def test_a_budget_that_the_model_would_overrun_gets_the_retrieval_order_and_says_so(tuned):
+    stages = tuned.stages(user="u3", k=8)
+    assert ids(stages["retrieval"]) != ids(stages["default"])
+    tuned._timing = Timing()
+    unmeasured = tuned.recommend(user="u3", k=8, budget_ms=60_000)
+    assert ids(unmeasured) == ids(stages["retrieval"]) and all(r.degraded for r in unmeasured)
+    tuned.warm_up()
+    kept = tuned.recommend(user="u3", k=8, budget_ms=60_000)
+    assert ids(kept) == ids(stages["default"]) and not any(r.degraded for r in kept)
+    tuned._timing.note(1, 1000.0)
+    both = tuned.recommend_many([Request(user="u3", k=8, budget_ms=50), Request(user="u3", k=8)])
+    assert [ids(found) for found in both] == [ids(stages["retrieval"]), ids(stages["default"])]
+    assert all(r.degraded for r in both[0]) and not any(r.degraded for r in both[1])
+    assert tuned.recipe.query.most_lm == 0
+    assert not any(r.degraded for r in tuned.recommend(query="silver river", budget_ms=1e-3))
+    for bad in (0, -1, True, "5", float("nan")):
+        with pytest.raises(RequestError, match="budget_ms must be a number above 0"):
+            Request(budget_ms=bad)

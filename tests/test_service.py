@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 from llmrec import Item, Recommender, Request
+from llmrec.answering import units_of
 from llmrec.errors import ConfigError, NotFoundError, OverloadError, RequestError
 from llmrec.serve import ApiKey, ServeConfig, Service
 from llmrec.serve import models as m
 from llmrec.serve.batching import Batcher, Load, Pool
-from llmrec.serve.service import score_documents, units_of
+from llmrec.serve.service import score_documents
 from llmrec.testing import tiny_lm, toy_data
 from llmrec.timing import HALF_LIFE, Timing
 

@@ -22,9 +22,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from llmrec.answering import QUERY_LIMIT
+from llmrec.answering import QUERY_LIMIT, units_of
 from llmrec.errors import LLMRecError, NotFoundError, RequestError
-from llmrec.explain.evidence import LATEST
 from llmrec.protocols import Floats
 from llmrec.recommender import Recommender
 from llmrec.serve.batching import Batcher, Pool
@@ -123,11 +122,8 @@ class Service:
 
     def warm_up(self) -> None:
         """Load the language model and measure a request, so that the first budget is kept."""
-        catalog = self.recommender.catalog
-        active = np.flatnonzero(catalog.active)[:1]
-        history = [catalog.ids[code] for code in active]
-        self.recommender.recommend_many([Request(history=history, k=1)])
-        self.recommend(RecommendRequest(history=history, k=1))
+        asked = self.recommender.warm_up()
+        self.recommend(RecommendRequest(history=list(asked), k=1))
 
     # ---- in batches -------------------------------------------------------------------------------
 
@@ -147,10 +143,7 @@ class Service:
         if isinstance(body, SearchRequest):
             # Who searches for something wants to find it.
             request = replace(request, seen="include")
-        recipe = self.recommender.recipe
-        typed = body.query is not None and body.query.strip()
-        weights = recipe.query if typed else recipe.history
-        if weights.most_lm == 0 and weights.plain is None:
+        if not self.recommender.recipe.asks_lm(request):
             return self.without_lm.submit((request, False), units_of(request))
         if body.budget_ms is not None and self._seconds_with_lm(request) > body.budget_ms / 1e3:
             return self.without_lm.submit((request, True), units_of(request))
@@ -344,15 +337,6 @@ class Service:
             self.recommender.catalog.code(item_id)
         except RequestError as unknown:
             raise NotFoundError(str(unknown)) from None
-
-
-def units_of(request: Request) -> int:
-    """How many plain requests a request costs as much as: reasons ask once more for each item left out."""
-    if not request.explain or (request.user is None and request.history is None):
-        return 1
-    # How much is stored for a user is not known before it is asked for.
-    left_out = LATEST if request.history is None else min(len(request.history), LATEST)
-    return 2 + left_out if left_out else 1
 
 
 def score_documents(
