@@ -9,7 +9,7 @@ import numpy as np
 
 from llmrec.arrange import Cap, arrange, pinned
 from llmrec.catalog import Catalog
-from llmrec.explain.evidence import leave_one_out
+from llmrec.explain.evidence import LATEST, leave_one_out
 from llmrec.explain.reasons import explain
 from llmrec.pipeline import Candidates, Pipeline
 from llmrec.protocols import Codes, Mask, Query
@@ -136,3 +136,12 @@ def only(items: Codes, n_items: int) -> Mask:
     mask: Mask = np.zeros(n_items, dtype=np.bool_)
     mask[items] = True
     return mask
+
+
+def units_of(request: Request) -> int:
+    """How many plain requests a request costs as much as: reasons ask once more for each item left out."""
+    if not request.explain or (request.user is None and request.history is None):
+        return 1
+    # How much is stored for a user is not known before it is asked for.
+    left_out = LATEST if request.history is None else min(len(request.history), LATEST)
+    return 2 + left_out if left_out else 1

@@ -107,8 +107,11 @@ def grown_texts(texts: Texts, lines: Sequence[str]) -> Texts:
     changed = [
         code for code, line in enumerate(lines) if code >= len(texts.lines) or line != texts.lines[code]
     ]
-    vectors = np.zeros((len(lines), texts.encoder.dim), dtype=np.float32)
+    vectors = np.empty((len(lines), texts.encoder.dim), dtype=np.float32)
     vectors[: len(texts.vectors)] = texts.vectors
     if changed:
         vectors[changed] = texts.encoder.encode([lines[code] for code in changed])
-    return make_texts(lines, texts.encoder, vectors)
+    if not isinstance(texts.index, FaissIndex):
+        return make_texts(lines, texts.encoder, vectors)
+    replaced = np.array([code for code in changed if code < len(texts.lines)], dtype=np.int32)
+    return Texts(lines, vectors, texts.encoder, texts.index.grown(vectors, replaced))

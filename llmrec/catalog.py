@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 
 from llmrec.attributes import ACTIVE, CONTRACT, align, clean_items, kind_of
 from llmrec.errors import DataError, RequestError
-from llmrec.protocols import Codes, Mask
-from llmrec.rows import LoadReport, Policy, id_order
+from llmrec.protocols import Codes, ItemChange, Mask
+from llmrec.rows import LoadReport, Policy, id_order, id_strings
 from llmrec.tables import is_untyped, read_table
 from llmrec.text import shorten
 from llmrec.types import AttributeValue, Item
@@ -210,6 +210,22 @@ class Catalog:
             digest.update(np.packbits(self.active).tobytes())
             self._fingerprint = digest.hexdigest()
         return self._fingerprint
+
+    def after(self, changes: Sequence[ItemChange]) -> Catalog:
+        """Return a catalogue after changes that are at most one an item; see `with_items`."""
+        changed = self.with_items([c.item for c in changes if c.item is not None])
+        # What was put and removed again may never have been here.
+        gone = [c.item_id for c in changes if c.item is None and c.item_id in changed]
+        return changed.without_items(gone) if gone else changed
+
+    def changes(self, items: Sequence[Item], removed: Sequence[str] = ()) -> list[ItemChange]:
+        """Return the changes that made this catalogue of another, by `with_items` and `without_items`.
+
+        Each item is as it is kept here, cleaned.
+        """
+        put = id_strings(read_table(items, "new items")["item_id"], "new items").to_list() if items else []
+        kept = [ItemChange(item.item_id, item) for item in self.items(self.codes(put))]
+        return kept + [ItemChange(item_id, None) for item_id in dict.fromkeys(removed)]
 
     def with_items(self, items: Sequence[Item]) -> Catalog:
         """Return a catalogue with these items: new ids get the next codes, known ids are replaced.

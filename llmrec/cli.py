@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import uuid
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,7 +21,7 @@ from llmrec import __version__
 from llmrec.cli_evaluate import evaluate
 from llmrec.cli_serve import mcp, serve
 from llmrec.cli_show import say, say_weights, show, show_families, show_known, stages, stderr, training_bar
-from llmrec.errors import LLMRecError, RequestError
+from llmrec.errors import ConflictError, LLMRecError, RequestError
 
 
 class _Commands(TyperGroup):
@@ -94,6 +95,10 @@ def fit(
     search: Annotated[
         float | None, typer.Option(help="Try all families for so many minutes; keep those that pay.")
     ] = None,
+    store: Annotated[
+        str | None,
+        typer.Option(help="Keep events in a database: postgresql+psycopg://...", show_default=False),
+    ] = None,
 ) -> None:
     """Fit a recommender on a catalogue and a log, and save it."""
     from llmrec.assembly import read_catalog, read_log
@@ -104,6 +109,7 @@ def fit(
         data={"clock": clock, "policy": policy, "ties": ties},
         encoder={"name": encoder},
         retrieval={"search_minutes": search},
+        store={"url": store},
     )
     with stages() as on_stage:
         on_stage("reading items and events")
@@ -151,7 +157,13 @@ def finetune(
             report = rec.finetune(minutes, on_step=on_step, since="last" if further else None)
         if further:
             rec.refit()
-        rec.save(model)
+        try:
+            rec.save(model)
+        except ConflictError as conflict:
+            # Minutes of training are not thrown away.
+            other = model.resolve().with_name(f"{model.resolve().name}-{uuid.uuid4().hex[:8]}")
+            rec.save(other)
+            say(f"saved as {other}: {conflict}")
     except KeyboardInterrupt:
         kept = (model / "training" / "checkpoint.safetensors").is_file()
         say(

@@ -11,8 +11,17 @@ from typing import Annotated
 import typer
 
 from llmrec.cli_show import say
+from llmrec.errors import ConflictError
 
 Model = Annotated[Path, typer.Argument(help="Directory of a saved recommender.", show_default=False)]
+Store = Annotated[
+    str | None,
+    typer.Option(
+        help="postgresql+psycopg://...: events in a file are moved there first. LLMREC_STORE_URL, which the "
+        "list of processes does not show, is enough for a model whose events are there already.",
+        show_default=False,
+    ),
+]
 Settings = Annotated[Path | None, typer.Option("--config", help="TOML file: keys, limits, batching.")]
 
 
@@ -21,6 +30,7 @@ def serve(
     host: Annotated[str | None, typer.Option(help="Address to listen on; 127.0.0.1 if not given.")] = None,
     port: Annotated[int | None, typer.Option(help="Port, 8000 if not given; 0 takes a free one.")] = None,
     config: Settings = None,
+    store: Store = None,
 ) -> None:
     """Serve a recommender over HTTP, with MCP at /mcp, until Ctrl-C.
 
@@ -31,7 +41,7 @@ def serve(
     from llmrec.serve import ServeConfig, create_app, run_app
 
     settings = ServeConfig.of(config, host=host, port=port)
-    rec = Recommender.load(model)
+    rec = Recommender.load(model, store=store)
     app = None
     try:
         app = create_app(rec, settings)
@@ -46,16 +56,20 @@ def serve(
     finally:
         if app is not None and app.state.service.changed:
             say(f"saving the items that changed in {model}")
-            rec.save(model)
+            try:
+                rec.save(model)
+            except ConflictError as conflict:
+                # They are in the event store, and whoever loads what is there now takes them over.
+                say(f"left to the next load, which finds them in the event store: {conflict}")
         rec.close()
 
 
-def mcp(model: Model, config: Settings = None) -> None:
+def mcp(model: Model, config: Settings = None, store: Store = None) -> None:
     """Serve a recommender to one chat app: MCP over standard input and output."""
     from llmrec.recommender import Recommender
     from llmrec.serve import ServeConfig, Service, create_server
 
-    rec = Recommender.load(model)
+    rec = Recommender.load(model, store=store)
     service = Service(rec, ServeConfig.of(config))
     try:
         service.submit(service.warm_up)

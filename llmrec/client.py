@@ -73,22 +73,29 @@ def _embed(texts: Sequence[str]) -> _Call[m.EmbeddingsResponse]:
     return _Call(m.EmbeddingsResponse, "/v1/embeddings", asked)
 
 
-def _observe(user: str, item: str, timestamp: int | None, weight: float) -> _Call[m.EventsResponse]:
-    event = dict(user_id=user, item_id=item, timestamp=timestamp, weight=weight)
+def _observe(
+    user: str, item: str, timestamp: int | None, weight: float, event_id: str | None
+) -> _Call[m.EventsResponse]:
+    event = dict(user_id=user, item_id=item, timestamp=timestamp, weight=weight, event_id=event_id)
     return _Call(m.EventsResponse, "/v1/events", m.read(m.EventIn, event))
 
 
 def _put_item(item: Item) -> _Call[m.ItemOut]:
     values = dict(title=item.title, text=item.text, attributes=m.plain(dict(item.attributes)))
-    return _Call(m.ItemOut, f"/v1/items/{quote(item.item_id, safe='')}", m.read(m.ItemIn, values), "PUT")
+    return _Call(m.ItemOut, f"/v1/items/{_segment(item.item_id)}", m.read(m.ItemIn, values), "PUT")
 
 
 def _remove_item(item_id: str) -> _Call[None]:
-    return _Call(type(None), f"/v1/items/{quote(item_id, safe='')}", method="DELETE")
+    return _Call(type(None), f"/v1/items/{_segment(item_id)}", method="DELETE")
 
 
 def _forget(user: str) -> _Call[m.EventsResponse]:
-    return _Call(m.EventsResponse, f"/v1/users/{quote(user, safe='')}", method="DELETE")
+    return _Call(m.EventsResponse, f"/v1/users/{_segment(user)}", method="DELETE")
+
+
+def _segment(text: str) -> str:
+    """Return an id as one part of a path. Dots alone would be read as this folder and the one above."""
+    return quote(text, safe="") if text.strip(".") else text.replace(".", "%2E")
 
 
 def _vectors(answer: m.EmbeddingsResponse) -> list[list[float]]:
@@ -111,7 +118,7 @@ def _http() -> Any:
 
 
 def _settings(url: str, key: str | None, timeout: float, transport: Any) -> dict[str, Any]:
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    headers = {"Authorization": f"Bearer {key}".encode()} if key else {}
     return {"base_url": url, "headers": headers, "timeout": timeout, "transport": transport}
 
 
@@ -184,9 +191,19 @@ class Client:
         """Return a unit vector for each text."""
         return _vectors(self._ask(_embed(texts)))
 
-    def observe(self, user: str, item: str, timestamp: int | None = None, weight: float = 1.0) -> None:
-        """Store an event; without a time stamp it happened now."""
-        self._ask(_observe(user, item, timestamp, weight))
+    def observe(
+        self,
+        user: str,
+        item: str,
+        timestamp: int | None = None,
+        weight: float = 1.0,
+        event_id: str | None = None,
+    ) -> bool:
+        """Store an event; without a time stamp it happened now. Return whether its `event_id` was new.
+
+        With an `event_id` it is safe to call again when no answer came.
+        """
+        return not (self._ask(_observe(user, item, timestamp, weight, event_id))).repeated
 
     def put_item(self, item: Item) -> Item:
         """Add or replace an item; return it as the catalogue keeps it."""
@@ -252,9 +269,19 @@ class AsyncClient:
         """Return a unit vector for each text."""
         return _vectors(await self._ask(_embed(texts)))
 
-    async def observe(self, user: str, item: str, timestamp: int | None = None, weight: float = 1.0) -> None:
-        """Store an event; without a time stamp it happened now."""
-        await self._ask(_observe(user, item, timestamp, weight))
+    async def observe(
+        self,
+        user: str,
+        item: str,
+        timestamp: int | None = None,
+        weight: float = 1.0,
+        event_id: str | None = None,
+    ) -> bool:
+        """Store an event; without a time stamp it happened now. Return whether its `event_id` was new.
+
+        With an `event_id` it is safe to call again when no answer came.
+        """
+        return not (await self._ask(_observe(user, item, timestamp, weight, event_id))).repeated
 
     async def put_item(self, item: Item) -> Item:
         """Add or replace an item; return it as the catalogue keeps it."""

@@ -16,6 +16,7 @@ from llmrec.events import Clock, Ties
 from llmrec.recipe import RetrievalConfig
 from llmrec.rows import Policy
 from llmrec.score.config import TAG, ItemTokensConfig, LMConfig, TrainingConfig
+from llmrec.store.config import StoreConfig
 
 
 class DataConfig(BaseModel):
@@ -47,6 +48,7 @@ class Config(BaseModel):
     lm: LMConfig = ItemTokensConfig()
     training: TrainingConfig = TrainingConfig()
     protocol: ProtocolConfig = ProtocolConfig()
+    store: StoreConfig = StoreConfig()
     allow_hub: bool = Field(False, description="models may be fetched from a model hub")
 
     @model_validator(mode="after")
@@ -73,7 +75,10 @@ class Config(BaseModel):
             return cls.model_validate(dict(values))
         except ValidationError as invalid:
             problems = [
-                f"{'.'.join(_keys(e['loc']))}: {e['msg']} (got {e['input']!r})" for e in invalid.errors()
+                # A URL may hold a password.
+                f"{'.'.join(_keys(e['loc']))}: {e['msg']}"
+                + ("" if e["loc"][-1] == "url" else f" (got {e['input']!r})")
+                for e in invalid.errors()
             ]
             raise ConfigError(f"{len(problems)} problem(s) in {where}:\n  " + "\n  ".join(problems)) from None
 
@@ -86,6 +91,7 @@ class Config(BaseModel):
             With every problem at once.
         """
         values = self.model_dump()
+        values["store"]["url"] = self.store.url  # which no dump holds
         for section, flags in sections.items():
             values[section] |= {name: value for name, value in flags.items() if value is not None}
         return Config.of(values)

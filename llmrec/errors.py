@@ -30,6 +30,14 @@ class ModelError(LLMRecError):
     """A saved model or adapter does not fit: other version, other base weights, missing file."""
 
 
+class StoreError(ModelError):
+    """An event store cannot be reached, opened or used as it is."""
+
+
+class ConflictError(ModelError):
+    """Another process has saved something else into the same directory meanwhile."""
+
+
 class LeakError(LLMRecError):
     """An evaluation would report on events that a fitted parameter has seen."""
 

@@ -232,7 +232,8 @@ def live_events(events: Iterable[Event], catalog: Catalog, clock: Clock, now: in
     Raises
     ------
     RequestError
-        If an item is unknown, a user blank, a time no whole seconds, or a weight not above 0.
+        If an item is unknown, a user blank, a time no whole seconds, a weight not above 0, or an event_id
+        no text of 1 to 500 characters.
     """
     checked = []
     for event in events:
@@ -247,6 +248,9 @@ def live_events(events: Iterable[Event], catalog: Catalog, clock: Clock, now: in
         whole = isinstance(stamp, int) and not isinstance(stamp, bool) and abs(stamp) <= 10**11
         if clock == "time" and stamp is not None and not whole:
             raise RequestError(f"timestamp must be whole seconds since 1970, got {stamp!r:.100}")
+        named = event.event_id
+        if named is not None and not (isinstance(named, str) and named.strip() and len(named) <= 500):
+            raise RequestError(f"event_id must be text of 1 to 500 characters, got {named!r:.100}")
         checked.append(replace(event, timestamp=None if clock == "none" else now if stamp is None else stamp))
     return checked
 

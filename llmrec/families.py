@@ -84,6 +84,8 @@ class Family:
         Whether it is fitted on the log; the others are made from the catalogue alone.
     clock
         Whether fitting needs time stamps.
+    grow
+        Makes the retriever for texts that changed or grew since it was made; None loads it from its arrays.
     new_items
         Whether it can propose items without events; EASE those that it was fitted with, by their text.
     """
@@ -95,6 +97,7 @@ class Family:
     learns: bool = True
     clock: bool = False
     new_items: bool = False
+    grow: Callable[[Any, Texts], Retriever] | None = None
 
 
 def _popularity(log: TrainingLog, texts: Texts, _: NoConfig) -> Retriever:
@@ -112,7 +115,12 @@ def _recent(trend: bool) -> Family:
     def load(arrays: Arrays, texts: Texts, config: RecentConfig) -> Retriever:
         return RecentRetriever(arrays["scores"], config, trend=trend).grown(len(texts.lines))
 
-    return Family(RecentConfig, fit, load, asks="", clock=True)
+    return Family(RecentConfig, fit, load, asks="", clock=True, grow=_by_size)
+
+
+def _by_size(old: Any, texts: Texts) -> Retriever:
+    grown: Retriever = old.grown(len(texts.lines))
+    return grown
 
 
 def _counted(retriever: Any, settings: type[BaseModel]) -> Family:
@@ -126,7 +134,7 @@ def _counted(retriever: Any, settings: type[BaseModel]) -> Family:
         made: Retriever = retriever.from_arrays(arrays, config).grown(len(texts.lines))
         return made
 
-    return Family(settings, fit, load)
+    return Family(settings, fit, load, grow=_by_size)
 
 
 def _ease(log: TrainingLog, texts: Texts, config: EASEConfig) -> Retriever:
@@ -149,7 +157,7 @@ def _sequence(kind: Kind, settings: type[SequenceConfig] = SequenceConfig) -> Fa
         made: Retriever = retriever().from_arrays(kind, arrays, texts.vectors, config)
         return made
 
-    return Family(settings, fit, load, new_items=True)
+    return Family(settings, fit, load, new_items=True, grow=lambda old, texts: old.grown(texts.vectors))
 
 
 def _from_texts(
@@ -198,6 +206,7 @@ FAMILIES: Mapping[str, Family] = {
         lambda arrays, texts, _: PopularityRetriever.from_arrays(arrays).grown(len(texts.lines)),
         asks="",
         new_items=True,
+        grow=_by_size,
     ),
     "recent": _recent(trend=False),
     "trending": _recent(trend=True),
@@ -225,6 +234,9 @@ FAMILIES: Mapping[str, Family] = {
         learns=False,
     ),
     "text": _from_texts(NoConfig, lambda t, _: TextQueryRetriever(t.encoder, t.index), asks="words"),
-    "bm25": _from_texts(NoConfig, lambda t, _: BM25Retriever(t.lines), asks="words"),
+    "bm25": replace(
+        _from_texts(NoConfig, lambda t, _: BM25Retriever(t.lines), asks="words"),
+        grow=lambda old, texts: old.grown(texts.lines),
+    ),
 }
 """Every family, by the name of its retriever."""

@@ -3,7 +3,8 @@
 model/
   manifest.json        names the state and the event store; replacing it is the moment of saving
   state-<id>/          items.parquet, vectors.npy, encoder.npz, retrievers.npz, adapter/
-  events-<id>.sqlite   all events, those observed after `fit` included
+  events-<id>.sqlite   all events, those observed after `fit` included, and the items that changed since the
+                       state was written; or both are in a database, and the manifest names the tables
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ import os
 import shutil
 import uuid
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import filelock
 import numpy as np
 from numpy.typing import NDArray
 
@@ -27,6 +29,8 @@ FORMAT = 3
 """Version of the directory; raised when an older llmrec could not read it."""
 
 MANIFEST = "manifest.json"
+SAVING_SECONDS = 300
+"""How long to wait for another process that saves into the same directory."""
 
 RUN_LOG = "log.jsonl"
 """Name of the log of a training run, in its folder and then beside the adapter."""
@@ -34,6 +38,27 @@ RUN_LOG = "log.jsonl"
 KEYS = {"state", "events", "config", "recipe", "repeats", "encoder", "catalog", "log", "language_model"}
 
 Arrays = Mapping[str, NDArray[Any]]
+
+
+@contextlib.contextmanager
+def saving(folder: Path) -> Iterator[None]:
+    """Hold others back who want to save into the same directory.
+
+    Raises
+    ------
+    ModelError
+        If another process has been at it for `SAVING_SECONDS`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(folder / ".saving.lock", timeout=SAVING_SECONDS)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        raise ModelError(f"another process has been saving into {folder} for {SAVING_SECONDS} s") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -92,12 +117,12 @@ def write_state(folder: Path, write: Callable[[Path], None]) -> str:
     return name
 
 
-def state_of(folder: Path) -> list[str]:
-    """Name of the state that a directory has now, in a list; empty if it is no saved recommender."""
+def manifest_of(folder: Path) -> dict[str, Any]:
+    """The manifest that a directory has now; empty if it is no saved recommender."""
     try:
-        return [str(read_manifest(folder)["state"])]
+        return read_manifest(folder)
     except ModelError:
-        return []
+        return {}
 
 
 def clear_run(folder: Path) -> None:

@@ -6,14 +6,14 @@ return new ones; nothing here knows how a component works.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from llmrec.types import Event
+from llmrec.types import Event, Item
 
 Codes = NDArray[np.int32]
 Floats = NDArray[np.float32]
@@ -111,12 +111,35 @@ class Predictor(Protocol):
         ...
 
 
+class Columns(NamedTuple):
+    """All events as columns of the same length, oldest first; times in seconds, None where there is none."""
+
+    users: list[str]
+    items: list[str]
+    timestamps: list[int | None]
+    weights: list[float]
+
+
+@dataclass(frozen=True, slots=True)
+class ItemChange:
+    """An item that was put into the catalogue, or with `item` None one that was removed."""
+
+    item_id: str
+    item: Item | None
+
+
 @runtime_checkable
 class EventStore(Protocol):
-    """Events by user, durable once `append` has returned."""
+    """What changes while a recommender serves: events by user, and the items that were put or removed.
 
-    def append(self, events: Sequence[Event]) -> None:
-        """Store events in the order given."""
+    Durable once a method has returned, and shared by all processes that open the same store. Thread-safe.
+    """
+
+    def append(self, events: Sequence[Event]) -> int:
+        """Store events in the order given, all or none; return how many were new.
+
+        An event whose `event_id` the user has already is not stored again.
+        """
         ...
 
     def history(self, user_id: str, limit: int | None = None) -> list[Event]:
@@ -129,6 +152,28 @@ class EventStore(Protocol):
 
     def events(self) -> list[Event]:
         """Return all events, oldest first."""
+        ...
+
+    def columns(self) -> Columns:
+        """Return all events as columns, oldest first."""
+        ...
+
+    def count(self) -> int:
+        """Return the number of events."""
+        ...
+
+    def item_changes(self, after: int = 0) -> tuple[int, list[ItemChange]]:
+        """Return the changes of items after a number, the last one of each item, and the last number."""
+        ...
+
+    def change_items(
+        self, after: int, decide: Callable[[list[ItemChange]], Sequence[ItemChange]]
+    ) -> tuple[int, list[ItemChange]]:
+        """Store changes of items, and return what `item_changes` would.
+
+        `decide` is given the changes after number `after` and returns those to add. Nobody else changes
+        items meanwhile, in any process. What it raises is raised, and then nothing is stored.
+        """
         ...
 
     def close(self) -> None:

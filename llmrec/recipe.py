@@ -23,6 +23,7 @@ from llmrec.retrieve.linear import EASEConfig
 from llmrec.retrieve.popularity import RecentConfig
 from llmrec.retrieve.sequence_config import GRU4RecConfig, SequenceConfig
 from llmrec.retrieve.transitions import TransitionsConfig
+from llmrec.types import Request
 
 ALWAYS = ("popularity", "profile", "text", "bm25")
 """Families that every recipe has: the fallback, and those that the catalogue gives for nothing."""
@@ -146,6 +147,11 @@ class Recipe:
         """Whether the language model takes part in answering any kind of request."""
         return max(self.history.most_lm, self.query.most_lm) > 0
 
+    def asks_lm(self, request: Request) -> bool:
+        """Whether leaving the language model out could change the answer to a request."""
+        weights = self.query if request.query and request.query.strip() else self.history
+        return weights.most_lm > 0 or weights.plain is not None
+
     @property
     def best_alone(self) -> str | None:
         """The family that was best alone, by history, where the recipe was chosen; None if unknown."""
@@ -207,6 +213,21 @@ def load_retrievers(
         name: FAMILIES[name].load(arrays.get(name, {}), texts, value)
         for name, value in recipe.settings.items()
     }
+
+
+def grow_retrievers(
+    retrievers: Mapping[str, Retriever], texts: Texts, recipe: Recipe
+) -> dict[str, Retriever]:
+    """Make the retrievers for a catalogue that changed or grew, with as much of them as can be kept."""
+    grown = {}
+    for name in recipe.settings:
+        grow, old = FAMILIES[name].grow, retrievers[name]
+        if grow is not None:
+            grown[name] = grow(old, texts)
+        else:
+            arrays = retriever_arrays({name: old}).get(name, {})
+            grown[name] = FAMILIES[name].load(arrays, texts, recipe.settings[name])
+    return grown
 
 
 def ranks_in(results: Iterable[Codes], targets: Codes) -> Ranks:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
 import uuid
@@ -15,7 +14,7 @@ import numpy as np
 import polars as pl
 
 from llmrec import persistence
-from llmrec.answering import Asked, answer, ask, only, recommendations
+from llmrec.answering import Asked, answer, ask, only, recommendations, units_of
 from llmrec.assembly import encode, read_catalog, read_log
 from llmrec.catalog import Catalog
 from llmrec.config import Config
@@ -26,11 +25,14 @@ from llmrec.events import EventLog, live_events
 from llmrec.families import Texts
 from llmrec.fetch import resolve
 from llmrec.pipeline import Weights
-from llmrec.protocols import Codes
+from llmrec.protocols import Codes, ItemChange
 from llmrec.recipe import Recipe
+from llmrec.saved import Saved, drop_replaced, open_events
 from llmrec.selection import choose_recipe
 from llmrec.state import State
+from llmrec.store.places import Slot, Store, check, copied, new_name, remove
 from llmrec.store.sqlite import SQLiteStore
+from llmrec.timing import Timing
 from llmrec.types import Event, Item, Recommendation, Request
 
 if TYPE_CHECKING:
@@ -49,15 +51,26 @@ class Recommender:
     Thread-safe: a request runs on the state it started with while items are added or models refitted.
     """
 
-    def __init__(self, config: Config, state: State, store: SQLiteStore, folder: Path | None = None) -> None:
+    def __init__(
+        self, config: Config, state: State, store: Store, saved: Saved | None = None, url: str | None = None
+    ) -> None:
         self.config = config
-        self.folder = folder
         self._state = state
-        self._store = store
+        self._slot = Slot(store)
+        self._saved = saved
+        self._url = url
+        self._model = uuid.uuid4().hex if saved is None else saved.model
+        self._applied = 0 if saved is None else saved.changes
         self._adapter: Path | None = None
         self._run: Path | None = None
         self._writer: Writer | None = None
         self._changing = threading.RLock()
+        self._timing = Timing()
+
+    @property
+    def folder(self) -> Path | None:
+        """Where it is saved, None if it is not."""
+        return self._saved.folder if self._saved is not None else None
 
     @property
     def catalog(self) -> Catalog:
@@ -103,6 +116,8 @@ class Recommender:
             If data or configuration are invalid, or the encoder cannot be had.
         """
         config = Config.of(config)
+        url = config.store.wanted()
+        check(url)
         on_stage("reading items and events")
         catalog = read_catalog(items, config.data)
         log = read_log(events, catalog, config.data)
@@ -116,7 +131,7 @@ class Recommender:
         store = SQLiteStore(":memory:")
         store.append(log.to_events(catalog))
         state = State(catalog, texts, recipe, {}, repeats, search.depth)
-        return cls(config, state.refitted(log), store)
+        return cls(config, state.refitted(log), store, url=url)
 
     def finetune(
         self,
@@ -165,7 +180,7 @@ class Recommender:
         with self._changing:
             # Items may have been added meanwhile.
             self._state = replace(self._state, lm=lm.grown(self._state.texts), recipe=recipe)
-            self._adapter, self._run = None, run
+            self._adapter, self._run, self._model = None, run, uuid.uuid4().hex
         return report
 
     def _continue(
@@ -182,7 +197,7 @@ class Recommender:
         if report.continued is not None and report.continued.kept:
             with self._changing:
                 self._state = replace(self._state, lm=lm.grown(self._state.texts))
-                self._adapter, self._run = None, run
+                self._adapter, self._run, self._model = None, run, uuid.uuid4().hex
         elif run is not None:
             persistence.clear_run(run)
         return report
@@ -190,7 +205,10 @@ class Recommender:
     def refit(self) -> None:
         """Fit the retrievers again on all stored events; settings, weights and language model stay."""
         with self._changing:
-            self._state = self._state.refitted(self._log() if self._store.count() else None)
+            with self._slot.use() as store:
+                empty = store.count() == 0
+            self._state = self._state.refitted(None if empty else self._log())
+            self._model = uuid.uuid4().hex
 
     def evaluate(self, events: Any, *, users: int | None = None, seed: int = 0) -> Systems:
         """Rank the catalogue for users whose next event is known, and compare the stages.
@@ -227,7 +245,8 @@ class Recommender:
         )
 
     def _log(self) -> EventLog:
-        columns = self._store.columns()
+        with self._slot.use() as store:
+            columns = store.columns()
         frame = pl.DataFrame(
             {
                 "user_id": columns.users,
@@ -246,64 +265,104 @@ class Recommender:
     def save(self, folder: str | Path) -> None:
         """Write one directory, atomically: a reader or a kill finds the old state or the new one.
 
-        From then on observed events go to the event store in that directory.
+        From then on observed events go to the event store of that directory.
+
+        Raises
+        ------
+        ConflictError
+            If this was loaded from or saved into the same directory, and another process has fitted or
+            fine-tuned what is there since.
+        StoreError
+            If the event store cannot be used.
         """
         folder = Path(folder).resolve()
-        with self._changing:
-            state, store = self._state, self._store
-            same = folder == self.folder
-            folder.mkdir(parents=True, exist_ok=True)
-            before = persistence.state_of(folder)
+        with self._changing, persistence.saving(folder):
+            before = persistence.manifest_of(folder)
+            same = self._saved is not None and folder == self._saved.folder
+            if self._saved is not None and same:
+                self._saved.check_model()
+            self.follow()
 
             def write(target: Path) -> None:
-                state.write(target, self._adapter)
+                self._state.write(target, self._adapter)
                 if (target / "adapter").is_dir():
                     persistence.keep_log([self._run, self._adapter], target / "adapter")
 
             name = persistence.write_state(folder, write)
-            events = Path(store.path).name if same else f"events-{uuid.uuid4().hex[:12]}.sqlite"
-            moving = contextlib.nullcontext() if same else store.moving(folder / events)
-            with moving:
-                persistence.replace_manifest(
-                    folder,
-                    {
-                        "llmrec": _version(),
-                        "state": name,
-                        "events": events,
-                        "config": self.config.model_dump(),
-                        "recipe": state.recipe.as_dict(),
-                        "repeats": state.repeats,
-                        "encoder": state.texts.encoder.fingerprint,
-                        "catalog": state.catalog.fingerprint,
-                        "log": state.log,
-                        "language_model": (folder / name / "adapter").is_dir(),
-                    },
-                )
-            if (folder / name / "adapter").is_dir():
+            manifest = self._manifest(name, (folder / name / "adapter").is_dir())
+            if self._saved is not None and same:
+                manifest |= {"events": self._saved.events, "changes": self._applied}
+                persistence.replace_manifest(folder, manifest)
+            else:
+                manifest |= {"events": new_name(self._url), "changes": 0}
+                self._move_events(folder, manifest)
+            if manifest["language_model"]:
                 self._adapter = folder / name / "adapter"
-            # A reader may have read the old manifest just now: what it names stays for one more save.
-            persistence.remove_stale(folder, [name, events, *before])
-            self.folder = folder
+            self._saved = Saved(folder, manifest)
+            # A reader may have read the old manifest just now: its state stays for one more save.
+            kept = [before["state"]] if before else []
+            persistence.remove_stale(folder, [name, manifest["events"], *kept])
+            drop_replaced(before, manifest["events"], self._url)
             if self._run is not None:
                 persistence.clear_run(self._run)
                 self._run = None
 
+    def _manifest(self, state: str, language_model: bool) -> dict[str, Any]:
+        return {
+            "llmrec": _version(),
+            "model": self._model,
+            "state": state,
+            "config": self.config.model_dump(),
+            "recipe": self._state.recipe.as_dict(),
+            "repeats": self._state.repeats,
+            "encoder": self._state.texts.encoder.fingerprint,
+            "catalog": self._state.catalog.fingerprint,
+            "log": self._state.log,
+            "language_model": language_model,
+        }
+
+    def _move_events(self, folder: Path, manifest: dict[str, Any]) -> None:
+        """Copy the events to the store that a manifest names, write it, and go on there; others wait."""
+        with self._slot.alone() as store:
+            there = copied(store, manifest["events"], folder, self._url)
+            try:
+                persistence.replace_manifest(folder, manifest)
+            except BaseException:
+                there.close()
+                remove(manifest["events"], folder, self._url)
+                raise
+            self._slot.put(there)
+        self._applied = 0
+
     @classmethod
-    def load(cls, folder: str | Path) -> Self:
+    def load(cls, folder: str | Path, *, store: str | None = None) -> Self:
         """Load a saved recommender. The language model is loaded when a request first needs it.
+
+        Parameters
+        ----------
+        store
+            URL of the PostgreSQL database that keeps the events. Where they are in a file beside the model
+            they are moved there first, once. If None, events in a database are looked for by the variable
+            that the configuration names, or LLMREC_STORE_URL.
 
         Raises
         ------
         ModelError
             If the directory is none, is damaged, of another format, or was saved with another encoder.
+        StoreError
+            If the event store cannot be opened.
         """
         folder = Path(folder).resolve()
-        manifest = persistence.read_manifest(folder)
-        config = Config.of(manifest["config"])
-        target = folder / manifest["state"]
-        state = State.read(target, config, manifest)
-        made = cls(config, state, SQLiteStore(folder / manifest["events"]), folder)
-        made._adapter = target / "adapter" if manifest["language_model"] else None
+        config = Config.of(persistence.read_manifest(folder)["config"])
+        manifest, opened, url = open_events(folder, store)
+        try:
+            state = State.read(folder / manifest["state"], config, manifest)
+            made = cls(config, state, opened, Saved(folder, manifest), url)
+            made._adapter = folder / manifest["state"] / "adapter" if manifest["language_model"] else None
+            made.follow()
+        except BaseException:
+            opened.close()
+            raise
         return made
 
     def configure(self, config: Config | Mapping[str, Any] | str | Path) -> None:
@@ -346,8 +405,40 @@ class Recommender:
     def recommend_many(self, requests: Sequence[Request], *, lm: bool = True) -> list[list[Recommendation]]:
         """Answer many requests; those of a chunk go through each component as one batch.
 
-        With ``lm=False`` the language model is neither loaded nor run: the answers are in retrieval order.
+        With ``lm=False`` the language model is neither loaded nor run: the answers are in retrieval order,
+        as are those to requests whose budget it would overrun, which are marked `degraded`.
         """
+        late = self._late(requests) if lm else [False] * len(requests)
+        kept = iter(self._answers([r for r, out in zip(requests, late, strict=True) if not out], lm))
+        plain = iter(self._answers([r for r, out in zip(requests, late, strict=True) if out], False))
+        return [[replace(item, degraded=True) for item in next(plain)] if out else next(kept) for out in late]
+
+    def _late(self, requests: Sequence[Request]) -> list[bool]:
+        """Whether the language model would overrun each budget, all requests being answered together."""
+        asking = [self._state.recipe.asks_lm(request) for request in requests]
+        if not any(r.budget_ms is not None and asks for r, asks in zip(requests, asking, strict=True)):
+            return [False] * len(requests)
+        expected = self._timing.estimate(sum(map(units_of, requests)), idle=True)
+        return [
+            asks and r.budget_ms is not None and (expected is None or expected > r.budget_ms / 1e3)
+            for r, asks in zip(requests, asking, strict=True)
+        ]
+
+    def warm_up(self) -> tuple[str, ...]:
+        """Load the language model and measure it, so that the first `budget_ms` is kept.
+
+        Returns the item ids of the history that was asked about.
+        """
+        catalog = self._state.catalog
+        history = tuple(catalog.ids[code] for code in np.flatnonzero(catalog.active)[:1])
+        for _ in range(2):  # the first forward of a model takes longer than all others
+            self._timing = Timing()
+            self.recommend_many([Request(history=history, k=1)])
+        return history
+
+    def _answers(self, requests: Sequence[Request], lm: bool) -> list[list[Recommendation]]:
+        if not requests:
+            return []
         state = self._ready(lm=lm and self._state.recipe.uses_lm)
         pipeline = state.pipeline()
         if not lm:
@@ -355,8 +446,10 @@ class Recommender:
             pipeline = replace(pipeline, history=history, query=query)
         answers: list[list[Recommendation]] = []
         for start in range(0, len(requests), CHUNK):
-            chunk = [self._ask(request, state) for request in requests[start : start + CHUNK]]
-            answers += answer(chunk, state, pipeline)
+            begun, chunk = time.monotonic(), requests[start : start + CHUNK]
+            answers += answer([self._ask(request, state) for request in chunk], state, pipeline)
+            if lm and any(map(state.recipe.asks_lm, chunk)):
+                self._timing.note(sum(map(units_of, chunk)), time.monotonic() - begun)
         return answers
 
     def stages(self, request: Request | None = None, **fields: Any) -> dict[str, list[Recommendation]]:
@@ -492,44 +585,70 @@ class Recommender:
             return state.catalog.codes(ids)
         if request.user is None:
             return np.empty(0, dtype=np.int32)
-        codes = state.catalog.find([e.item_id for e in self._store.history(request.user)])
+        codes = state.catalog.find([e.item_id for e in self.history(request.user)])
         return codes[codes >= 0]
 
     def history(self, user: str, limit: int | None = None) -> list[Event]:
         """Return the latest `limit` stored events of a user, oldest first; none for an unknown user."""
-        return self._store.history(user, limit)
+        with self._slot.use() as store:
+            return store.history(user, limit)
 
     # ---- what changes while serving ---------------------------------------------------------------
 
-    def observe(self, user: str, item: str, timestamp: int | None = None, weight: float = 1.0) -> None:
+    def observe(
+        self,
+        user: str,
+        item: str,
+        timestamp: int | None = None,
+        weight: float = 1.0,
+        event_id: str | None = None,
+    ) -> bool:
         """Store a live event; it counts in the next request. `timestamp` is now unless given.
 
-        Once this has returned, the event of a saved recommender survives a kill and a power loss.
+        Once this has returned, the event of a saved recommender survives a kill and a power loss. With an
+        `event_id` it is safe to send it again when no answer came: returns whether it was new.
 
         Raises
         ------
         RequestError
             If the item is unknown, the user blank, the time no whole seconds, or the weight not above 0.
+        DataError
+            If the user has another event with this id.
         """
-        self.observe_many([Event(user, item, timestamp, weight)])
+        return self.observe_many([Event(user, item, timestamp, weight, event_id)]) == 1
 
-    def observe_many(self, events: Iterable[Event]) -> None:
+    def observe_many(self, events: Iterable[Event]) -> int:
         """Store live events in the order given, in one transaction: all of them, or none if one is refused.
+
+        Returns how many were new: an event is stored once, however often it comes with the same `event_id`.
 
         Raises
         ------
-        RequestError
+        RequestError, DataError
             As `observe` does, for the first event that cannot be stored.
+        StoreError
+            If the event store cannot be used, or the saved recommender was replaced by another.
         """
-        state = self._state
-        self._store.append(live_events(events, state.catalog, self.config.data.clock, int(time.time())))
+        checked = live_events(events, self._state.catalog, self.config.data.clock, int(time.time()))
+        with self._slot.use() as store:
+            if self._saved is not None:
+                self._saved.check_events()
+            return store.append(checked)
 
     def forget(self, user: str) -> int:
         """Erase a user's events and cached states; return how many events there were.
 
         Aggregates fitted earlier (item weights, the adapter) stay until `refit` and `finetune`.
+
+        Raises
+        ------
+        StoreError
+            If the event store cannot be used, or could not erase all; the message says what is left.
         """
-        count = self._store.forget(user)
+        with self._slot.use() as store:
+            if self._saved is not None:
+                self._saved.check_events()
+            count = store.forget(user)
         if self._state.lm is not None:
             self._state.lm.scorer.forget()
         return count
@@ -537,14 +656,17 @@ class Recommender:
     def add_items(self, items: Sequence[Item]) -> None:
         """Add items, or replace those with the same id; recommendable at once by their text.
 
+        Those of a saved recommender are in its event store once this has returned: a kill does not lose
+        them, and other processes that serve it take them over.
+
         Raises
         ------
         DataError
             If an item breaks the data contract.
+        StoreError
+            If the event store cannot be used.
         """
-        with self._changing:
-            # An adapter that is not loaded yet is grown when it is.
-            self._state = self._state.with_catalog(self._state.catalog.with_items(items))
+        self._change(items, [])
 
     def remove_items(self, item_ids: Sequence[str]) -> None:
         """Remove items: never returned again, unless added again. Events that name them stay.
@@ -553,13 +675,52 @@ class Recommender:
         ------
         RequestError
             If an id is unknown.
+        StoreError
+            If the event store cannot be used.
+        """
+        self._change([], item_ids)
+
+    def _change(self, items: Sequence[Item], removed: Sequence[str]) -> None:
+        with self._changing:
+            catalog = self._state.catalog
+
+            def decide(missed: list[ItemChange]) -> list[ItemChange]:
+                nonlocal catalog
+                catalog = self._state.catalog.after(missed).with_items(items)
+                if removed:
+                    catalog = catalog.without_items(removed)
+                return catalog.changes(items, removed)
+
+            with self._slot.use() as store:
+                if self._saved is not None:
+                    self._saved.check_events()
+                applied, _ = store.change_items(self._applied, decide)
+            # An adapter that is not loaded yet is grown when it is.
+            self._state = self._state.with_catalog(catalog)
+            self._applied = applied
+
+    def follow(self) -> int:
+        """Take over items that other processes have put or removed since; return how many.
+
+        Loading, saving and changing items do it by themselves, and a server does it every second. Events
+        need no such call: every request reads them from the store.
+
+        Raises
+        ------
+        StoreError
+            If the event store cannot be used.
         """
         with self._changing:
-            self._state = replace(self._state, catalog=self._state.catalog.without_items(item_ids))
+            with self._slot.use() as store:
+                applied, changes = store.item_changes(self._applied)
+            if changes:
+                self._state = self._state.with_catalog(self._state.catalog.after(changes))
+                self._applied = applied
+            return len(changes)
 
     def close(self) -> None:
         """Release the event store."""
-        self._store.close()
+        self._slot.close()
 
 
 def _request(request: Request | None, fields: Mapping[str, Any]) -> Request:

@@ -109,7 +109,7 @@ def cached_retrievers(
         catalog.fingerprint,
         held_out.sha256(),
         texts.encoder.fingerprint,
-        config.model_dump(),
+        config.model_dump(exclude={"store"}),
         sources(*FITTING),
     ]
     return cache.get(

@@ -20,7 +20,7 @@ from llmrec.events import EventLog
 from llmrec.families import Texts, TrainingLog
 from llmrec.pipeline import LM, Pipeline
 from llmrec.protocols import Retriever
-from llmrec.recipe import Recipe, fit_retrievers, load_retrievers, retriever_arrays
+from llmrec.recipe import Recipe, fit_retrievers, grow_retrievers, load_retrievers, retriever_arrays
 from llmrec.retrieve.popularity import PopularityRetriever
 
 if TYPE_CHECKING:
@@ -90,8 +90,10 @@ class State:
 
     def with_catalog(self, catalog: Catalog) -> State:
         """The same over a catalogue in which items were added or replaced."""
+        if catalog.lines() is self.texts.lines:
+            return replace(self, catalog=catalog)
         texts = grown_texts(self.texts, catalog.lines())
-        retrievers = load_retrievers(retriever_arrays(self.retrievers), texts, self.recipe)
+        retrievers = grow_retrievers(self.retrievers, texts, self.recipe)
         lm = self.lm.grown(texts) if self.lm is not None else None
         return replace(self, catalog=catalog, texts=texts, retrievers=retrievers, lm=lm)
 

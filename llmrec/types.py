@@ -27,12 +27,22 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One purchase, click or watch. `timestamp` is in seconds since 1970, None where the log has no clock."""
+    """One purchase, click or watch.
+
+    Parameters
+    ----------
+    timestamp
+        In seconds since 1970, None where the log has no clock.
+    event_id
+        An id that the caller chose, unique among the events of the user: an event store keeps one event of
+        each id, so that sending it again after a lost answer does not count twice.
+    """
 
     user_id: str
     item_id: str
     timestamp: int | None = None
     weight: float = 1.0
+    event_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +76,10 @@ class Request:
         text vectors (Carbonell and Goldstein 1998).
     explain
         Whether each recommendation gets a `Reason`. Costs one more batch of up to 21 queries a request.
+    budget_ms
+        Time in milliseconds. Where the language model would take longer, going by what it took of late, or
+        has not been measured (see `Recommender.warm_up`), the answer is in retrieval order and marked
+        `degraded`. Nothing is broken off: retrieval itself takes as long as it takes.
 
     Raises
     ------
@@ -84,6 +98,7 @@ class Request:
     pins: Sequence[str] = ()
     diversity: float = 0.0
     explain: bool = False
+    budget_ms: float | None = None
 
     def __post_init__(self) -> None:
         if not _is_count(self.k):
@@ -98,6 +113,8 @@ class Request:
             raise RequestError(f"query must be text, got {type(self.query).__name__}")
         if not isinstance(self.explain, bool):
             raise RequestError(f"explain must be True or False, got {self.explain!r:.100}")
+        if self.budget_ms is not None and not (_is_number(self.budget_ms) and self.budget_ms > 0):
+            raise RequestError(f"budget_ms must be a number above 0, got {self.budget_ms!r:.100}")
         self._check_arrangement()
 
     def _check_arrangement(self) -> None:
@@ -110,9 +127,12 @@ class Request:
             raise RequestError(f"a cap is a whole number of at least 1, got {', '.join(wrong)}")
         if len(self.pins) > self.k:
             raise RequestError(f"{len(self.pins)} pins do not fit into k = {self.k}; pin fewer, or raise k")
-        number = isinstance(self.diversity, int | float) and not isinstance(self.diversity, bool)
-        if not (number and 0 <= self.diversity <= 1):
+        if not (_is_number(self.diversity) and 0 <= self.diversity <= 1):
             raise RequestError(f"diversity must be a number from 0 to 1, got {self.diversity!r:.100}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _is_count(value: object) -> bool:
@@ -182,7 +202,8 @@ class Reason:
 class Recommendation:
     """One recommended item. Rank starts at 1; a higher score is better, comparable within one answer only.
 
-    Scores fall with the rank, save where pins, caps or diversity placed an item otherwise.
+    Scores fall with the rank, save where pins, caps or diversity placed an item otherwise. `degraded`: the
+    language model was left out to keep the request's budget.
     """
 
     item: Item
@@ -190,6 +211,7 @@ class Recommendation:
     score: float
     sources: tuple[Source, ...] = ()
     reason: Reason | None = None
+    degraded: bool = False
 
     @property
     def item_id(self) -> str:

@@ -19,7 +19,7 @@ pytest.importorskip("fastapi")
 import httpx2
 import uvicorn
 
-KEY = "a key"
+KEY = "a kéy"
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +93,20 @@ def test_what_is_changed_counts(rec, client):
     assert ids(client.search("zeppelin", k=1)) == ["n/1"]
     client.remove_item("n/1")
     assert not rec.catalog.active[rec.catalog.code("n/1")]
+
+
+@pytest.mark.parametrize("name", [".", "..", "../x", "%2E"])
+def test_an_id_that_looks_like_a_path_is_an_id(rec, client, name):
+    client.put_item(Item(name, "Zeppelin Dots"))
+    assert ids(client.search("zeppelin dots", k=1)) == [name]
+    client.remove_item(name)
+    client.observe(name, "i4")
+    assert client.forget(name) == 1 and rec.history(name) == []
+
+
+def test_an_event_that_is_sent_again_counts_once(client):
+    sent = [client.observe("again", "i4", event_id="a"), client.observe("again", "i4", event_id="a")]
+    assert sent == [True, False] and client.forget("again") == 1
 
 
 def test_errors_are_those_of_the_library(client, url, request):

@@ -226,3 +226,23 @@ def test_the_encoder_program_trains_and_judges_similar_items(folder, tmp_path, c
     program("finetune/encoder").main(arguments)
     said = capsys.readouterr().out
     assert "5 steps" in said and "after - before" in said and (tmp_path / "out").is_dir()
+
+
+def test_the_load_program_measures_real_servers(folder, tmp_path, capsys):
+    load = program("eval/load")
+    arguments = ["--items", "60", "--users", "40", "--clients", "1", "3", "--seconds", "0.5"]
+    arguments += ["--budgets", "0.001", "60000", "--mixed-minutes", "0.05", "--in-process", "70"]
+    out = tmp_path / "load.json"
+    load.main([*arguments, "--steps", "2", "--config", str(folder / "c.toml"), "--out", str(out)])
+    result = json.loads(out.read_text())
+    assert result["command"].startswith("python eval/load.py --items 60") and result["environment"]
+    (size,) = result["sizes"]
+    for name in ("without_language_model", "with_language_model"):
+        found = size[name]
+        for part in (*found["clients"].values(), found["mixed"]):
+            assert part["requests"] > 0 and part["errors"] == {}
+            assert 0 < part["p50_ms"] <= part["p95_ms"] <= part["p99_ms"]
+        assert found["in_process"]["batch_of_32_ms"] > 0 and len(found["mixed"]["memory_mb"]) == 10
+    budgets = size["with_language_model"]["budgets_ms"]
+    assert [budgets[b]["degraded"] for b in ("0.001", "60000")] == [1.0, 0.0]
+    assert all(part["degraded"] == 0 for part in size["without_language_model"]["clients"].values())

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from llmrec import Recommender
-from llmrec.errors import OverloadError
+from llmrec.errors import OverloadError, StoreError
 from llmrec.serve import ServeConfig, create_app
 from llmrec.testing import toy_data
 
@@ -149,6 +149,50 @@ def test_events_items_and_users_change_what_is_answered():
         assert "a/b c" not in ids(http.post("/v1/search", json={"query": "zeppelin"}))
         assert http.delete("/v1/users/new%2F1").json() == {"events": 3}
         assert http.delete("/v1/users/new%2F1").json() == {"events": 0}
+
+
+def test_events_that_are_sent_again_count_once():
+    with client_of(fit()) as http:
+        event = {"user_id": "new", "item_id": "i4"}
+        many = [{**event, "item_id": f"i{n}", "timestamp": n} for n in range(3)]
+
+        def post(body, key=None):
+            return http.post("/v1/events", json=body, headers={"Idempotency-Key": key} if key else {})
+
+        assert post(event, "first").json() == {"events": 1}
+        assert post(event, "first").json() == {"events": 1, "repeated": 1}
+        assert post(many, "second").json() == {"events": 3}
+        assert post(many, "second").json() == {"events": 3, "repeated": 3}
+        assert post([{**event, "event_id": "mine"}, {**event, "event_id": "mine"}], "third").json() == {
+            "events": 2,
+            "repeated": 1,
+        }
+        taken = post({**event, "item_id": "i9"}, "first")
+        assert taken.status_code == 422 and "is taken by an event with item 'i4'" in taken.json()["detail"]
+        assert post(event, "x" * 201).status_code == 422
+        assert http.delete("/v1/users/new").json() == {"events": 5}
+
+
+def test_a_store_that_cannot_be_used_is_told_without_where_it_is(rec, monkeypatch, caplog):
+    def fail(*arguments):
+        raise StoreError("the event store at db.internal cannot be used")
+
+    monkeypatch.setattr(rec, "observe_many", fail)
+    with client_of(rec) as http:
+        answer = http.post("/v1/events", json={"user_id": "u1", "item_id": "i1"})
+        assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+        assert answer.json()["code"] == "StoreError" and "db.internal" not in answer.text
+    assert "db.internal" in caplog.text
+
+
+def test_a_key_of_any_letters_opens(rec):
+    key = "ключ-🔑"
+    keys = [{"name": "app", "sha256": hashlib.sha256(key.encode()).hexdigest()}]
+    with client_of(rec, keys=keys) as http:
+        for header, value in (("Authorization", f"Bearer {key}"), ("X-API-Key", key)):
+            assert http.post("/v1/recommend", json={}, headers={header: value.encode()}).status_code == 200
+        wrong = {"X-API-Key": "ключ".encode("cp1251")}
+        assert http.post("/v1/recommend", json={}, headers=wrong).status_code == 401
 
 
 def test_health_readiness_and_metrics(rec):
@@ -365,7 +409,7 @@ def test_the_document_names_limits_examples_keys_and_errors(rec):
     assert schemas["RecommendRequest"]["properties"]["history"]["anyOf"][0]["maxItems"] == 9
     assert "x-limit" not in json.dumps(document)
     answers = document["paths"]["/v1/recommend"]["post"]["responses"]
-    assert set(answers) == {"200", "400", "401", "413", "422", "503"}
+    assert set(answers) == {"200", "400", "401", "413", "421", "422", "500", "503"}
     assert list(answers["422"]["content"]) == ["application/problem+json"]
 
 
@@ -449,6 +493,70 @@ def test_the_command_serves_until_it_is_told_to_end(saved):
         again.search("zeppelin", k=1)[0].item_id == "new"
         and not again.catalog.active[again.catalog.code("i7")]
     )
+    again.close()
+
+
+@pytest.fixture
+def server(saved):
+    """Start servers of the saved model in processes of their own."""
+    processes = []
+
+    def start(*arguments):
+        process = subprocess.Popen(
+            command("serve", saved, "--port", 0, *arguments), stderr=subprocess.PIPE, text=True
+        )
+        processes.append(process)
+        url = re.search(r"http://127\.0\.0\.1:\d+", process.stderr.readline()).group()
+        http = httpx2.Client(base_url=url, timeout=60)
+        wait_until_ready(http.get)
+        return process, http
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+def test_two_servers_of_one_model_see_what_the_other_is_told_and_a_kill_loses_nothing(server, saved):
+    (first, one), (second, two) = server(), server()
+    assert one.post("/v1/events", json={"user_id": "shared", "item_id": "i3"}).status_code == 201
+    assert ids(two.post("/v1/recommend", json={"user": "shared"}))[0] == "i4"
+    assert two.post("/v1/events", json={"user_id": "shared", "item_id": "i4"}).status_code == 201
+    assert ids(one.post("/v1/recommend", json={"user": "shared"}))[0] == "i5"
+    assert one.put("/v1/items/of-one", json={"title": "Zeppelin One"}).status_code == 201
+    assert two.put("/v1/items/of-two", json={"title": "Zeppelin Two"}).status_code == 201
+    assert two.delete("/v1/items/i9").status_code == 204
+    both = {"of-one", "of-two"}
+    for http in (one, two):
+        for _ in range(100):
+            found = http.post("/v1/search", json={"query": "zeppelin", "k": 40})
+            if both <= set(ids(found)):
+                break
+            time.sleep(0.1)
+        assert both <= set(ids(found)) and "i9" not in ids(found)
+    first.kill()
+    second.kill()
+    again = Recommender.load(saved)
+    assert both <= set(again.catalog.ids) and not again.catalog.active[again.catalog.code("i9")]
+    assert [e.item_id for e in again.history("shared")] == ["i3", "i4"]
+    again.remove_items(sorted(both))
+    again.forget("shared")
+    again.close()
+
+
+def test_the_end_of_a_server_leaves_alone_what_another_process_saved(server, saved):
+    process, http = server()
+    assert http.put("/v1/items/late", json={"title": "Zeppelin Late"}).status_code == 201
+    other = Recommender.load(saved)
+    other.refit()
+    other.save(saved)
+    other.close()
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 0 and "another process has fitted or fine-tuned" in stderr, stderr
+    again = Recommender.load(saved)
+    assert again._model == other._model and again.search("zeppelin late", k=1)[0].item_id == "late"
+    again.remove_items(["late"])
     again.close()
 
 

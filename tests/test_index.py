@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from llmrec.index import faiss_index
 from llmrec.index.faiss_index import FaissIndex
 
 DIM = 64
@@ -99,3 +100,44 @@ def test_an_empty_index_finds_nothing_and_a_small_one_all_it_has():
     assert hits.items.tolist() == np.argsort(-(VECTORS[:3] @ QUERIES[0])).tolist()
     (hits,) = index.search(QUERIES[:1], 50, [np.array([False, True, True])])
     assert sorted(hits.items.tolist()) == [1, 2]
+
+
+# Growing.
+
+
+def unit(rng, *shape):
+    vectors = rng.normal(size=shape).astype(np.float32)
+    return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
+
+
+@pytest.mark.parametrize("most,exact_up_to", [(1000, 10_000), (7, 10_000), (1000, 50)])
+def test_a_grown_index_finds_what_a_new_one_finds_and_the_old_one_stays(most, exact_up_to, monkeypatch):
+    monkeypatch.setattr(faiss_index, "ASIDE", most)
+    monkeypatch.setattr(faiss_index, "ASIDE_SHARE", 0.0)
+    rng = np.random.default_rng(0)
+    vectors, asked = unit(rng, 60, 16), unit(rng, 5, 16)
+    index = FaissIndex(16, exact_up_to)
+    index.add(vectors)
+    first, before = index, index.search(asked, 9, [None] * 5)
+    for step in range(8):
+        changed = rng.choice(len(vectors), step % 3, replace=False)
+        vectors = np.concatenate([vectors, unit(rng, step % 4, 16)])
+        vectors[changed] = unit(rng, len(changed), 16)
+        index = index.grown(vectors, changed)
+        assert len(index) == len(vectors)
+        few = np.zeros(len(vectors), bool)
+        few[rng.choice(len(vectors), 4, replace=False)] = True
+        masks = [None, rng.random(len(vectors)) < 0.5, few, ~few, np.zeros(len(vectors), bool)]
+        for k in (1, 9, len(vectors) + 5):
+            for vector, mask, hits in zip(asked, masks, index.search(asked, k, masks), strict=True):
+                scores = vectors @ vector
+                allowed = np.arange(len(vectors)) if mask is None else np.flatnonzero(mask)
+                best = allowed[np.argsort(-scores[allowed])][:k]
+                if exact_up_to > len(vectors):
+                    assert hits.items.tolist() == best.tolist()
+                assert len(set(hits.items.tolist())) == len(hits.items) and set(hits.items) <= set(allowed)
+                np.testing.assert_allclose(hits.scores, scores[hits.items], atol=1e-5)
+    index.add(unit(rng, 1, 16))
+    assert len(index) == len(vectors) + 1
+    for old, now in zip(before, first.search(asked, 9, [None] * 5), strict=True):
+        assert old.items.tolist() == now.items.tolist()

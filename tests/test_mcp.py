@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 import pytest
 
 from llmrec import Recommender
+from llmrec.explain.meanings import MEANINGS
 from llmrec.families import FAMILIES
 from llmrec.pipeline import LM
 from llmrec.serve import ServeConfig, Service, create_app, create_server
@@ -19,8 +20,6 @@ import httpx2
 from mcp import Client, StdioServerParameters
 from mcp.client.streamable_http import streamable_http_client
 from mcp.shared.exceptions import MCPError
-
-from llmrec.serve.mcp import MEANINGS
 
 LIGHT = {"encoder": {"name": "light", "dim": 16}}
 TOOLS = {"recommend", "search_items", "similar_items", "rank_items", "record_event", "explain"}
@@ -95,7 +94,7 @@ def test_the_tools_answer_as_the_library_does(rec, talk):
     for one, known in zip(explained["items"], rec.rank(wanted, user="u1"), strict=True):
         assert one["item_id"] == known.item_id
         assert [s["name"] for s in one["sources"]] == [s.name for s in known.sources]
-        assert all(s["meaning"] == MEANINGS[s["name"]] for s in one["sources"])
+        assert all(s["meaning"] == MEANINGS[s["name"]].clause for s in one["sources"])
     assert any(one["sources"] for one in explained["items"])
     assert set(MEANINGS) == {*FAMILIES, LM}
 

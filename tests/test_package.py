@@ -18,7 +18,7 @@ PACKAGE = ROOT / "llmrec"
 
 # Lowest first. A module imports from lower layers only; those of one layer do not know each other.
 LAYERS = [
-    {"errors"},
+    {"errors", "timing"},
     {"types"},
     {"protocols"},
     {"quiet", "environment", "ranking", "metrics", "prompt", "text", "rows", "tables"},
@@ -43,7 +43,7 @@ LAYERS = [
     {"word_model"},
     {"language_model"},
     {"assembly"},
-    {"state"},
+    {"state", "saved"},
     {"mining"},
     {"lm_training"},
     {"tuning", "stages", "answering"},

@@ -14,6 +14,7 @@ import pytest
 from llmrec import Event, Item, LLMRecError, Recommender, Request
 from llmrec.errors import DataError, ModelError, RequestError
 from llmrec.testing import tiny_lm, toy_data
+from llmrec.timing import Timing
 
 LIGHT = {"encoder": {"name": "light", "dim": 16}}
 
@@ -134,8 +135,8 @@ def test_observe_counts_in_the_next_request_and_forget_erases(rec, data):
 def test_many_events_are_observed_at_once_or_not_at_all(rec):
     a, b, c = rec.catalog.ids[:3]
     rec.observe_many([Event("new", a, 20), Event("new", b, 10), Event("new", c)])
-    assert [e.item_id for e in rec._store.history("new")] == [b, a, c]
-    assert rec._store.history("new")[-1].timestamp > 1_700_000_000
+    assert [e.item_id for e in rec.history("new")] == [b, a, c]
+    assert rec.history("new")[-1].timestamp > 1_700_000_000
     rec.observe_many([])
     for bad in (
         Event("new", "nope"),
@@ -209,7 +210,7 @@ def test_what_observe_acknowledged_is_there_once_after_kills(rec, tmp_path):
         results = [run.result() for run in runs]
     rec = Recommender.load(tmp_path / "model")
     for name, (in_flight, acknowledged) in zip(names, results, strict=True):
-        stored = [e.timestamp for e in rec._store.history(name)]
+        stored = [e.timestamp for e in rec.history(name)]
         assert len(stored) == len(set(stored)), "nothing twice"
         there = set(stored) & set(in_flight)
         assert there == set(in_flight) or (not there and not acknowledged), "a batch is there whole or not"
@@ -540,3 +541,23 @@ def test_a_truncated_file_is_named_in_the_error(tuned, tmp_path, name):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(ModelError):
         Recommender.load(tmp_path / "model").stages(user="u1")
+
+
+def test_a_budget_that_the_model_would_overrun_gets_the_retrieval_order_and_says_so(tuned):
+    stages = tuned.stages(user="u3", k=8)
+    assert ids(stages["retrieval"]) != ids(stages["default"])
+    tuned._timing = Timing()
+    unmeasured = tuned.recommend(user="u3", k=8, budget_ms=60_000)
+    assert ids(unmeasured) == ids(stages["retrieval"]) and all(r.degraded for r in unmeasured)
+    tuned.warm_up()
+    kept = tuned.recommend(user="u3", k=8, budget_ms=60_000)
+    assert ids(kept) == ids(stages["default"]) and not any(r.degraded for r in kept)
+    tuned._timing.note(1, 1000.0)
+    both = tuned.recommend_many([Request(user="u3", k=8, budget_ms=50), Request(user="u3", k=8)])
+    assert [ids(found) for found in both] == [ids(stages["retrieval"]), ids(stages["default"])]
+    assert all(r.degraded for r in both[0]) and not any(r.degraded for r in both[1])
+    assert tuned.recipe.query.most_lm == 0
+    assert not any(r.degraded for r in tuned.recommend(query="silver river", budget_ms=1e-3))
+    for bad in (0, -1, True, "5", float("nan")):
+        with pytest.raises(RequestError, match="budget_ms must be a number above 0"):
+            Request(budget_ms=bad)

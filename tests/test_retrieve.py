@@ -338,6 +338,44 @@ def test_bm25_copes_with_texts_and_queries_without_words(lines, query, expected)
     assert BM25Retriever(lines).retrieve([Query(text=query)], 5)[0].items.tolist() == expected
 
 
+def test_bm25_of_a_catalogue_that_grows_is_near_that_of_a_new_index_until_it_is_one(monkeypatch):
+    rng = np.random.default_rng(0)
+    lines = [" ".join(rng.choice(WORDS, rng.integers(3, 9))) for _ in range(400)]
+    old = BM25Retriever(lines)
+    before = old.score("red steel")
+    grown = old
+    for n in range(30):
+        lines = [*lines, " ".join(rng.choice([*WORDS, "zeppelin"], 6))]
+        if n % 3 == 0:
+            lines[7 * n] = "zeppelin " + lines[7 * n]
+        grown = grown.grown(lines)
+    fresh, first = BM25Retriever(lines), 400
+    for query in ("red steel", "zeppelin", "zeppelin red red", "nothing", ""):
+        now, then = grown.score(query), fresh.score(query)
+        assert len(now) == len(lines) and ((now > 0) == (then > 0)).all()
+        np.testing.assert_allclose(now[now > 0], then[now > 0], rtol=0.25)
+    # What stands aside is scored as if it had been counted where the index was.
+    aside = lines[first + 3].split()
+    original = [line.split() for line in old.lines]
+    average, score = np.mean([len(line) for line in original]), 0.0
+    for word in ("red", "steel"):
+        df = sum(word in line for line in original)
+        tf = aside.count(word)
+        idf = math.log(1 + (first - df + 0.5) / (df + 0.5))
+        score += idf * tf / (tf + 1.5 * (0.25 + 0.75 * len(aside) / average))
+    assert grown.score("red steel")[first + 3] == pytest.approx(score, rel=1e-5)
+    untouched = [code for code in range(first) if lines[code] == old.lines[code]]
+    np.testing.assert_array_equal(grown.score("red steel")[untouched], before[untouched])
+    np.testing.assert_array_equal(old.score("red steel"), before)
+    monkeypatch.setattr("llmrec.retrieve.lexical.ASIDE", 10)
+    lines = [*lines, "red zeppelin"]
+    np.testing.assert_array_equal(
+        grown.grown(lines).score("zeppelin"), BM25Retriever(lines).score("zeppelin")
+    )
+    wordless = BM25Retriever(["", "..."]).grown(["", "...", "red"])
+    assert wordless.retrieve([Query(text="red")], 3)[0].items.tolist() == [2]
+
+
 # The contract of all
 
 KINDS = {

@@ -3,17 +3,20 @@
 import base64
 import hashlib
 import threading
+import time
 
 import numpy as np
 import pytest
 
-from llmrec import Recommender, Request
+from llmrec import Item, Recommender, Request
+from llmrec.answering import units_of
 from llmrec.errors import ConfigError, NotFoundError, OverloadError, RequestError
-from llmrec.serve import ApiKey, ServeConfig, Service, batching
+from llmrec.serve import ApiKey, ServeConfig, Service
 from llmrec.serve import models as m
 from llmrec.serve.batching import Batcher, Load, Pool
 from llmrec.serve.relevance import score_documents
 from llmrec.testing import tiny_lm, toy_data
+from llmrec.timing import HALF_LIFE, Timing
 
 LIGHT = {"encoder": {"name": "light", "dim": 16}}
 
@@ -72,6 +75,12 @@ class Gated:
         return self._rec.recommend_many(requests, lm=lm)
 
 
+def takes(service, seconds):
+    """Let the service believe that the language model takes so long for a lone request."""
+    service.with_lm.load.timing = Timing()
+    service.with_lm.load.timing.note(1, seconds)
+
+
 def ids(answer):
     items = answer.items if isinstance(answer, m.ItemsResponse) else answer
     return [r.item_id for r in items]
@@ -112,14 +121,14 @@ def test_search_shares_the_batches_and_lets_seen_items_return(fitted, serve):
     found = service.search(m.SearchRequest(query=title, user="u1", k=3))
     assert ids(found) == ids(fitted.search(title, user="u1", k=3))
     assert seen in ids(found)
-    assert service.without_lm.load.seconds > 0
+    assert service.without_lm.load.expected() > 0
 
 
 def test_a_full_queue_refuses_with_a_time_to_come_back(fitted, serve):
     gated = Gated(fitted, lm=False)
     service = serve(gated, queue=4, batch=2, wait_ms=0)
     futures = [service.begin(m.RecommendRequest(user="u1")) for _ in range(4)]
-    service.without_lm.load.seconds = 2.0
+    service.without_lm.load.timing.note(1, 2.0)
     with pytest.raises(OverloadError, match="try again in 10 s") as refused:
         service.begin(m.RecommendRequest(user="u1"))
     assert refused.value.retry_after == 10
@@ -146,7 +155,7 @@ def test_an_unexpected_error_reaches_all_who_wait():
     for future in futures:
         with pytest.raises(ZeroDivisionError):
             future.result(10)
-    assert batcher.load.pending == 0 and batcher.load.seconds is None
+    assert batcher.load.pending == 0 and batcher.load.expected() == 0
     batcher.close()
 
 
@@ -165,31 +174,73 @@ def test_the_pool_takes_as_many_calls_as_it_may_and_forgets_cancelled_ones():
 # ---- budgets -------------------------------------------------------------------------------------------
 
 
-def test_load_is_an_exponential_average_of_one_requests_share():
+def test_a_batch_is_promised_what_one_of_its_size_or_the_next_larger_took():
+    timing = Timing()
+    assert timing.estimate(1) is None
+    timing.note(32, 0.64)
+    # A lone request may take as long as the batch of 32, and not a thirty-second part of it.
+    assert [timing.estimate(n) for n in (1, 17, 32, 64, 96)] == pytest.approx([0.64, 0.64, 0.64, 1.28, 1.92])
+    timing.note(1, 0.05)
+    timing.note(3, 0.12)
+    assert [timing.estimate(n) for n in (1, 2, 4, 5)] == pytest.approx([0.05, 0.12, 0.12, 0.64])
+    timing.note(1, 0.10)
+    assert timing.estimate(1) == pytest.approx(0.05 + 0.2 * 0.05)
+
+
+def test_what_waits_counts_by_what_it_costs():
     load = Load(10)
     assert load.expected() == 0
-    for _ in range(4):
-        load.enter()
-    load.leave(4, 2.0)
-    assert load.seconds == pytest.approx(0.5)
     load.enter()
-    load.leave(1, 1.0)
-    assert load.seconds == pytest.approx(0.5 + 0.2 * 0.5)
+    load.leave(1, 0.1)
+    load.enter(22)
     load.enter()
-    assert load.expected() == pytest.approx(2 * 0.6)
+    assert load.expected() == pytest.approx(24 * 0.1) and load.pending == 2
+    load.leave(2, 1.0, 23)
+    assert load.pending == 0 and load.expected() == pytest.approx(0.1, rel=0.01)
+    assert load.expected(22) == pytest.approx(1.0, rel=0.01)
+
+
+def test_reasons_cost_as_much_as_the_queries_that_they_ask(fitted, serve, monkeypatch):
+    asked = []
+    retriever = fitted._state.retrievers["transitions"]
+    monkeypatch.setattr(
+        retriever,
+        "retrieve",
+        lambda queries, k, real=retriever.retrieve: asked.append(len(queries)) or real(queries, k),
+    )
+    for request in (
+        Request(history=["i1", "i2", "i3"], explain=True),
+        Request(history=[f"i{n}" for n in range(30)], explain=True),
+        Request(history=["i1", "i2"]),
+        Request(history=[], explain=True),
+        Request(explain=True),
+        Request(query="river", explain=True),
+    ):
+        asked.clear()
+        fitted.recommend(request)
+        assert units_of(request) == max(1, sum(asked)), request
+    assert units_of(Request(user="u1", explain=True)) == 22
+
+
+def test_a_budget_is_kept_when_reasons_would_overrun_it(tuned, serve):
+    service = serve(tuned)
+    takes(service, 0.05)
+    assert not service.recommend(m.RecommendRequest(user="u3", budget_ms=500)).degraded
+    takes(service, 0.05)
+    assert service.recommend(m.RecommendRequest(user="u3", budget_ms=500, explain=True)).degraded
 
 
 def test_a_budget_that_the_language_model_would_overrun_gets_the_retrieval_order(tuned, serve):
     counted = []
     service = serve(tuned, lambda size, degraded: counted.append((size, degraded)))
     service.warm_up()
-    assert service.with_lm.load.seconds > 0
-    service.with_lm.load.seconds = 0.5
+    assert service.with_lm.load.expected() > 0
+    takes(service, 0.5)
     stages = tuned.stages(user="u3", k=8)
     assert ids(stages["retrieval"]) != ids(stages["default"])
     late = service.recommend(m.RecommendRequest(user="u3", k=8, budget_ms=100))
     assert late.degraded and ids(late) == ids(stages["retrieval"])
-    service.with_lm.load.seconds = 0.5
+    takes(service, 0.5)
     kept = service.recommend(m.RecommendRequest(user="u3", k=8, budget_ms=10_000))
     assert not kept.degraded and ids(kept) == ids(stages["default"])
     assert {s.name for r in kept.items for s in r.sources} >= {"lm"}
@@ -199,7 +250,7 @@ def test_a_budget_that_the_language_model_would_overrun_gets_the_retrieval_order
 def test_a_degraded_request_does_not_wait_behind_the_language_model(tuned, serve):
     gated = Gated(tuned, lm=True)
     service = serve(gated)
-    service.with_lm.load.seconds = 0.2
+    takes(service, 0.2)
     slow = [service.begin(m.RecommendRequest(user=f"u{n}")) for n in range(3)]
     fast = service.begin(m.RecommendRequest(user="u3", budget_ms=500))
     assert fast.result(30).degraded and not any(future.done() for future in slow)
@@ -211,7 +262,7 @@ def test_what_the_language_model_has_no_weight_in_is_not_degraded_and_does_not_w
     fitted, tuned, serve
 ):
     service = serve(fitted)
-    service.with_lm.load.seconds = 99.0
+    takes(service, 99.0)
     assert not service.recommend(m.RecommendRequest(user="u1", budget_ms=1)).degraded
     assert tuned.recipe.query.most_lm == 0
     gated = Gated(tuned, lm=True)
@@ -378,12 +429,37 @@ def test_a_saved_model_is_not_loaded_for_degraded_answers(tuned, tmp_path):
 
 def test_an_estimate_that_keeps_requests_away_is_forgotten(monkeypatch):
     now = [100.0]
-    monkeypatch.setattr(batching.time, "monotonic", lambda: now[0])
-    load = batching.Load(5)
+    monkeypatch.setattr("llmrec.timing.time.monotonic", lambda: now[0])
+    load = Load(5)
     load.enter()
     load.leave(1, 2.0)
     assert load.expected() == 2.0
-    now[0] += 3 * batching.HALF_LIFE
+    now[0] += 3 * HALF_LIFE
     assert load.expected() == pytest.approx(0.25)
     load.enter()
     assert load.expected() == 4.0
+
+
+# ---- what other processes change -----------------------------------------------------------------------
+
+
+def test_a_service_takes_over_what_others_change_and_goes_on_when_it_cannot(tmp_path, serve, caplog):
+    first = Recommender.fit(*toy_data(), LIGHT)
+    first.save(tmp_path / "model")
+    other = Recommender.load(tmp_path / "model")
+    service = serve(first, follow_seconds=0.02)
+    other.add_items([Item("new", "Zeppelin")])
+
+    def until(true):
+        for _ in range(500):
+            if true():
+                return
+            time.sleep(0.02)
+        raise AssertionError("nothing happened")
+
+    until(lambda: ids(service.search(m.SearchRequest(query="zeppelin", k=1))) == ["new"])
+    other.close()
+    first.close()
+    until(lambda: "items that other processes changed are not seen" in caplog.text)
+    time.sleep(0.2)
+    assert caplog.text.count("are not seen") == 1

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from llmrec.catalog import Catalog
 from llmrec.explain.evidence import influences, matched_words, shared_values
+from llmrec.explain.meanings import MEANINGS
 from llmrec.protocols import Codes, Floats, Query
 from llmrec.types import Influence, Reason, Recommendation, Shared
 
@@ -15,12 +16,6 @@ READS_WORDS = ("bm25", "text")
 MENTIONED = 2
 """Most history items that a sentence names."""
 
-_OF_SOURCE = {
-    "popularity": "Popular with others.",
-    "recent": "Popular of late.",
-    "trending": "On the rise.",
-    "text": "Close in meaning to your words.",
-}
 _PINNED = "Pinned by the request."
 _WHOLE = "Fits your history as a whole."
 _NOTHING = "Nothing in particular speaks for it."
@@ -85,8 +80,8 @@ def phrase(
         whole = ", and ".join(clauses)
         return whole[0].upper() + whole[1:] + "."
     first = next(iter(sources), "")
-    if first in _OF_SOURCE:
-        return _OF_SOURCE[first]
+    if first in MEANINGS and MEANINGS[first].alone:
+        return MEANINGS[first].alone
     return _WHOLE if asked_by_history and first else _NOTHING
 
 

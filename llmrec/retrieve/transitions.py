@@ -88,8 +88,10 @@ class TransitionsRetriever:
 
     def grown(self, n_items: int) -> TransitionsRetriever:
         """The same for a catalogue that has grown to `n_items`."""
-        matrix = self.matrix.copy()
-        matrix.resize((n_items, n_items))
+        old = self.matrix
+        # The entries are shared: nothing changes them.
+        rows = np.pad(old.indptr, (0, n_items - old.shape[0]), mode="edge")
+        matrix = scipy.sparse.csr_matrix((old.data, old.indices, rows), shape=(n_items, n_items))
         return TransitionsRetriever(matrix, self.config)
 
     def arrays(self) -> dict[str, NDArray[Any]]:

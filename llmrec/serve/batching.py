@@ -12,20 +12,16 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from llmrec.errors import OverloadError, RequestError
+from llmrec.timing import Timing
 
 Q = TypeVar("Q")
 A = TypeVar("A")
 
 CLOSED = "the service is stopping and takes no more requests; try again in a moment"
-HALF_LIFE = 10.0
-"""Seconds in which an estimate that nothing renews falls to half, so that it is measured again."""
-
-SMOOTHING = 0.2
-"""Share of the newest measurement in the exponential average."""
 
 
 class Load:
-    """Counts what is under way and how long one takes; refuses what is beyond a limit. Thread-safe.
+    """Counts what is under way and how long that will take; refuses what is beyond a limit. Thread-safe.
 
     Parameters
     ----------
@@ -36,23 +32,16 @@ class Load:
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.pending = 0
-        self.seconds: float | None = None
-        self._measured: float | None = None
+        self.timing = Timing()
+        self._units = 0
         self._lock = threading.Lock()
 
-    def expected(self) -> float:
-        """Seconds until one that comes now would be finished; 0 before anything was measured.
+    def expected(self, units: int = 1) -> float:
+        """Seconds until one more of so many units would be finished; 0 before anything was measured."""
+        return self.timing.estimate(self._units + units, idle=self.pending == 0) or 0.0
 
-        What was measured long ago counts for less while nothing is under way: an estimate that keeps
-        requests away would never be renewed otherwise.
-        """
-        seconds = self.seconds or 0.0
-        if self.pending == 0 and self._measured is not None:
-            seconds *= 0.5 ** ((time.monotonic() - self._measured) / HALF_LIFE)
-        return (self.pending + 1) * seconds
-
-    def enter(self) -> None:
-        """Take one more.
+    def enter(self, units: int = 1) -> None:
+        """Take one more, which costs as much as `units` plain ones.
 
         Raises
         ------
@@ -67,21 +56,22 @@ class Load:
                     seconds,
                 )
             self.pending += 1
+            self._units += units
 
-    def leave(self, count: int, seconds: float | None = None) -> None:
+    def leave(self, count: int, seconds: float | None = None, units: int | None = None) -> None:
         """Note that some are done; `seconds` is how long they took together, None says nothing."""
+        units = count if units is None else units
         with self._lock:
             self.pending -= count
-            if seconds is not None and count:
-                share = seconds / count
-                self._measured = time.monotonic()
-                before = self.seconds
-                self.seconds = share if before is None else before + SMOOTHING * (share - before)
+            self._units -= units
+        if seconds is not None and count:
+            self.timing.note(units, seconds)
 
 
 @dataclass(frozen=True, slots=True)
 class _Job(Generic[Q, A]):
     request: Q
+    units: int = 1
     future: Future[A] = field(default_factory=Future)
 
 
@@ -112,19 +102,19 @@ class Batcher(Generic[Q, A]):
         self._thread = threading.Thread(target=self._work, name="llmrec-batcher", daemon=True)
         self._thread.start()
 
-    def submit(self, request: Q) -> Future[A]:
-        """Return the answer to come.
+    def submit(self, request: Q, units: int = 1) -> Future[A]:
+        """Return the answer to come; `units` says how many plain requests it costs as much as.
 
         Raises
         ------
         OverloadError
             If too many requests are under way, or the batcher is closed.
         """
-        job: _Job[Q, A] = _Job(request)
+        job: _Job[Q, A] = _Job(request, units)
         with self._closing:
             if self._closed:
                 raise OverloadError(CLOSED)
-            self.load.enter()
+            self.load.enter(units)
             self._waiting.put(job)
         return job.future
 
@@ -156,7 +146,8 @@ class Batcher(Generic[Q, A]):
             began = time.monotonic()
             asked = [job for job in jobs if job.future.set_running_or_notify_cancel()]
             answered = self._settle(asked) if asked else False
-            self.load.leave(len(jobs), time.monotonic() - began if answered else None)
+            units = sum(job.units for job in jobs)
+            self.load.leave(len(jobs), time.monotonic() - began if answered else None, units)
 
     def _settle(self, jobs: Sequence[_Job[Q, A]]) -> bool:
         """Answer all; return whether the first attempt succeeded, so that its time means something."""

@@ -48,6 +48,9 @@ class ServeConfig(BaseModel):
     batch: int = Field(32, ge=1, description="most requests that the recommender answers as one batch")
     wait_ms: float = Field(3.0, ge=0, le=1000, description="how long the first request waits for others")
     queue: int = Field(256, ge=1, description="requests that may wait; more are refused with 503")
+    follow_seconds: float = Field(
+        1.0, gt=0, le=3600, description="how often items that other processes changed are taken over"
+    )
     workers: int = Field(2, ge=1, description="threads for what is not batched")
 
     @model_validator(mode="after")

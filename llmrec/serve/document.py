@@ -18,7 +18,7 @@ EXAMPLES: dict[str, list[dict[str, Any]]] = {
     "SimilarRequest": [{"item_id": "i1", "k": 5}],
     "RankRequest": [{"items": ["i3", "i1", "i2"], "user": "42"}],
     "PredictRequest": [{"items": ["i1", "i2"], "history": ["i0"]}],
-    "EventIn": [{"user_id": "42", "item_id": "i1", "timestamp": 1700000000}],
+    "EventIn": [{"user_id": "42", "item_id": "i1", "timestamp": 1700000000, "event_id": "order 17, line 1"}],
     "ItemIn": [{"title": "Alien", "text": "In space.", "attributes": {"year": 1979, "genres": ["Horror"]}}],
     "RerankRequest": [
         {"query": "space horror", "documents": ["Alien (1979)", {"text": "Toy Story"}], "top_n": 1},
@@ -33,9 +33,11 @@ ERRORS = {
     "401": "no key that the server knows",
     "403": "the key may only read",
     "404": "unknown item",
+    "421": "a server without keys answers this machine alone",
     "413": "the body is too large",
     "422": "the request breaks its schema, a limit, or names what is not there",
-    "503": "too much to do, see Retry-After",
+    "500": "an error inside the server; its log has it under the request id",
+    "503": "too much to do, or the event store cannot be reached; see Retry-After",
 }
 
 
@@ -62,8 +64,8 @@ def complete(document: dict[str, Any]) -> dict[str, Any]:
 def _errors_of(path: str, operation: Mapping[str, Any]) -> list[str]:
     """Return the statuses with which an operation refuses."""
     if path in OPEN:
-        return ["503"] if path == "/ready" else []
-    codes = {"401"}
+        return ["500", "503"] if path == "/ready" else ["500"]
+    codes = {"401", "421", "500"}
     if operation["tags"] != ["operate"]:
         codes |= {"422", "503"}
     if "requestBody" in operation:

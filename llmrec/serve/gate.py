@@ -147,9 +147,9 @@ def _host(headers: Mapping[str, str]) -> str:
 
 def _key(headers: Mapping[str, str]) -> str | None:
     scheme, _, key = headers.get("authorization", "").partition(" ")
-    if scheme.lower() == "bearer":
-        return key.strip()
-    return headers.get("x-api-key")
+    given = key.strip() if scheme.lower() == "bearer" else headers.get("x-api-key")
+    # The hash of a key is that of its UTF-8 bytes; headers were read as Latin-1.
+    return None if given is None else given.encode("latin-1").decode("utf-8", "replace")
 
 
 async def _body(receive: Receive, headers: Mapping[str, str], limit: int) -> bytes:

@@ -9,7 +9,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from http import HTTPStatus
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, FastAPI, HTTPException, Path, Request, Response
+from fastapi import APIRouter, Depends, FastAPI, Header, HTTPException, Path, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
 from mcp.server.transport_security import TransportSecuritySettings
@@ -18,7 +18,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.routing import Route
 
 from llmrec import __version__
-from llmrec.errors import DataError, LLMRecError, NotFoundError, OverloadError, RequestError
+from llmrec.errors import DataError, LLMRecError, NotFoundError, OverloadError, RequestError, StoreError
 from llmrec.recommender import Recommender
 from llmrec.serve import models as m
 from llmrec.serve.config import ServeConfig
@@ -31,6 +31,9 @@ from llmrec.serve.service import Service
 logger = logging.getLogger(__name__)
 
 ItemId = Annotated[m.Id, Path(description="item id; a slash in it is written %2F")]
+IdempotencyKey = Annotated[
+    str | None, Header(min_length=1, max_length=200, description="unique for what is sent, kept for a retry")
+]
 UserId = Annotated[m.Id, Path(description="user id; a slash in it is written %2F")]
 
 
@@ -171,10 +174,13 @@ def _changing(service: Service) -> APIRouter:
     router = APIRouter(prefix="/v1", tags=["change"], dependencies=[Depends(_writer)])
 
     @router.post("/events", status_code=201, response_model=m.EventsResponse)
-    async def store(body: m.EventIn | list[m.EventIn]) -> Response:
-        """Store one event or many; they count in the next request."""
+    async def store(body: m.EventIn | list[m.EventIn], idempotency_key: IdempotencyKey = None) -> Response:
+        """Store one event or many; they count in the next request.
+
+        With a key, or ids in the events, it is safe to send the same request again when no answer came.
+        """
         events = body if isinstance(body, list) else [body]
-        return _json(await asyncio.wrap_future(service.submit(service.store, events)), 201)
+        return _json(await asyncio.wrap_future(service.submit(service.store, events, idempotency_key)), 201)
 
     @router.put("/items/{item_id:path}", response_model=m.ItemOut, responses={201: {"model": m.ItemOut}})
     async def put_item(item_id: ItemId, body: m.ItemIn) -> Response:
@@ -274,6 +280,11 @@ async def _on_error(request: Request, error: Exception) -> Response:
             return _problem(request, 404, str(error), code)
         case RequestError() | DataError():
             return _problem(request, 422, str(error), code)
+        case StoreError():
+            # Where the store is concerns nobody outside.
+            logger.error("request %s: %s", request.state.request_id, error)
+            detail = "the event store cannot be used just now; the log of the server says why"
+            return _problem(request, 503, detail, code, {"Retry-After": "1"})
     # The rest is about this server's own files and models.
     raise error
 

@@ -16,38 +16,17 @@ from pydantic import BaseModel, Field
 
 from llmrec import __version__
 from llmrec.errors import LLMRecError, NotFoundError
+from llmrec.explain.meanings import MEANINGS
 from llmrec.prompt import Prompt
 from llmrec.recommender import Recommender
 from llmrec.serve import models as m
+from llmrec.serve.config import ServeConfig
 from llmrec.serve.service import Service
 
 INSTRUCTIONS = """\
 Recommendations from one catalogue, learned from what people chose. Every item that comes back is in the
 catalogue; suggest no others. Items are named by item_id: find the ids of titles with search_items. The
 resource llmrec://attributes lists what `where` can name."""
-
-_ALIKE = "chosen by people whose histories are alike"
-_ORDER = "what people chose next after such a history"
-MEANINGS = {
-    "again": "this person chose it before, and people here choose the same again",
-    "als": _ALIKE,
-    "bm25": "words of the wish are in its text",
-    "caser": _ORDER,
-    "ease": "chosen together with items of the history",
-    "gru4rec": _ORDER,
-    "lightgcn": _ALIKE,
-    "lm": "the language model, having read the history, expects it",
-    "nearest": "its text is like that of an item of the history",
-    "popularity": "chosen by many",
-    "profile": "its text is like those of the history",
-    "recent": "chosen by many of late",
-    "sasrec": _ORDER,
-    "text": "its text means what the wish says",
-    "topics": "its topics are those of the history",
-    "transitions": "often chosen soon after the latest items of the history",
-    "trending": "chosen more and more of late",
-}
-"""What each component looks at, for `explain`."""
 
 READ = ToolAnnotations(read_only_hint=True, idempotent_hint=True, open_world_hint=False)
 WRITE = ToolAnnotations(
@@ -140,13 +119,15 @@ def create_server(recommender: Recommender | Service, *, writable: bool = True) 
     return server
 
 
+def _history(limits: ServeConfig) -> Any:
+    description = "Ids of chosen items, oldest first; not with user."
+    return Field(max_length=limits.max_history, description=description)
+
+
 def _add_finding(server: MCPServer, service: Service) -> None:
     limits = service.config
     Count = Annotated[int, Field(ge=1, le=limits.max_k, description="How many items at most.")]
-    History = Annotated[
-        list[m.Id] | None,
-        Field(max_length=limits.max_history, description="Ids of chosen items, oldest first; not with user."),
-    ]
+    History = Annotated[list[m.Id] | None, _history(limits)]
     Exclude = Annotated[
         list[m.Id], Field(max_length=limits.max_candidates, description="Ids never to return.")
     ]
@@ -200,10 +181,7 @@ def _add_ordering(server: MCPServer, service: Service) -> None:
     Items = Annotated[
         list[m.Id], Field(min_length=1, max_length=limits.max_candidates, description="Item ids, each once.")
     ]
-    History = Annotated[
-        list[m.Id] | None,
-        Field(max_length=limits.max_history, description="Ids of chosen items, oldest first; not with user."),
-    ]
+    History = Annotated[list[m.Id] | None, _history(limits)]
 
     @server.tool(title="Order given items", annotations=READ)
     def rank_items(item_ids: Items, user: User = None, history: History = None, query: Words = None) -> Found:
@@ -289,8 +267,12 @@ def _told() -> Iterator[None]:
 def _explained(item: m.Recommended) -> ExplainedItem:
     values = item.model_dump()
     # A component of one's own is known by its name alone.
-    values["sources"] = [{**s, "meaning": MEANINGS.get(s["name"], s["name"])} for s in values["sources"]]
+    values["sources"] = [{**s, "meaning": _meaning(s["name"])} for s in values["sources"]]
     return ExplainedItem.model_validate(values)
+
+
+def _meaning(source: str) -> str:
+    return MEANINGS[source].clause if source in MEANINGS else source
 
 
 def _found(answer: m.ItemsResponse) -> Found:

@@ -33,9 +33,14 @@ class Metrics:
         )
 
     def watch(self, service: Service) -> None:
-        """Show how much is under way, and the average time of one request."""
+        """Show how much is under way, and how long one more request would take."""
         pending = Gauge("llmrec_pending", "Requests under way.", ["lane"], registry=self._registry)
-        share = Gauge("llmrec_expected_seconds", "Average of a request.", ["lane"], registry=self._registry)
+        share = Gauge(
+            "llmrec_expected_seconds",
+            "Time until a request that comes now is answered.",
+            ["lane"],
+            registry=self._registry,
+        )
         lanes = {"lm": service.with_lm.load, "plain": service.without_lm.load, "pool": service.pool.load}
         for lane, load in lanes.items():
             pending.labels(lane).set_function(partial(_pending, load))
@@ -63,4 +68,4 @@ def _pending(load: Load) -> float:
 
 
 def _seconds(load: Load) -> float:
-    return load.seconds or 0.0
+    return load.expected()

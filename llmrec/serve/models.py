@@ -208,12 +208,16 @@ class EventIn(Strict):
     item_id: Id
     timestamp: int | None = Field(None, ge=-(10**11), le=10**11, description="seconds since 1970")
     weight: float = Field(1.0, gt=0, le=1e9, allow_inf_nan=False)
+    event_id: Id | None = Field(
+        None, pattern=r"\S", description="unique for the user: sent again it is not stored again"
+    )
 
 
 class EventsResponse(Strict):
-    """How many events were stored, or erased."""
+    """How many events were stored, or erased. `repeated`: how many of them had been stored before."""
 
     events: int
+    repeated: int | None = None
 
 
 class ItemIn(Strict):

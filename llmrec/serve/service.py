@@ -10,6 +10,8 @@ has no weight in, and requests with a budget that the model would overrun: those
 from __future__ import annotations
 
 import base64
+import logging
+import threading
 import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -17,9 +19,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
-import numpy as np
-
-from llmrec.errors import NotFoundError, RequestError
+from llmrec.answering import units_of
+from llmrec.errors import LLMRecError, NotFoundError, RequestError
 from llmrec.protocols import Floats
 from llmrec.recommender import Recommender
 from llmrec.serve.batching import Batcher, Pool
@@ -54,6 +55,8 @@ from llmrec.serve.relevance import by_relevance
 from llmrec.serve.summary import summarise
 from llmrec.types import Event, Item, Request
 
+logger = logging.getLogger(__name__)
+
 A = TypeVar("A")
 _Asked = tuple[Request, bool]
 """A request, and whether the language model is left out to keep its budget."""
@@ -81,25 +84,40 @@ class Service:
         self.recommender = recommender
         self.config = config or ServeConfig()
         self.on_batch = on_batch
-        self.changed = False  # whether items were put or removed, which only `Recommender.save` keeps
+        self.changed = False  # whether items were put or removed here
         c = self.config
         lane = partial(Batcher[_Asked, ItemsResponse], batch=c.batch, wait=c.wait_ms / 1e3, limit=c.queue)
         self.with_lm = lane(partial(self._answer, lm=True))
         self.without_lm = lane(partial(self._answer, lm=False))
         self.pool = Pool(c.workers, c.queue)
+        self._closing = threading.Event()
+        self._follower = threading.Thread(target=self._follow, name="llmrec-follower", daemon=True)
+        self._follower.start()
 
     def close(self) -> None:
         """Answer what is under way and end the threads."""
+        self._closing.set()
+        self._follower.join()
         for part in (self.with_lm, self.without_lm, self.pool):
             part.close()
 
+    def _follow(self) -> None:
+        """Take over the items that other processes change, so that no request has to wait for it."""
+        well = True
+        while not self._closing.wait(self.config.follow_seconds):
+            try:
+                self.recommender.follow()
+            except LLMRecError as error:
+                if well:
+                    logger.warning("items that other processes changed are not seen: %s", error)
+                well = False
+            else:
+                well = True
+
     def warm_up(self) -> None:
         """Load the language model and measure a request, so that the first budget is kept."""
-        catalog = self.recommender.catalog
-        active = np.flatnonzero(catalog.active)[:1]
-        history = [catalog.ids[code] for code in active]
-        self.recommender.recommend_many([Request(history=history, k=1)])
-        self.recommend(RecommendRequest(history=history, k=1))
+        asked = self.recommender.warm_up()
+        self.recommend(RecommendRequest(history=list(asked), k=1))
 
     # ---- in batches -------------------------------------------------------------------------------
 
@@ -119,18 +137,15 @@ class Service:
         if isinstance(body, SearchRequest):
             # Who searches for something wants to find it.
             request = replace(request, seen="include")
-        recipe = self.recommender.recipe
-        typed = body.query is not None and body.query.strip()
-        weights = recipe.query if typed else recipe.history
-        if weights.most_lm == 0 and weights.plain is None:
-            return self.without_lm.submit((request, False))
-        if body.budget_ms is not None and self._seconds_with_lm() > body.budget_ms / 1e3:
-            return self.without_lm.submit((request, True))
-        return self.with_lm.submit((request, False))
+        if not self.recommender.recipe.asks_lm(request):
+            return self.without_lm.submit((request, False), units_of(request))
+        if body.budget_ms is not None and self._seconds_with_lm(request) > body.budget_ms / 1e3:
+            return self.without_lm.submit((request, True), units_of(request))
+        return self.with_lm.submit((request, False), units_of(request))
 
-    def _seconds_with_lm(self) -> float:
+    def _seconds_with_lm(self, request: Request) -> float:
         """How long the language model would take for one more, after all who wait for it."""
-        return self.with_lm.load.expected() + self.config.wait_ms / 1e3
+        return self.with_lm.load.expected(units_of(request)) + self.config.wait_ms / 1e3
 
     def _answer(self, asked: Sequence[_Asked], *, lm: bool) -> list[ItemsResponse]:
         found = self.recommender.recommend_many([request for request, _ in asked], lm=lm)
@@ -235,12 +250,22 @@ class Service:
 
     # ---- what changes -----------------------------------------------------------------------------
 
-    def store(self, events: Sequence[EventIn]) -> EventsResponse:
-        """Store events; they count in the next request. If an item is unknown, none is stored."""
+    def store(self, events: Sequence[EventIn], key: str | None = None) -> EventsResponse:
+        """Store events; they count in the next request. If an item is unknown, none is stored.
+
+        Parameters
+        ----------
+        key
+            Of the request: events without an id get one from it, so that it may be sent again.
+        """
         if len(events) > self.config.max_events:
             raise RequestError(f"{self.config.max_events:,} events at most at once, got {len(events):,}")
-        self.recommender.observe_many(Event(e.user_id, e.item_id, e.timestamp, e.weight) for e in events)
-        return EventsResponse(events=len(events))
+        ids = [e.event_id or (f"{key}/{row}" if key else None) for row, e in enumerate(events)]
+        new = self.recommender.observe_many(
+            Event(e.user_id, e.item_id, e.timestamp, e.weight, event_id)
+            for e, event_id in zip(events, ids, strict=True)
+        )
+        return EventsResponse(events=len(events), repeated=len(events) - new or None)
 
     def put_item(self, item_id: str, body: ItemIn) -> tuple[ItemOut, bool]:
         """Add an item or replace the one with this id; return it as kept, and whether it is new."""

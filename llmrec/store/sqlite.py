@@ -1,4 +1,4 @@
-"""Events in one SQLite file: several threads and processes may read and write it at once."""
+"""Events and changed items in one SQLite file, which several threads and processes may use at once."""
 
 from __future__ import annotations
 
@@ -6,18 +6,27 @@ import os
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import Self
 
-from llmrec.errors import DataError, ModelError
+from llmrec.errors import StoreError
+from llmrec.protocols import Columns, ItemChange
+from llmrec.store.common import (
+    BUSY_SECONDS,
+    Row,
+    body_of,
+    changes_of,
+    check_same,
+    refused,
+    row_of,
+    with_ids,
+)
 from llmrec.types import Event
 
-SCHEMA_VERSION = 1
-BUSY_SECONDS = 30.0
-"""How long to wait for another process that is writing."""
+SCHEMA_VERSION = 2
 _BULK = 10_000
 
 _TABLE = """
@@ -26,12 +35,22 @@ CREATE TABLE events (
     user_id TEXT NOT NULL,
     item_id TEXT NOT NULL,
     timestamp INTEGER,
-    weight REAL NOT NULL
+    weight REAL NOT NULL,
+    event_id TEXT
 )
 """
 _INDEX = "CREATE INDEX events_by_user ON events (user_id, seq)"
-_INSERT = "INSERT INTO events (user_id, item_id, timestamp, weight) VALUES (?, ?, ?, ?)"
-_SELECT = "SELECT user_id, item_id, timestamp, weight FROM events"
+# What version 2 has beside version 1. AUTOINCREMENT never gives a number twice: it says what is new.
+_SINCE_2 = (
+    "CREATE UNIQUE INDEX events_by_id ON events (user_id, event_id) WHERE event_id IS NOT NULL",
+    "CREATE TABLE items (seq INTEGER PRIMARY KEY AUTOINCREMENT, item_id TEXT NOT NULL UNIQUE, body TEXT)",
+)
+_INSERT = (
+    "INSERT INTO events (user_id, item_id, timestamp, weight, event_id) VALUES (?, ?, ?, ?, ?) "
+    "ON CONFLICT (user_id, event_id) WHERE event_id IS NOT NULL DO NOTHING"
+)
+_SELECT = "SELECT user_id, item_id, timestamp, weight, event_id FROM events"
+_COLUMNS = "SELECT user_id, item_id, timestamp, weight FROM events"
 
 # An event without a time stamp comes after those that have one: in a log without a clock the order of
 # arrival is the order of events, and in one with a clock it was observed after the log was loaded.
@@ -39,19 +58,10 @@ _OLDEST_FIRST = "ORDER BY timestamp NULLS LAST, seq"
 _LATEST_FIRST = "ORDER BY timestamp DESC NULLS FIRST, seq DESC"
 
 
-class Columns(NamedTuple):
-    """All events as columns of the same length, oldest first; times in seconds, None where there is none."""
-
-    users: list[str]
-    items: list[str]
-    timestamps: list[int | None]
-    weights: list[float]
-
-
 class SQLiteStore:
     """An event store in one file (and its ``-wal`` beside it while it is open).
 
-    An event that `append` took survives the death of the process and a power loss.
+    What a method has stored survives the death of the process and a power loss.
 
     Parameters
     ----------
@@ -60,7 +70,7 @@ class SQLiteStore:
 
     Raises
     ------
-    ModelError
+    StoreError
         If the file is no event store, one of another version, or cannot be opened.
     """
 
@@ -76,39 +86,45 @@ class SQLiteStore:
             self._prepare(self._open)
         except sqlite3.Error as error:
             self.close()
-            raise ModelError(
+            raise StoreError(
                 f"cannot open {self.path} as an event store: {error}; pass a file that llmrec wrote, or "
                 f"a new name in a folder that exists and can be written"
             ) from error
-        except ModelError:
+        except StoreError:
             self.close()
             raise
 
-    def append(self, events: Sequence[Event]) -> None:
-        """Store events in the order given: all of them, or none if one is refused.
+    def append(self, events: Sequence[Event]) -> int:
+        """Store events in the order given, all of them or none if one is refused; return how many were new.
+
+        An event whose `event_id` the user has already is not stored again.
 
         Raises
         ------
         DataError
-            If an event has no user, no item, or a weight that is not a number.
+            If an event has no user, no item, or a weight that is not a number, or its id is that of
+            another event.
         """
-        rows = [(e.user_id, e.item_id, e.timestamp, e.weight) for e in events]
-        if not rows:
-            return
+        known = with_ids(events)
+        return self._insert([row_of(event) for event in events], known) if events else 0
+
+    def _insert(self, rows: Sequence[Row], known: dict[tuple[str, str], Event]) -> int:
         with self._transaction() as connection:
             # Sorting the users once is three times faster than finding the place of each.
             bulk = len(rows) > _BULK and len(rows) > _count(connection)
             if bulk:
                 connection.execute("DROP INDEX events_by_user")
             try:
-                connection.executemany(_INSERT, rows)
-            except (sqlite3.IntegrityError, sqlite3.ProgrammingError, OverflowError) as error:
-                raise DataError(
-                    f"none of {len(rows)} events was stored, since one was refused: {error}; an event needs "
-                    f"a user_id, an item_id and a weight that is a number"
-                ) from error
+                new = connection.executemany(_INSERT, rows).rowcount
+            except (sqlite3.IntegrityError, sqlite3.ProgrammingError, OverflowError, ValueError) as error:
+                raise refused(len(rows), error) from error
             if bulk:
                 connection.execute(_INDEX)
+            if new < len(rows):
+                for key, event in known.items():
+                    stored = "SELECT item_id, weight FROM events WHERE user_id = ? AND event_id = ?"
+                    check_same(event, *connection.execute(stored, key).fetchone())
+        return new
 
     def history(self, user_id: str, limit: int | None = None) -> list[Event]:
         """Return the latest `limit` events of a user, oldest first: by (timestamp, order of arrival)."""
@@ -126,7 +142,7 @@ class SQLiteStore:
 
         Raises
         ------
-        ModelError
+        StoreError
             If another process kept the file busy: the events are deleted, but their bytes may still be in
             the file or its log. Calling again finishes the work.
         """
@@ -140,7 +156,7 @@ class SQLiteStore:
             except sqlite3.OperationalError as error:
                 busy = error
         if busy:
-            raise ModelError(
+            raise StoreError(
                 f"{count} events of the user are deleted, but their bytes may still be in {self.path} or its "
                 f"-wal, since another process kept it busy for {BUSY_SECONDS:.0f} s: call forget again"
             )
@@ -148,12 +164,13 @@ class SQLiteStore:
 
     def events(self) -> list[Event]:
         """Return all events, oldest first: by (timestamp, order of arrival)."""
-        return [Event(*row) for row in zip(*self.columns(), strict=True)]
+        with self._connection() as connection:
+            return [Event(*row) for row in connection.execute(f"{_SELECT} {_OLDEST_FIRST}")]
 
     def columns(self) -> Columns:
         """Return all events as columns, oldest first: much faster than `events` for a large log."""
         with self._connection() as connection:
-            rows = connection.execute(f"{_SELECT} {_OLDEST_FIRST}").fetchall()
+            rows = connection.execute(f"{_COLUMNS} {_OLDEST_FIRST}").fetchall()
         if not rows:
             return Columns([], [], [], [])
         users, items, timestamps, weights = zip(*rows, strict=True)
@@ -164,20 +181,39 @@ class SQLiteStore:
         with self._connection() as connection:
             return _count(connection)
 
+    def rows(self) -> Iterator[Row]:
+        """Return all events as they are stored, in the order of arrival; others wait until all were taken."""
+        with self._connection() as connection:
+            yield from connection.execute(f"{_SELECT} ORDER BY seq")
+
+    def item_changes(self, after: int = 0) -> tuple[int, list[ItemChange]]:
+        """Return the changes of items after a number, the last one of each item, and the last number."""
+        with self._connection() as connection:
+            return _item_changes(connection, after)
+
+    def change_items(
+        self, after: int, decide: Callable[[list[ItemChange]], Sequence[ItemChange]]
+    ) -> tuple[int, list[ItemChange]]:
+        """Store changes of items, see `EventStore`; `decide` must not use this store."""
+        with self._transaction() as connection:
+            rows = [(c.item_id, body_of(c)) for c in decide(_item_changes(connection, after)[1])]
+            # A new row, since its number says that it is the latest change.
+            connection.executemany("REPLACE INTO items (item_id, body) VALUES (?, ?)", rows)
+            return _item_changes(connection, after)
+
+    def fill(self, rows: Iterable[Row]) -> None:
+        """Store the rows of another store, in the order given."""
+        self._insert(list(rows), {})
+
+    def clear_items(self) -> None:
+        """Forget all changes of items."""
+        with self._transaction() as connection:
+            connection.execute("DELETE FROM items")
+
     def copy_to(self, path: Path) -> None:
         """Write a consistent copy while others go on writing; an existing file is replaced in one step."""
         with self._connection() as connection:
             self._copy(connection, Path(path))
-
-    @contextmanager
-    def moving(self, path: Path) -> Iterator[None]:
-        """Copy everything to `path`, and go on there once the block has ended well; others wait meanwhile."""
-        with self._connection() as connection:
-            self._copy(connection, Path(path))
-            yield
-            there = SQLiteStore(path)
-            connection.close()
-            self._open, self.path = there._open, there.path
 
     @staticmethod
     def _copy(connection: sqlite3.Connection, path: Path) -> None:
@@ -217,13 +253,16 @@ class SQLiteStore:
         """Lend the connection to one thread at a time."""
         if os.getpid() != self._pid:
             # A SQLite connection that went through a fork corrupts the file.
-            raise ModelError(
+            raise StoreError(
                 f"{self.path} was opened in another process: open a SQLiteStore of its own in each"
             )
         with self._lock:
             if self._open is None:
-                raise ModelError(f"the event store {self.path} is closed: open a new SQLiteStore")
-            yield self._open
+                raise StoreError(f"the event store {self.path} is closed: open a new SQLiteStore")
+            try:
+                yield self._open
+            except sqlite3.OperationalError as error:
+                raise StoreError(f"the event store {self.path} cannot be used: {error}") from error
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
@@ -243,14 +282,19 @@ class SQLiteStore:
         try:
             version = connection.execute("PRAGMA user_version").fetchone()[0]
             tables = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
-            if version != SCHEMA_VERSION and (version or tables):
-                raise ModelError(
+            if version not in (1, SCHEMA_VERSION) and (version or tables):
+                raise StoreError(
                     f"{self.path} has schema version {version}, this llmrec reads {SCHEMA_VERSION}: "
                     f"use the llmrec that wrote it, or another file"
                 )
             if not tables:
                 connection.execute(_TABLE)
                 connection.execute(_INDEX)
+            elif version == 1:
+                connection.execute("ALTER TABLE events ADD COLUMN event_id TEXT")
+            if version != SCHEMA_VERSION:
+                for statement in _SINCE_2:
+                    connection.execute(statement)
                 connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
         except BaseException:
             connection.execute("ROLLBACK")
@@ -263,6 +307,13 @@ class SQLiteStore:
 
 def _count(connection: sqlite3.Connection) -> int:
     return int(connection.execute("SELECT count(*) FROM events").fetchone()[0])
+
+
+def _item_changes(connection: sqlite3.Connection, after: int) -> tuple[int, list[ItemChange]]:
+    rows = connection.execute("SELECT item_id, body, seq FROM items WHERE seq > ? ORDER BY seq", (after,))
+    found = rows.fetchall()
+    last = found[-1][2] if found else after
+    return last, list(changes_of((item_id, body) for item_id, body, _ in found))
 
 
 def _use_write_ahead_log(connection: sqlite3.Connection) -> None:

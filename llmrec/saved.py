@@ -1,0 +1,130 @@
+"""What a process knows of the directory that its recommender was loaded from or saved into."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from llmrec import persistence
+from llmrec.config import Config
+from llmrec.errors import ConflictError, ModelError, StoreError
+from llmrec.store.places import Store, copied, in_database, new_name, open_store, remove
+
+logger = logging.getLogger(__name__)
+
+
+class Saved:
+    """The directory as this process left or found it, to notice what others do to it.
+
+    Parameters
+    ----------
+    manifest
+        That it was loaded from, or that was written.
+    """
+
+    def __init__(self, folder: Path, manifest: Mapping[str, Any]) -> None:
+        self.folder = folder
+        self.events = str(manifest["events"])
+        self.model = model_of(manifest)
+        self.changes = int(manifest.get("changes", 0))
+        self._seen: tuple[int, int] | None = None
+
+    def check_model(self) -> None:
+        """Make sure that saving here replaces what was read here, with items put since at most.
+
+        Raises
+        ------
+        ConflictError
+            If another process has saved another model meanwhile.
+        """
+        if model_of(persistence.manifest_of(self.folder)) != self.model:
+            raise ConflictError(
+                f"nothing was saved: another process has fitted or fine-tuned what is in {self.folder} since "
+                f"it was loaded here, and that would be lost; save into another directory, or load it again"
+            )
+
+    def check_events(self) -> None:
+        """Make sure that what is stored now is read by whoever loads the directory next.
+
+        The manifest is read only when the file has changed.
+
+        Raises
+        ------
+        StoreError
+            If the directory is gone, or its events are kept elsewhere now.
+        """
+        try:
+            found = (self.folder / persistence.MANIFEST).stat()
+            seen = (found.st_mtime_ns, found.st_ino)
+            if seen != self._seen:
+                same = persistence.read_manifest(self.folder)["events"] == self.events
+                self._seen = seen if same else None
+        except (OSError, ModelError):
+            self._seen = None
+        if self._seen is None:
+            raise StoreError(
+                f"{self.folder} was replaced or removed since it was loaded here, so that nobody would find "
+                f"what is stored now: load it again"
+            )
+
+
+def model_of(manifest: Mapping[str, Any]) -> str:
+    """Id of the model that a manifest is about: the same while items are put, another once it is fitted."""
+    return str(manifest.get("model") or manifest.get("state", ""))
+
+
+def open_events(folder: Path, store: str | None) -> tuple[dict[str, Any], Store, str | None]:
+    """Open the store of a saved recommender.
+
+    Parameters
+    ----------
+    store
+        URL of the database that keeps the events, or that they are moved into; None for where they are.
+
+    Returns
+    -------
+    tuple
+        The manifest, the store, and the URL of its database.
+
+    Raises
+    ------
+    StoreError
+        If the store cannot be opened, or is in a database of which nothing says the URL.
+    """
+    manifest = persistence.read_manifest(folder)
+    if store is not None and not in_database(manifest["events"]):
+        manifest = _moved(folder, store)
+    url = None
+    if in_database(manifest["events"]):
+        url = store or Config.of(manifest["config"]).store.known()
+    return manifest, open_store(manifest["events"], folder, url), url
+
+
+def _moved(folder: Path, url: str) -> dict[str, Any]:
+    """Move the events from a file into a database; return the new manifest."""
+    with persistence.saving(folder):
+        manifest = persistence.read_manifest(folder)
+        old = manifest["events"]
+        if not in_database(old):
+            new = new_name(url)
+            with open_store(old, folder, None) as source:
+                copied(source, new, folder, url, after=manifest.get("changes", 0)).close()
+            manifest |= {"events": new, "changes": 0}
+            persistence.replace_manifest(folder, manifest)
+            remove(old, folder, None)
+    return manifest
+
+
+def drop_replaced(before: Mapping[str, Any], events: str, url: str | None) -> None:
+    """Remove the store that a replaced manifest named from its database: nobody could erase a user there."""
+    old = before.get("events", events)
+    if old == events or not in_database(old):
+        return
+    try:
+        remove(old, Path(), url or Config.of(before["config"]).store.known())
+    except StoreError as error:
+        logger.warning(
+            "the events of the recommender that was replaced are still there as %s: %s", old, error
+        )

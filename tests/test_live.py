@@ -1,0 +1,254 @@
+"""A saved recommender shared by processes: its store by URL, changed items, saves that would overwrite."""
+
+import json
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from llmrec import Event, Item, Recommender
+from llmrec.errors import ConflictError, DataError, RequestError, StoreError
+from llmrec.testing import toy_data
+
+LIGHT = {"encoder": {"name": "light", "dim": 16}, "retrieval": {"search": False}}
+
+
+def ids(found):
+    return [r.item_id for r in found]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def opened(folder):
+    """Load the saved recommender as another process would; all are closed in the end."""
+    made = []
+
+    def load(**arguments):
+        made.append(Recommender.load(folder, **arguments))
+        return made[-1]
+
+    first = Recommender.fit(*toy_data(), LIGHT)
+    first.save(folder)
+    first.close()
+    yield load
+    for one in made:
+        one.close()
+
+
+def manifest(folder):
+    return json.loads((folder / "manifest.json").read_text())
+
+
+def tables(postgres):
+    return set(postgres.psql("COPY (SELECT tablename FROM pg_tables) TO STDOUT").split())
+
+
+# ---- events in a database -------------------------------------------------------------------------------
+
+
+def test_events_live_in_the_database_and_its_url_nowhere(postgres, database, folder, monkeypatch, tmp_path):
+    url = database.replace("postgres:@", "postgres:secret@")
+    before = tables(postgres)
+    config = {**LIGHT, "store": {"url": url}}
+    rec = Recommender.fit(*toy_data(), config)
+    assert tables(postgres) == before, "nothing is left of a recommender that is never saved"
+    rec.save(folder)
+    assert not list(folder.glob("*.sqlite*"))
+    assert b"secret" not in b"".join(p.read_bytes() for p in folder.rglob("*") if p.is_file())
+    name = manifest(folder)["events"].removeprefix("postgresql:")
+    assert tables(postgres) - before == {f"{name}_events", f"{name}_items"}
+    with pytest.raises(StoreError, match="set LLMREC_STORE_URL"):
+        Recommender.load(folder)
+    monkeypatch.setenv("LLMREC_STORE_URL", url)
+    other = Recommender.load(folder)
+    assert other.history("u1") == rec.history("u1") != []
+    assert other.observe("new", "i4") and ids(rec.recommend(user="new"))[0] == "i5"
+    rec.add_items([Item("zz", "Zeppelin")])
+    assert other.follow() == 1 and ids(other.search("zeppelin", k=1)) == ["zz"]
+    other.refit()
+    other.save(folder)
+    assert rec.forget("new") == 1 and other.history("new") == []
+    rec.close()
+    # A copy has a log of its own, and a model that is replaced takes its log along.
+    other.save(tmp_path / "copy")
+    assert len(tables(postgres) - before) == 4
+    other.observe("new", "i4")
+    assert Recommender.load(folder).history("new") == [] and Recommender.load(folder).history("u1")
+    other.close()
+    fresh = Recommender.fit(*toy_data(), config)
+    fresh.save(folder)
+    fresh.close()
+    assert f"{name}_events" not in tables(postgres) and len(tables(postgres) - before) == 4
+
+
+def test_a_url_that_leads_nowhere_is_found_before_anything_is_fitted():
+    stages = []
+    config = {**LIGHT, "store": {"url": "postgresql://u:secret@127.0.0.1:1/db"}}
+    with pytest.raises(StoreError, match="cannot be used") as wrong:
+        Recommender.fit(*toy_data(), config, on_stage=stages.append)
+    assert stages == [] and "secret" not in str(wrong.value)
+
+
+def test_events_move_from_the_file_into_the_database_once(database, folder, opened):
+    file = opened()
+    file.observe("live", "i3", timestamp=1, event_id="a")
+    file.add_items([Item("zz", "Zeppelin")])
+    moved = opened(store=database)
+    assert not list(folder.glob("*.sqlite")) and manifest(folder)["changes"] == 0
+    assert moved.history("live") == [Event("live", "i3", 1, 1.0, "a")] and "zz" in moved.catalog
+    assert not moved.observe("live", "i3", event_id="a")
+    again = opened(store=database)
+    assert again.history("live") == moved.history("live") and again.folder == moved.folder
+    for write in (
+        lambda: file.observe("live", "i4"),
+        lambda: file.forget("live"),
+        lambda: file.add_items([Item("late", "Late")]),
+    ):
+        with pytest.raises(StoreError, match=r"replaced or removed.*load it again"):
+            write()
+
+
+def test_a_database_that_goes_away_is_an_error_of_the_library_and_comes_back(
+    postgres, database, folder, opened
+):
+    rec = opened(store=database)
+    postgres.stop()
+    try:
+        with pytest.raises(StoreError, match="cannot be used"):
+            rec.observe("u1", "i3")
+        with pytest.raises(StoreError, match="cannot be used"):
+            rec.recommend(user="u1")
+        assert rec.recommend(history=["i1"])
+    finally:
+        postgres.ensure_postgres_running()
+    assert rec.observe("u1", "i3")
+
+
+# ---- items ----------------------------------------------------------------------------------------------
+
+WRITER = """
+import sys
+from llmrec import Item, Recommender
+rec = Recommender.load(sys.argv[1])
+for n in range(10**6):
+    rec.add_items([Item(f"{sys.argv[2]}{n}", f"Zeppelin {n}", attributes={"year": 1900 + n})])
+    print(n, flush=True)
+"""
+
+
+def test_items_that_were_put_survive_kills_of_two_processes_that_put_them(folder, opened):
+    opened().close()
+    command = [sys.executable, "-c", WRITER, str(folder)]
+    pipes = {"stdout": subprocess.PIPE, "text": True}
+    writers = {name: subprocess.Popen([*command, name], **pipes) for name in "ab"}
+    put = {}
+    for writer in writers.values():
+        for line in writer.stdout:
+            if int(line) >= 15:
+                break
+    for name, writer in writers.items():
+        writer.kill()
+        put[name] = 1 + int((["15", *writer.stdout.read().split()])[-1])
+        writer.wait()
+    rec = opened()
+    for name, count in put.items():
+        kept = [i for i in rec.catalog.ids if i.startswith(name)]
+        assert kept[:count] == [f"{name}{n}" for n in range(count)] and len(kept) <= count + 1
+    assert rec.catalog.item(rec.catalog.code("a7")) == Item("a7", "Zeppelin 7", "", {"year": 1907})
+    assert "a7" in ids(rec.recommend(history=["i1"], k=200)) and ids(rec.search("zeppelin 7", k=1))
+    rec.save(folder)
+    assert opened().catalog.ids == rec.catalog.ids
+
+
+def test_two_processes_follow_each_other_and_end_with_the_same_catalogue(opened):
+    one, two = opened(), opened()
+    one.add_items([Item("x", "Zeppelin X")])
+    two.add_items([Item("y", "Zeppelin Y"), Item("i3", "Zeppelin Three", attributes={"brand": "Dune"})])
+    one.remove_items(["y"])
+    two.add_items([Item("x", "Harbour X")])
+    with pytest.raises(DataError, match="year"):
+        one.add_items([Item("bad", "Bad", attributes={"year": "soon"})])
+    with pytest.raises(RequestError, match="unknown"):
+        one.remove_items(["nowhere"])
+    assert one.follow() == 1 and two.follow() == one.follow() == 0
+    three = opened()
+    for rec in (one, two, three):
+        # What was put and removed again never comes to whoever loads later.
+        assert set(rec.catalog.ids) == {*(f"i{n}" for n in range(40)), "x", *([] if rec is three else ["y"])}
+        assert rec.catalog.item(rec.catalog.code("i3")).attributes == {"brand": "Dune"}
+        assert ids(rec.search("harbour", k=1)) == ["x"]
+        assert "y" not in ids(rec.search("zeppelin", k=50))
+    assert one.catalog.fingerprint == two.catalog.fingerprint
+
+
+def test_an_item_that_is_put_while_others_read_is_never_half_there(opened):
+    rec, failed = opened(), []
+
+    def read():
+        try:
+            for _ in range(40):
+                assert rec.search("zeppelin", k=50) is not None and rec.recommend(history=["i1", "i2"], k=50)
+        except Exception as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=read) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for n in range(20):
+        rec.add_items([Item(f"z{n}", f"Zeppelin {n}"), Item("i5", f"Zeppelin five {n}")])
+    for thread in threads:
+        thread.join()
+    assert failed == []
+    found = ids(rec.search("zeppelin", k=50))
+    assert {f"z{n}" for n in range(20)} | {"i5"} <= set(found)
+
+
+# ---- saves ----------------------------------------------------------------------------------------------
+
+
+def test_a_save_refuses_to_overwrite_what_another_process_fitted(folder, opened, tmp_path):
+    one, two, three = opened(), opened(), opened()
+    one.add_items([Item("of-one", "Zeppelin One")])
+    one.save(folder)
+    two.refit()
+    two.save(folder)
+    assert manifest(folder)["model"] == two._model != one._model
+    state = manifest(folder)["state"]
+    for late in (one, three):
+        with pytest.raises(ConflictError, match="save into another directory, or load it again"):
+            late.save(folder)
+    assert manifest(folder)["state"] == state
+    two.save(folder)
+    three.save(tmp_path / "other")
+    assert "of-one" in Recommender.load(tmp_path / "other").catalog
+    assert "of-one" in opened().catalog
+
+
+def test_a_fit_into_the_directory_of_a_running_process_stops_it_from_losing_events(folder, opened):
+    running = opened()
+    running.observe("live", "i3")
+    fresh = Recommender.fit(*toy_data(), LIGHT)
+    fresh.save(folder)
+    fresh.close()
+    with pytest.raises(StoreError, match="replaced or removed"):
+        running.observe("live", "i4")
+    with pytest.raises(ConflictError):
+        running.save(folder)
+    assert running.recommend(user="live")
+
+
+def test_a_retry_of_an_observed_event_counts_once(opened):
+    rec = opened()
+    assert [rec.observe("new", "i4", event_id="a") for _ in range(3)] == [True, False, False]
+    assert rec.observe_many([Event("new", "i5", event_id="b"), Event("new", "i4", event_id="a")]) == 1
+    with pytest.raises(DataError, match="is taken by an event with item 'i4'"):
+        rec.observe("new", "i9", event_id="a")
+    for bad in ("", "  ", "x" * 501, 7):
+        with pytest.raises(RequestError, match="event_id must be text"):
+            rec.observe("new", "i4", event_id=bad)
+    assert [e.item_id for e in rec.history("new")] == ["i4", "i5"]
