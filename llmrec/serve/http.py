@@ -21,10 +21,11 @@ from llmrec import __version__
 from llmrec.errors import DataError, LLMRecError, NotFoundError, OverloadError, RequestError
 from llmrec.recommender import Recommender
 from llmrec.serve import models as m
+from llmrec.serve.browse_http import browsing, page_routes
 from llmrec.serve.config import ServeConfig
 from llmrec.serve.document import complete
 from llmrec.serve.gate import PROBLEM, App, Gate, Receive, Scope, Send, problem
-from llmrec.serve.mcp import create_server
+from llmrec.serve.mcp import MEANINGS, create_server
 from llmrec.serve.metrics import CONTENT_TYPE, Metrics
 from llmrec.serve.service import Service
 
@@ -78,6 +79,8 @@ def create_app(recommender: Recommender, config: ServeConfig | None = None) -> F
     app.state.service = service
     for router in (_asking(service), _reranking(service), _changing(service), _watching(metrics, state)):
         app.include_router(router)
+    app.include_router(browsing(service, _writer, MEANINGS))
+    app.router.routes.extend(page_routes())
     app.router.routes.append(Route("/mcp", endpoint=mcp, include_in_schema=False))
     app.add_exception_handler(LLMRecError, _on_error)
     app.add_exception_handler(RequestValidationError, _on_invalid)
