@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmrec.errors import RequestError
-from llmrec.pipeline import Candidates, Pipeline, normalise
+from llmrec.pipeline import Candidates, Pipeline, discount
 from llmrec.protocols import Floats, Query
 from llmrec.state import State
 from llmrec.types import Recommendation, Request
@@ -80,6 +80,9 @@ def seeds(
     mask = mask.copy()
     mask[asked], mask[turned_down] = False, False
     found = replace(pipeline, depth=POOL).recommend([Query(asked, "", mask)], POOL)[0]
+    if len(asked):
+        # What fits best may be known to few; half of the pool leaves those that can be judged.
+        found = _popular(found, pipeline, max(request.k, POOL // 2))
     weights = _weights(found, pipeline, len(asked) > 0)
     rows, gains = spread(
         state.texts.vectors[found.items], weights, request.k, state.texts.vectors[turned_down]
@@ -91,8 +94,15 @@ def seeds(
     ]
 
 
+def _popular(found: Candidates, pipeline: Pipeline, n: int) -> Candidates:
+    """The n most popular candidates, in their order."""
+    assert pipeline.prior is not None
+    rows = np.argsort(-pipeline.prior[found.items], kind="stable")[:n]
+    return found.take(np.sort(rows))
+
+
 def _weights(found: Candidates, pipeline: Pipeline, narrowed: bool) -> Floats:
-    """How much each candidate counts: its popularity, times its score where something was chosen already."""
+    """How much each candidate counts: its popularity, less the lower it stands for what was chosen."""
     assert pipeline.prior is not None
     popular: Floats = pipeline.prior[found.items]
-    return popular * normalise(found.scores) if narrowed else popular
+    return popular * discount(np.arange(1, len(popular) + 1, dtype=np.int32)) if narrowed else popular

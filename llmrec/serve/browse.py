@@ -110,7 +110,9 @@ class SeedsRequest(m.Strict):
     k: int = Field(8, ge=1, description="how many at most", json_schema_extra={m.MARK: "max_k"})
     chosen: m.Ids = Field([], description="ids they like", json_schema_extra={m.MARK: "max_history"})
     passed: m.Ids = Field(
-        [], description="ids they were asked about and did not choose", json_schema_extra={m.MARK: "max_history"}
+        [],
+        description="ids they were asked about and did not choose",
+        json_schema_extra={m.MARK: "max_history"},
     )
     where: dict[str, Any] | None = Field(None, description="conditions on item attributes")
 

@@ -18,6 +18,7 @@ let user = "";
 const hidden = new Map(); // item id -> title
 const passed = [];
 let asking = true; // whether the questions at the beginning are wanted
+let narrowed = false; // whether a list was picked on a narrow screen, which has room for one
 let answered = null; // the latest answer, for the switch of the right column
 
 const mode = () => document.querySelector("input[name=mode]:checked").value;
@@ -82,12 +83,19 @@ const refreshSoon = later(() => void refresh(), 250);
 function render() {
   const actions = { choose, hide, open: openDetail, components: about.components, canChoose: canChoose() };
   showStages(answered.plain, which(), actions);
+  if (!narrowed) pickColumn(answered.plain.lm_weight > 0 ? "after" : "before");
   if (answered.explained) showReasons(answered.explained, which());
   show(byId("hidden-note"), hidden.size > 0);
   byId("hidden-note").replaceChildren(
     `Hidden: ${[...hidden.values()].join(", ")}. `,
     el("button", { type: "button", class: "link", onclick: unhide }, "Show again"),
   );
+}
+
+/** Show one of the lists where there is room for one: at first the one that is served. */
+function pickColumn(name) {
+  document.querySelector(`input[name=column][value=${name}]`).checked = true;
+  document.querySelector(".columns").dataset.shown = name;
 }
 
 function openDetail(item) {
@@ -305,6 +313,12 @@ function wire() {
     });
   }
   for (const radio of document.querySelectorAll("input[name=which]")) radio.addEventListener("change", render);
+  for (const radio of document.querySelectorAll("input[name=column]")) {
+    radio.addEventListener("change", () => {
+      narrowed = true;
+      pickColumn(radio.value);
+    });
+  }
   byId("user-input").addEventListener("change", () => {
     const typed = byId("user-input").value.trim();
     if (typed !== user) void setUser(typed);

@@ -23,6 +23,7 @@ export function showStages(answer, wanted, actions) {
   show(byId("which"), weight > 0);
   byId("before-title").textContent = "Before the language model";
   byId("after-title").textContent = "After the language model";
+  byId("after-short").textContent = "After";
   if (right) fill("after", right, ranks(left), actions);
   else byId("after").querySelector(".items").replaceChildren();
   describe(weight, left, right, wanted);
@@ -39,6 +40,7 @@ function describe(weight, left, right, wanted) {
     note.textContent = "No language model has been tuned for this catalogue: what is served is retrieval alone.";
   } else if (weight === 0) {
     byId("after-title").textContent = "The language model alone";
+    byId("after-short").textContent = "The model alone";
     about("after", "What it would answer, were it asked alone", right);
     note.textContent =
       "The language model’s weight is 0 for this request: on held-out events its gain was within noise, so it " +
