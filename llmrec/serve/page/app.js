@@ -54,9 +54,10 @@ const fetchStages = latest(async (signal, body) => {
 async function refresh() {
   if (about === null) return;
   byId("results").setAttribute("aria-busy", "true");
+  const body = request();
   let found;
   try {
-    found = await fetchStages(request());
+    found = await fetchStages(body);
   } catch (error) {
     failed(error);
     return;
@@ -64,7 +65,8 @@ async function refresh() {
   if (found === undefined) return;
   void askForSeeds();
   show(byId("error"), false);
-  answered = { plain: found.plain, explained: null };
+  const asked = Boolean(body.user || body.history || body.query);
+  answered = { plain: found.plain, explained: null, asked };
   render();
   const { stages } = found.plain;
   announce(`${stages[0].items.length} recommendations`);
@@ -81,7 +83,7 @@ async function refresh() {
 const refreshSoon = later(() => void refresh(), 250);
 
 function render() {
-  const actions = { choose, hide, open: openDetail, components: about.components, canChoose: canChoose() };
+  const actions = { choose, hide, open: openDetail, components: about.components, canChoose: canChoose(), asked: answered.asked };
   showStages(answered.plain, which(), actions);
   if (!narrowed) pickColumn(answered.plain.lm_weight > 0 ? "after" : "before");
   if (answered.explained) showReasons(answered.explained, which());

@@ -10,12 +10,13 @@ const colours = new Map();
  *
  * @param {object} answer
  * @param {string} wanted          stage of the right column where the model takes part
- * @param {object} actions         choose(item), hide(item), open(item), components, canChoose
+ * @param {object} given           choose(item), hide(item), open(item), components, canChoose, asked
  */
-export function showStages(answer, wanted, actions) {
+export function showStages(answer, wanted, given) {
   const stages = Object.fromEntries(answer.stages.map((stage) => [stage.name, stage]));
   const weight = answer.lm_weight ?? null;
   const left = stages.retrieval;
+  const actions = { ...given, served: weight > 0 && wanted === "default" };
   const right = weight > 0 ? stages[wanted] : stages["language model"];
   const focused = focusedItem();
   const ranks = (stage) => new Map(stage.items.map((item) => [item.item_id, item.rank]));
@@ -26,12 +27,14 @@ export function showStages(answer, wanted, actions) {
   byId("after-short").textContent = "After";
   if (right) fill("after", right, ranks(left), actions);
   else byId("after").querySelector(".items").replaceChildren();
-  describe(weight, left, right, wanted);
+  describe(weight, left, right, wanted, actions.asked);
   showLegend([left, right], actions.components);
   restoreFocus(focused);
 }
 
-function describe(weight, left, right, wanted) {
+function describe(weight, left, right, wanted, asked) {
+  // Where nothing is asked every list rests on popularity.
+  const alone = asked ? "What it would answer without retrieval" : "What it would answer with popularity alone";
   const served = weight > 0 ? "" : ", which is what is served";
   about("before", `Retrieval alone${served}`, left);
   const note = byId("note");
@@ -41,13 +44,13 @@ function describe(weight, left, right, wanted) {
   } else if (weight === 0) {
     byId("after-title").textContent = "The language model alone";
     byId("after-short").textContent = "The model alone";
-    about("after", "What it would answer, were it asked alone", right);
+    about("after", alone, right);
     note.textContent =
       "The language model’s weight is 0 for this request: on held-out events its gain was within noise, so it " +
-      "is left out of what is served. On the left is what retrieval answers, on the right what the language " +
+      "is left out of what is served. The first list is what retrieval answers, the second what the language " +
       "model alone would answer.";
   } else {
-    about("after", wanted === "default" ? "Both together, which is what is served" : "Without retrieval", right);
+    about("after", wanted === "default" ? "Both together, which is what is served" : alone, right);
     note.textContent = `The language model takes part in this answer with the weight ${weight.toFixed(2)}.`;
   }
   show(note, true);
@@ -81,11 +84,16 @@ function itemOf(column, item, most, others, actions) {
   return el(
     "li",
     { class: "item", "data-id": item.item_id },
-    el("span", { class: "rank", "aria-hidden": "true" }, String(item.rank)),
+    el(
+      "div",
+      { class: "place" },
+      el("span", { class: "rank", "aria-hidden": "true" }, String(item.rank)),
+      others ? movement(column, item, others, actions.served) : null,
+    ),
     el(
       "div",
       { class: "body" },
-      el("div", { class: "head" }, title, others ? movement(column, item, others) : null),
+      title,
       el("p", { class: "attributes" }, inWords(item.attributes)),
       el("p", { class: "reason" }),
       bar,
@@ -118,11 +126,11 @@ function evidence(source, components) {
 }
 
 /** How an item of one column stands to the other one. */
-function movement(column, item, others) {
+function movement(column, item, others, served) {
   const there = others.get(item.item_id);
   const badge = (kind, sign, words) =>
     el("span", { class: `move ${kind}` }, el("span", { "aria-hidden": "true" }, sign), el("span", { class: "spoken" }, words));
-  if (column === "before") return there === undefined ? badge("gone", "leaves", "not in the other list") : null;
+  if (column === "before") return there === undefined ? badge("gone", served ? "leaves" : "only here", "not in the other list") : null;
   if (there === undefined) return badge("new", "new", "new in this list");
   const up = there - item.rank;
   if (up > 0) return badge("up", `▲ ${up}`, `up ${up}`);
