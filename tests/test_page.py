@@ -15,8 +15,10 @@ from llmrec.serve import ServeConfig, create_app
 from llmrec.testing import tiny_lm, toy_data
 
 pytest.importorskip("fastapi")
-uvicorn = pytest.importorskip("uvicorn")
-webdriver = pytest.importorskip("selenium.webdriver", reason="pip install selenium")
+pytest.importorskip("selenium", reason="the page is not tested: pip install selenium")
+import httpx2
+import uvicorn
+from selenium import webdriver
 from selenium.common.exceptions import StaleElementReferenceException
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
@@ -230,8 +232,6 @@ def expected(stage):
 
 
 def stages(url, **asked):
-    import httpx2
-
     answer = httpx2.post(f"{url}/v1/stages", json=asked, timeout=60)
     assert answer.status_code == 200, answer.text
     return {stage["name"]: stage for stage in answer.json()["stages"]}
@@ -378,7 +378,7 @@ def test_hostile_titles_stay_text_everywhere(page, url, rec):
     page.press(Keys.ESCAPE)
     page.until(lambda: page.find("#detail").get_attribute("open") is None)
     assert page.focus().get_attribute("class") == "title", "the focus comes back"
-    made = "return document.querySelectorAll('main img, main svg, main script, dialog img, dialog svg, form img').length"
+    made = "return document.querySelectorAll('body img, body svg, body script, body b b').length"
     assert page.driver.execute_script(made) == 0
 
 
@@ -432,7 +432,7 @@ def test_without_a_model_and_with_keys(driver, tmp_path):
         for role, key in (("write", KEY), ("read", KEY + " read"))
     ]
     page = Page(driver)
-    with serving(plain, keys=keys) as url:
+    with serving(plain, keys=keys, max_k=6) as url:
         page.open(url)
         page.until(lambda: page.find("#key-dialog").get_attribute("open") is not None)
         assert page.focus() == page.find("#key")
@@ -443,6 +443,7 @@ def test_without_a_model_and_with_keys(driver, tmp_path):
         page.press(KEY, Keys.ENTER)
         page.settled()
         assert "no language model" in page.find("#facts").text
+        assert len(page.rows("before")) == len(page.ids("#seeds li")) == 6, "as many as the server allows"
         assert "finetune" in page.find("#after .about").text and page.rows("after") == []
         kept = driver.execute_script(
             "return [JSON.stringify(sessionStorage), JSON.stringify(localStorage), document.cookie]"

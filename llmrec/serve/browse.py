@@ -128,12 +128,12 @@ class Stage(m.Strict):
 class StagesResponse(m.Strict):
     """What retrieval alone, the language model alone, and both together (`default`: what is served) answer.
 
-    Without a language model its stage is missing and the weight is null; with the weight 0 it is left out
-    of what is served.
+    Without a language model its stage and the weight are missing; with the weight 0 it is left out of what
+    is served.
     """
 
     stages: list[Stage]
-    lm_weight: float | None
+    lm_weight: float | None = None
 
 
 class About(m.Strict):

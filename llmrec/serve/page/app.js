@@ -8,7 +8,7 @@ import { makeFilters } from "./filters.js";
 import { showReasons, showStages } from "./results.js";
 
 const ENOUGH = 5; // choices after which the page stops asking
-const SEEDS = 8;
+const FEW = 8; // suggestions, questions at once
 const PAST = 20;
 
 let about = null;
@@ -21,6 +21,7 @@ let asking = true; // whether the questions at the beginning are wanted
 let narrowed = false; // whether a list was picked on a narrow screen, which has room for one
 let answered = null; // the latest answer, for the switch of the right column
 
+const atMost = (k) => Math.min(k, about.limits.max_k);
 const mode = () => document.querySelector("input[name=mode]:checked").value;
 const which = () => document.querySelector("input[name=which]:checked").value;
 const byUser = () => mode() === "user";
@@ -51,7 +52,8 @@ const fetchStages = latest(async (signal, body) => {
   return { plain, reasons };
 });
 
-async function refresh() {
+/** Ask again and show the answer; `said` is what was done, for those who see it and those who hear it. */
+async function refresh(said = "") {
   if (about === null) return;
   byId("results").setAttribute("aria-busy", "true");
   const body = request();
@@ -69,7 +71,8 @@ async function refresh() {
   answered = { plain: found.plain, explained: null, asked };
   render();
   const { stages } = found.plain;
-  announce(`${stages[0].items.length} recommendations`);
+  byId("said").textContent = said;
+  announce(`${said} ${stages[0].items.length} recommendations`);
   byId("results").setAttribute("aria-busy", "false");
   const mine = answered;
   try {
@@ -129,20 +132,15 @@ async function choose(item) {
     return;
   }
   hidden.delete(item.item_id);
-  if (byUser()) {
-    await showPast();
-    announce(`${item.title} is stored for user ${keep}`);
-  } else {
-    addToHistory(item);
-    announce(keep ? `${item.title} is in the history, and stored for user ${keep}` : `${item.title} is in the history`);
-  }
-  await refresh();
+  const stored = keep && mayStore() ? `${item.title} is stored for user ${keep}.` : `${item.title} is in the history.`;
+  if (byUser()) await showPast();
+  else addToHistory(item);
+  await refresh(stored);
 }
 
 function hide(item) {
   hidden.set(item.item_id, item.title);
-  announce(`${item.title} is hidden`);
-  void refresh();
+  void refresh(`${item.title} is hidden.`);
 }
 
 function unhide() {
@@ -186,7 +184,7 @@ async function setUser(id) {
   await refresh();
 }
 
-const fetchPast = latest((signal, id) => call(withQuery(`/v1/users/${inPath(id)}/history`, { k: PAST }), undefined, { signal }));
+const fetchPast = latest((signal, id) => call(withQuery(`/v1/users/${inPath(id)}/history`, { k: atMost(PAST) }), undefined, { signal }));
 
 async function showPast() {
   let events = [];
@@ -213,7 +211,7 @@ async function askForSeeds() {
   const wanted = asking && !byUser() && history.length < ENOUGH && !byId("wish").value.trim();
   show(byId("begin"), wanted);
   if (!wanted) return;
-  const body = { k: SEEDS, chosen: history.map((item) => item.item_id), passed: [...passed] };
+  const body = { k: atMost(FEW), chosen: history.map((item) => item.item_id), passed: [...passed] };
   const conditions = where();
   if (conditions) body.where = conditions;
   let found;
@@ -264,7 +262,7 @@ function askForKey() {
 
 // ---- the beginning ----------------------------------------------------------------------------------------
 
-const detail = makeDetail({ choose: (item) => void choose(item), failed });
+const detail = makeDetail({ choose: (item) => void choose(item), failed, atMost });
 
 function restart() {
   history = [];
@@ -289,7 +287,7 @@ function modeChanged() {
 function wire() {
   combobox(byId("item-box"), {
     suggest: async (text, signal) =>
-      (await suggestions(withQuery("/v1/items", { prefix: text, k: 8 }), signal)).items ?? [],
+      (await suggestions(withQuery("/v1/items", { prefix: text, k: atMost(FEW) }), signal)).items ?? [],
     label: (item) => [item.title, inWords(item.attributes)],
     take: (item) => {
       addToHistory(item);
@@ -301,7 +299,7 @@ function wire() {
     suggest: async (text, signal) => {
       // Without the right to list users, ids are typed in full.
       if (!mayStore()) return [];
-      return (await suggestions(withQuery("/v1/users", { prefix: text, k: 8 }), signal)).users ?? [];
+      return (await suggestions(withQuery("/v1/users", { prefix: text, k: atMost(FEW) }), signal)).users ?? [];
     },
     label: (id) => [id, ""],
     take: (id) => void setUser(id),
@@ -373,9 +371,8 @@ async function begin() {
   show(byId("key-open"), hasKey());
   const models = { none: "no language model", "left out": "a language model, left out", "takes part": "with a language model" };
   byId("facts").textContent = `${about.items.toLocaleString("en")} items · ${models[about.language_model]}`;
-  const most = about.limits.max_k;
-  const sizes = [...new Set([5, 10, 20, 50].map((size) => Math.min(size, most)))];
-  byId("k").replaceChildren(...sizes.map((size) => el("option", { value: size, selected: size === Math.min(10, most) }, String(size))));
+  const sizes = [...new Set([5, 10, 20, 50].map(atMost))];
+  byId("k").replaceChildren(...sizes.map((size) => el("option", { value: size, selected: size === atMost(10) }, String(size))));
   show(byId("keep-field"), mayStore());
   where = makeFilters(attributes, refreshSoon);
   await refresh();

@@ -5,8 +5,8 @@ import { byId, el, inWords, show } from "./dom.js";
 
 const SIMILAR = 10;
 
-/** Make the dialog; `choose(item)` is called for the button, `failed(error)` for what is refused. */
-export function makeDetail({ choose, failed }) {
+/** Make the dialog; `choose(item)` is called for the button, `failed(error)` for what is refused; `atMost(k)` keeps the server's limit. */
+export function makeDetail({ choose, failed, atMost }) {
   const dialog = byId("detail");
   let shown = null;
   byId("detail-close").addEventListener("click", () => dialog.close());
@@ -22,7 +22,7 @@ export function makeDetail({ choose, failed }) {
   const load = latest((signal, itemId) =>
     Promise.all([
       call(`/v1/items/${inPath(itemId)}`, undefined, { signal }),
-      call("/v1/similar", { item_id: itemId, k: SIMILAR }, { signal }),
+      call("/v1/similar", { item_id: itemId, k: atMost(SIMILAR) }, { signal }),
     ]),
   );
 
