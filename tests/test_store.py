@@ -261,3 +261,15 @@ def test_a_closed_store_says_so(path):
     store.close()
     with pytest.raises(ModelError, match="is closed"):
         store.count()
+
+
+def test_users_are_found_by_the_beginning_of_their_id(tmp_path):
+    names = ["anna", "ann", "Ann", "bob", "an%n", "an_n", "añn", "ann\U0010fffd", ""]
+    with SQLiteStore(tmp_path / "e.sqlite") as store:
+        store.append([Event(name, "i1", n) for n, name in enumerate([*names, *names])])
+        for prefix in ("", "an", "ann", "Ann", "an%", "añ", "zoe", "anna"):
+            known = sorted(name for name in names if name.startswith(prefix))
+            assert store.users(prefix, 100) == known
+            assert store.users(prefix, 2) == known[:2]
+        store.forget("anna")
+        assert "anna" not in store.users("a", 100)

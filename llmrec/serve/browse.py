@@ -51,7 +51,7 @@ class FoundItem(m.Strict):
 
     item_id: str
     title: str
-    attributes: dict[str, m.Value] = {}
+    attributes: dict[str, m.Value] = Field({}, description="those that it has")
 
 
 class FoundItems(m.Strict):

@@ -49,56 +49,62 @@ def browsing(service: Service, writer: Callable[[Request], None], components: Ma
         What each source of a recommendation looks at.
     """
     router = APIRouter(prefix="/v1", tags=["browse"])
+    _add_catalogue(router, service, components)
+    _add_people(router, service, writer)
+    return router
 
-    async def pooled(verb: Callable[..., BaseModel], *arguments: Any) -> Response:
-        def answered() -> Response:
-            text = verb(service, *arguments).model_dump_json(exclude_none=True)
-            return Response(text, media_type="application/json")
 
-        return await asyncio.wrap_future(service.submit(answered))
+async def _pooled(service: Service, verb: Callable[..., BaseModel], *arguments: Any) -> Response:
+    def answered() -> Response:
+        text = verb(service, *arguments).model_dump_json(exclude_none=True)
+        return Response(text, media_type="application/json")
 
+    return await asyncio.wrap_future(service.submit(answered))
+
+
+def _add_catalogue(router: APIRouter, service: Service, components: Mapping[str, str]) -> None:
     @router.get("/about", response_model=b.About)
     async def about(request: Request) -> Response:
         """Say what is served, within which limits, and what this key may do."""
-        return await pooled(b.about, request.state.role, dict(components))
+        return await _pooled(service, b.about, request.state.role, dict(components))
 
     @router.get("/attributes", response_model=b.AttributesResponse)
     async def attributes() -> Response:
         """List the attributes that conditions can name, with range and the most frequent values."""
-        return await pooled(b.attributes)
+        return await _pooled(service, b.attributes)
 
     @router.get("/items", response_model=b.FoundItems)
     async def find_items(asked: Annotated[b.ItemsQuery, Query()]) -> Response:
         """Search titles as they are typed: each word is the beginning of a word; popular items first."""
-        return await pooled(b.find_items, asked)
+        return await _pooled(service, b.find_items, asked)
 
     @router.get("/items/{item_id:path}", response_model=m.ItemOut)
     async def item(item_id: ItemId) -> Response:
         """Show an item as the catalogue keeps it; a removed one is not active."""
-        return await pooled(Service.item, item_id)
+        return await _pooled(service, Service.item, item_id)
 
+
+def _add_people(router: APIRouter, service: Service, writer: Callable[[Request], None]) -> None:
     @router.post("/seeds", response_model=m.ItemsResponse)
     async def seeds(body: b.SeedsRequest) -> Response:
         """Choose popular items unlike each other, to ask a newcomer about; each choice narrows the next."""
-        return await pooled(b.seeds, body)
+        return await _pooled(service, b.seeds, body)
 
     @router.post("/stages", response_model=b.StagesResponse)
     async def stages(body: m.RecommendRequest) -> Response:
-        """Show what retrieval alone, the language model alone and both together would answer, and how fast."""
-        return await pooled(b.stages, body)
+        """Show what retrieval alone, the language model alone and both together answer, and how fast."""
+        return await _pooled(service, b.stages, body)
 
     @router.get("/users/{user_id:path}/history", response_model=b.HistoryResponse)
     async def history(user_id: UserId, asked: Annotated[b.HistoryQuery, Query()]) -> Response:
         """Show the latest events of a user, oldest first; none for an unknown one."""
-        return await pooled(b.history, user_id, asked)
+        return await _pooled(service, b.history, user_id, asked)
 
     # Who may only read has to know for whom.
     @router.get("/users", response_model=b.UsersResponse, tags=["change"], dependencies=[Depends(writer)])
     async def users(asked: Annotated[b.UsersQuery, Query()]) -> Response:
         """List ids of users with stored events."""
-        return await pooled(b.users, asked)
-
-    return router
+        return await _pooled(service, b.users, asked)
 
 
 def page_routes() -> list[BaseRoute]:

@@ -71,6 +71,6 @@ def _errors_of(path: str, method: str, operation: Mapping[str, Any]) -> list[str
         codes |= {"400", "413"}
     if "change" in operation["tags"]:
         codes |= {"403"}
-    if "204" in operation["responses"] or (path.startswith("/v1/items/{") and "get" == method):
+    if "204" in operation["responses"] or (path.startswith("/v1/items/{") and method == "get"):
         codes |= {"404"}
     return sorted(codes)
