@@ -389,8 +389,14 @@ class Recommender:
         return seeds(request, passed, mask, state, _without_lm(state.pipeline()))
 
     def complete(self, text: str, k: int = 10) -> list[Item]:
-        """Return up to k items whose titles have words that begin as those typed do; see `TitleIndex`."""
-        state = self._state
+        """Return up to k items whose titles have words that begin as those typed do; see `TitleIndex`.
+
+        Raises
+        ------
+        RequestError
+            If k is no whole number of at least 1.
+        """
+        k, state = Request(k=k).k, self._state
         if self._titles is None or self._titles.catalog is not state.catalog:
             shares = state.pipeline().prior
             assert shares is not None

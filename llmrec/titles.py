@@ -40,7 +40,8 @@ class TitleIndex:
         then titles that begin with the whole text, then the others, then titles that hold it inside a word
         (scripts without spaces have no other beginnings); the popular ones first.
         """
-        typed = _plain(pl.Series([text[:TYPED_LIMIT]])).item()
+        # Half of a surrogate pair is no text that could be compared.
+        typed = _plain(pl.Series([text[:TYPED_LIMIT].encode("utf-8", "replace").decode()])).item()
         words = typed.split()
         title = pl.col("title")
         begins = title.str.starts_with(f" {typed}")

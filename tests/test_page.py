@@ -329,7 +329,7 @@ def test_a_stored_user_is_picked_and_what_they_choose_is_theirs(page, url, rec):
     chosen = page.rows("before")[0]
     page.press(Keys.ENTER)
     page.until(lambda: [e.item_id for e in rec.history("zoe")] == ["i3", chosen[1]])
-    page.until(lambda: page.texts("#past li")[-1] == chosen[2])
+    page.until(lambda: page.texts("#past li")[0] == chosen[2])
     page.until(lambda: chosen[1] not in [row[1] for row in page.rows("before")])
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from llmrec import Item, Recommender
 from llmrec.catalog import Catalog
+from llmrec.errors import RequestError
 from llmrec.testing import toy_data
 from llmrec.titles import TitleIndex
 
@@ -58,7 +59,7 @@ def test_titles_that_begin_with_it_come_first_then_the_popular(index):
     assert found(index, "", 2) == TITLES[:-3:-1]
     assert found(index, "千尋") == ["千と千尋"]
     assert found(index, "zebra") == [] and found(index, "x" * 10_000) == []
-    for hostile in ("(", "[a", "\\", ".*", "<img src=x onerror=alert(1)>", "\x00", "%", "$^"):
+    for hostile in ("(", "[a", "\\", ".*", "<img src=x onerror=alert(1)>", "\x00", "%", "$^", "\ud800"):
         index.find(hostile, 3)
 
 
@@ -66,6 +67,8 @@ def test_an_id_finds_its_item_and_a_catalogue_that_changes_is_followed():
     rec = Recommender.fit(*toy_data(), {"encoder": {"name": "light", "dim": 16}})
     assert [item.item_id for item in rec.complete("i7", 3)][:1] == ["i7"]
     assert rec.complete("zeppelin") == []
+    with pytest.raises(RequestError, match="at least 1"):
+        rec.complete("a", 0)
     rec.add_items([Item("z", "Zeppelin Waltz", attributes={"year": 1999})])
     (item,) = rec.complete("wal zep")
     assert item.item_id == "z" and item.attributes == {"year": 1999}

@@ -199,8 +199,8 @@ async function showPast() {
     return;
   }
   const none = user ? "No stored events: this is a new user." : "Whose stored history counts.";
-  byId("past-head").textContent = events.length ? `Latest ${events.length} of the stored history` : none;
-  byId("past").replaceChildren(...events.map((event) => el("li", {}, event.title || event.item_id)));
+  byId("past-head").textContent = events.length ? `Latest ${events.length} of the stored history, newest first` : none;
+  byId("past").replaceChildren(...events.reverse().map((event) => el("li", {}, event.title || event.item_id)));
 }
 
 // ---- questions at the beginning ---------------------------------------------------------------------------
