@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmrec.errors import RequestError
-from llmrec.pipeline import Candidates, Pipeline, discount
+from llmrec.pipeline import Candidates, Pipeline, normalise
 from llmrec.protocols import Floats, Query
 from llmrec.state import State
 from llmrec.types import Recommendation, Request
@@ -102,7 +102,7 @@ def _popular(found: Candidates, pipeline: Pipeline, n: int) -> Candidates:
 
 
 def _weights(found: Candidates, pipeline: Pipeline, narrowed: bool) -> Floats:
-    """How much each candidate counts: its popularity, less the lower it stands for what was chosen."""
+    """How much each candidate counts: its popularity, times its score where something was chosen already."""
     assert pipeline.prior is not None
     popular: Floats = pipeline.prior[found.items]
-    return popular * discount(np.arange(1, len(popular) + 1, dtype=np.int32)) if narrowed else popular
+    return popular * normalise(found.scores) if narrowed else popular

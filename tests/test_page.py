@@ -303,6 +303,17 @@ def test_a_history_a_filter_and_feedback_by_keyboard(page, url, rec):
     assert page.focus().get_attribute("data-act") == "choose", "the focus stays in the list"
     assert "stored for user keeper/1" in page.find("#status").get_attribute("textContent")
 
+    # Taking things out of the history: the latest by Backspace, any other by its button.
+    page.tab_to("#item-input", back=True)
+    page.press(Keys.BACKSPACE)
+    page.until(lambda: page.ids("#chips li") == history)
+    assert page.focus() == page.find("#item-input")
+    page.tab_to("#chips button")
+    page.press(Keys.ENTER)
+    told = stages(url, history=history[1:], where=where)
+    page.until(lambda: page.rows("after") == expected(told["default"]))
+    assert page.focus() == page.find("#chips button")
+
     # Hiding.
     page.tab_to("#after .item [data-act=hide]")
     gone = page.rows("after")[0]

@@ -17,6 +17,7 @@ let history = []; // {item_id, title}, oldest first
 let user = "";
 const hidden = new Map(); // item id -> title
 const passed = [];
+const storing = new Set(); // ids of choices that are on their way
 let asking = true; // whether the questions at the beginning are wanted
 let narrowed = false; // whether a list was picked on a narrow screen, which has room for one
 let answered = null; // the latest answer, for the switch of the right column
@@ -124,6 +125,17 @@ function failed(error) {
 
 /** What was chosen counts at once: in the stored history of a user, or in the one on this page. */
 async function choose(item) {
+  // A button pressed twice is one choice.
+  if (storing.has(item.item_id)) return;
+  storing.add(item.item_id);
+  try {
+    await keepChoice(item);
+  } finally {
+    storing.delete(item.item_id);
+  }
+}
+
+async function keepChoice(item) {
   const keep = byUser() ? user : byId("keep").value.trim();
   try {
     if (keep && mayStore()) await call("/v1/events", { user_id: keep, item_id: item.item_id });
@@ -159,9 +171,13 @@ function addToHistory(item) {
 function removeFromHistory(index) {
   history = history.filter((_, at) => at !== index);
   showChips();
+  void refresh();
+}
+
+function removeChip(index) {
+  removeFromHistory(index);
   const left = byId("chips").querySelectorAll("button");
   (left[Math.min(index, left.length - 1)] ?? byId("item-input")).focus();
-  void refresh();
 }
 
 function showChips() {
@@ -171,7 +187,7 @@ function showChips() {
         "li",
         { "data-id": item_id },
         el("span", {}, title),
-        el("button", { type: "button", "aria-label": `Remove ${title}`, onclick: () => removeFromHistory(index) }, "✕"),
+        el("button", { type: "button", "aria-label": `Remove ${title}`, onclick: () => removeChip(index) }, "✕"),
       ),
     ),
   );
