@@ -169,10 +169,11 @@ class Page:
 
     def tab_to(self, selector, back=False):
         """Press Tab until an element has the focus: it has to be in the order of focus."""
-        wanted = self.find(selector)
+        # Looked up each time: lists are made anew with each answer.
+        reached = "return document.activeElement === document.querySelector(arguments[0])"
         for _ in range(150):
-            if self.focus() == wanted:
-                return wanted
+            if self.driver.execute_script(reached, selector):
+                return
             if back:
                 ActionChains(self.driver).key_down(Keys.SHIFT).send_keys(Keys.TAB).key_up(
                     Keys.SHIFT
@@ -365,26 +366,25 @@ def test_the_first_screen_asks_and_each_choice_narrows(page, url, rec):
 
 def test_hostile_titles_stay_text_everywhere(page, url, rec):
     titles = [rec.catalog.titles[rec.catalog.code(item.item_id)] for item in HOSTILE]
-    assert titles[0].startswith("<img src=x onerror") or "img" in titles[0]
+    assert titles[0] == HOSTILE[0].title, "markup is no business of the catalogue"
     page.settled()
     page.add("zebra", titles[0])
     page.tab_to("#wish")
     page.press("zebra")
-    page.until(lambda: titles[1] in [row[2] for row in page.rows("before")])
+    told = stages(url, history=["x/1"], query="zebra")
+    page.until(lambda: page.rows("before") == expected(told["retrieval"]))
     page.settled()
-    page.tab_to("#before .item .title")
-    page.until(lambda: titles[1] == page.rows("before")[0][2])
+    assert page.rows("before")[0][2] == titles[1]
     page.tab_to("#before .item .title")
     page.press(Keys.ENTER)
     page.until(lambda: page.find("#detail").get_attribute("open") is not None)
     assert page.find("#detail-title").text == titles[1] and page.focus() == page.find("#detail-title")
     similar = [r.item_id for r in rec.similar("x2", 10)]
     assert page.ids("#similar li") == similar
-    if "x/1" in similar:
-        page.tab_to(f"#similar li:nth-child({similar.index('x/1') + 1}) button")
-        page.press(Keys.ENTER)
-        page.until(lambda: page.find("#detail-title").text == titles[0])
-        assert "script" in page.find("#detail-text").text
+    page.tab_to(f"#similar li:nth-child({similar.index('x/1') + 1}) button")
+    page.press(Keys.ENTER)
+    page.until(lambda: page.find("#detail-title").text == titles[0])
+    assert "script" in page.find("#detail-text").text
     assert page.overflow() <= 0
     page.press(Keys.ESCAPE)
     page.until(lambda: page.find("#detail").get_attribute("open") is None)
