@@ -10,6 +10,7 @@ from urllib.parse import quote
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from llmrec.errors import LLMRecError, NotFoundError, OverloadError, RequestError
+from llmrec.serve import browse as b
 from llmrec.serve import models as m
 from llmrec.types import AttributeValue, Item
 
@@ -57,6 +58,18 @@ class _Call(Generic[T]):
 
 def _items(path: str, model: type[BaseModel], fields: Mapping[str, Any]) -> _Call[m.ItemsResponse]:
     return _Call(m.ItemsResponse, path, m.read(model, fields))
+
+
+def _stages(fields: Mapping[str, Any]) -> _Call[b.StagesResponse]:
+    return _Call(b.StagesResponse, "/v1/stages", m.read(m.RecommendRequest, fields))
+
+
+def _complete(text: str, k: int) -> _Call[b.FoundItems]:
+    return _Call(b.FoundItems, f"/v1/items?prefix={quote(text, safe='')}&k={k}", method="GET")
+
+
+def _attributes() -> _Call[b.AttributesResponse]:
+    return _Call(b.AttributesResponse, "/v1/attributes", method="GET")
 
 
 def _predict(items: Sequence[str], fields: Mapping[str, Any]) -> _Call[m.PredictResponse]:
@@ -173,6 +186,22 @@ class Client:
         """Find items like one item; fields of `SimilarRequest`."""
         return self._ask(_items("/v1/similar", m.SimilarRequest, {"item_id": item_id, **fields}))
 
+    def stages(self, **fields: Any) -> b.StagesResponse:
+        """Return what retrieval, the language model and both together answer; as `recommend`."""
+        return self._ask(_stages(fields))
+
+    def seeds(self, **fields: Any) -> m.ItemsResponse:
+        """Choose items to ask a newcomer about; fields of `llmrec.serve.browse.SeedsRequest`."""
+        return self._ask(_items("/v1/seeds", b.SeedsRequest, fields))
+
+    def complete(self, text: str, k: int = 10) -> list[b.FoundItem]:
+        """Find items whose titles have words that begin as those typed do."""
+        return self._ask(_complete(text, k)).items
+
+    def attributes(self) -> dict[str, b.AttributeOut]:
+        """Return what `where` can name, by attribute."""
+        return self._ask(_attributes()).attributes
+
     def rank(self, items: Sequence[str], **fields: Any) -> m.ItemsResponse:
         """Order items; fields of `RankRequest`."""
         return self._ask(_items("/v1/rank", m.RankRequest, {"items": list(items), **fields}))
@@ -250,6 +279,22 @@ class AsyncClient:
     async def similar(self, item_id: str, **fields: Any) -> m.ItemsResponse:
         """Find items like one item; fields of `SimilarRequest`."""
         return await self._ask(_items("/v1/similar", m.SimilarRequest, {"item_id": item_id, **fields}))
+
+    async def stages(self, **fields: Any) -> b.StagesResponse:
+        """Return what retrieval, the language model and both together answer; as `recommend`."""
+        return await self._ask(_stages(fields))
+
+    async def seeds(self, **fields: Any) -> m.ItemsResponse:
+        """Choose items to ask a newcomer about; fields of `llmrec.serve.browse.SeedsRequest`."""
+        return await self._ask(_items("/v1/seeds", b.SeedsRequest, fields))
+
+    async def complete(self, text: str, k: int = 10) -> list[b.FoundItem]:
+        """Find items whose titles have words that begin as those typed do."""
+        return (await self._ask(_complete(text, k))).items
+
+    async def attributes(self) -> dict[str, b.AttributeOut]:
+        """Return what `where` can name, by attribute."""
+        return (await self._ask(_attributes())).attributes
 
     async def rank(self, items: Sequence[str], **fields: Any) -> m.ItemsResponse:
         """Order items; fields of `RankRequest`."""

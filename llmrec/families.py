@@ -101,7 +101,7 @@ class Family:
 
 
 def _popularity(log: TrainingLog, texts: Texts, _: NoConfig) -> Retriever:
-    return PopularityRetriever.fit(log.histories, len(texts.lines), log.weights)
+    return PopularityRetriever.fit(log.histories, len(texts.lines), log.weights, log.stamps)
 
 
 def _recent(trend: bool) -> Family:

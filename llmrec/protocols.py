@@ -146,6 +146,10 @@ class EventStore(Protocol):
         """Return the latest `limit` events of a user, oldest first."""
         ...
 
+    def users(self, prefix: str = "", limit: int = 10) -> list[str]:
+        """Return up to `limit` ids of users that begin with `prefix`, in the order of their code points."""
+        ...
+
     def forget(self, user_id: str) -> int:
         """Delete all events of a user; return how many."""
         ...

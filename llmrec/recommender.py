@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -24,15 +24,18 @@ from llmrec.evaluation.split import Part, tail
 from llmrec.events import EventLog, live_events
 from llmrec.families import Texts
 from llmrec.fetch import resolve
-from llmrec.pipeline import Weights
+from llmrec.pipeline import Pipeline, Weights
 from llmrec.protocols import Codes, ItemChange
 from llmrec.recipe import Recipe
+from llmrec.rules import allowed_items
 from llmrec.saved import Saved, drop_replaced, open_events
+from llmrec.seeds import seeds
 from llmrec.selection import choose_recipe
 from llmrec.state import State
 from llmrec.store.places import Slot, Store, check, copied, new_name, remove
 from llmrec.store.sqlite import SQLiteStore
 from llmrec.timing import Timing
+from llmrec.titles import TitleIndex
 from llmrec.types import Event, Item, Recommendation, Request
 
 if TYPE_CHECKING:
@@ -64,6 +67,7 @@ class Recommender:
         self._adapter: Path | None = None
         self._run: Path | None = None
         self._writer: Writer | None = None
+        self._titles: TitleIndex | None = None
         self._changing = threading.RLock()
         self._timing = Timing()
 
@@ -86,6 +90,11 @@ class Recommender:
     def texts(self) -> Texts:
         """The items in words and vectors, by code, and the encoder that made the vectors."""
         return self._state.texts
+
+    @property
+    def has_language_model(self) -> bool:
+        """Whether there is a tuned language model, loaded or not, of whatever weight."""
+        return self._state.lm is not None or self._adapter is not None
 
     # ---- making one -----------------------------------------------------------------------------
 
@@ -442,8 +451,7 @@ class Recommender:
         state = self._ready(lm=lm and self._state.recipe.uses_lm)
         pipeline = state.pipeline()
         if not lm:
-            history, query = pipeline.history.with_lm(0.0), pipeline.query.with_lm(0.0)
-            pipeline = replace(pipeline, history=history, query=query)
+            pipeline = _without_lm(pipeline)
         answers: list[list[Recommendation]] = []
         for start in range(0, len(requests), CHUNK):
             begun, chunk = time.monotonic(), requests[start : start + CHUNK]
@@ -457,11 +465,19 @@ class Recommender:
 
         `default` is what `recommend` returns. Without a tuned model ``language model`` is not there.
         """
-        given = _request(request, fields)
+        found = dict(self.each_stage(_request(request, fields)))
+        return {name: found[name] for name in ("retrieval", "language model", "default") if name in found}
+
+    def each_stage(self, request: Request) -> Iterator[tuple[str, list[Recommendation]]]:
+        """Yield the stages of `stages` one after another, `default` before ``language model``.
+
+        A stage is answered when it is asked for, so that a caller can time it; what the language model keeps
+        of a history would make the second of those two look faster than it is when it is served.
+        """
         state = self._ready(lm=True)
         pipeline = state.pipeline()
-        plain = replace(pipeline, history=pipeline.history.with_lm(0.0), query=pipeline.query.with_lm(0.0))
-        stages = {"retrieval": plain}
+        plain = _without_lm(pipeline)
+        stages = {"retrieval": plain, "default": pipeline}
         if state.lm is not None:
             alone = replace(pipeline, history=Weights({}, lm=1.0), query=Weights({}, lm=1.0))
             if state.lm.scored is not None:
@@ -469,9 +485,55 @@ class Recommender:
                 most = 1000.0
                 alone = replace(plain, history=plain.history.with_lm(most), query=plain.query.with_lm(most))
             stages["language model"] = alone
-        stages["default"] = pipeline
-        asked = [self._ask(given, state)]
-        return {name: answer(asked, state, stage)[0] for name, stage in stages.items()}
+        asked = [self._ask(request, state)]
+        for name, stage in stages.items():
+            yield name, answer(asked, state, stage)[0]
+
+    def lm_weight(self, request: Request | None = None, **fields: Any) -> float | None:
+        """Return the language model's weight for a request: 0 where it is left out, None without a model."""
+        state = self._ready(lm=True)
+        if state.lm is None:
+            return None
+        asked = self._ask(_request(request, fields), state)
+        return state.pipeline().weights_for(asked.query).lm
+
+    def seeds(
+        self,
+        k: int = 8,
+        chosen: Sequence[str] = (),
+        passed: Sequence[str] = (),
+        where: Mapping[str, Any] | None = None,
+    ) -> list[Recommendation]:
+        """Return up to k items to ask somebody about of whom little is known: popular, and unlike each other.
+
+        Ask which of them they like, and call again with all that was chosen and all that was passed over:
+        what comes next is near to the one and not near to the other. What was chosen is a history for
+        `recommend`. Scores are what an item adds to the popularity that is covered: `llmrec.seeds.spread`.
+
+        Raises
+        ------
+        RequestError
+            If an id is unknown, or both chosen and passed.
+        """
+        state = self._state
+        request = Request(history=chosen, k=k, where=where)
+        mask = allowed_items(request, state.catalog)
+        return seeds(request, passed, mask, state, _without_lm(state.pipeline()))
+
+    def complete(self, text: str, k: int = 10) -> list[Item]:
+        """Return up to k items whose titles have words that begin as those typed do; see `TitleIndex`.
+
+        Raises
+        ------
+        RequestError
+            If k is no whole number of at least 1.
+        """
+        k, state = Request(k=k).k, self._state
+        if self._titles is None or self._titles.catalog is not state.catalog:
+            shares = state.pipeline().prior
+            assert shares is not None
+            self._titles = TitleIndex(state.catalog, shares)
+        return state.catalog.items(self._titles.find(text, k))
 
     def phrase(self, found: Sequence[Recommendation]) -> list[Recommendation]:
         """Put the reasons of recommendations into the language model's own words, where they stay true.
@@ -592,6 +654,11 @@ class Recommender:
         """Return the latest `limit` stored events of a user, oldest first; none for an unknown user."""
         with self._slot.use() as store:
             return store.history(user, limit)
+
+    def users(self, prefix: str = "", limit: int = 10) -> list[str]:
+        """Return up to `limit` ids of users with stored events that begin with `prefix`, in their order."""
+        with self._slot.use() as store:
+            return store.users(prefix, limit)
 
     # ---- what changes while serving ---------------------------------------------------------------
 
@@ -733,6 +800,10 @@ def _request(request: Request | None, fields: Mapping[str, Any]) -> Request:
     if fields:
         raise RequestError(f"give a Request or its fields, not both: {', '.join(fields)}")
     return request
+
+
+def _without_lm(pipeline: Pipeline) -> Pipeline:
+    return replace(pipeline, history=pipeline.history.with_lm(0.0), query=pipeline.query.with_lm(0.0))
 
 
 def _version() -> str:

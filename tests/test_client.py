@@ -80,6 +80,14 @@ def test_every_verb_answers_as_the_library_does(rec, client):
     assert ids(client.similar("i3", k=3)) == ids(rec.similar("i3", k=3))
     assert ids(client.rank(["i9", "i3"], user="u1")) == ids(rec.rank(["i9", "i3"], user="u1"))
     assert client.predict(["i9", "i3"], user="u1") == pytest.approx(rec.predict(["i9", "i3"], user="u1"))
+    assert ids(client.seeds(k=3, chosen=["i3"])) == ids(rec.seeds(3, ["i3"]))
+    told = client.stages(user="u1", k=3)
+    assert {stage.name: ids(stage) for stage in told.stages} == {
+        n: ids(f) for n, f in rec.stages(user="u1", k=3).items()
+    }
+    assert told.lm_weight is None
+    assert ids(client.complete("silver & r", 2)) == ids(rec.complete("silver & r", 2)) != []
+    assert client.attributes()["brand"].different == 4
     assert [r.index for r in client.rerank("river", ["Piano", {"text": "Blue River"}]).results] == [1, 0]
     assert client.embed(["piano"])[0] == pytest.approx(rec.texts.encoder.encode(["piano"])[0].tolist())
 
@@ -154,4 +162,4 @@ def test_both_clients_have_the_same_verbs():
             if inspect.isfunction(function) and not name.startswith("_")
         }
 
-    assert verbs(Client) == verbs(AsyncClient) and len(verbs(Client)) == 12
+    assert verbs(Client) == verbs(AsyncClient) and len(verbs(Client)) == 16

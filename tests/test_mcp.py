@@ -22,7 +22,15 @@ from mcp.client.streamable_http import streamable_http_client
 from mcp.shared.exceptions import MCPError
 
 LIGHT = {"encoder": {"name": "light", "dim": 16}}
-TOOLS = {"recommend", "search_items", "similar_items", "rank_items", "record_event", "explain"}
+TOOLS = {
+    "recommend",
+    "search_items",
+    "similar_items",
+    "rank_items",
+    "record_event",
+    "explain",
+    "items_to_ask_about",
+}
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +105,19 @@ def test_the_tools_answer_as_the_library_does(rec, talk):
         assert all(s["meaning"] == MEANINGS[s["name"]].clause for s in one["sources"])
     assert any(one["sources"] for one in explained["items"])
     assert set(MEANINGS) == {*FAMILIES, LM}
+
+
+def test_a_newcomer_is_asked_about_seeds_and_the_prompt_says_so(rec, talk):
+    first = call(talk, "items_to_ask_about")
+    assert ids(first) == expect(rec.seeds(5))
+    chosen, passed = ids(first)[:1], ids(first)[1:]
+    after = ids(call(talk, "items_to_ask_about", chosen=chosen, passed=passed, k=3, where={"brand": "Acme"}))
+    assert after == expect(rec.seeds(3, chosen, passed, {"brand": "Acme"})) and not set(after) & set(
+        ids(first)
+    )
+    assert "both chosen and passed" in call(talk, "items_to_ask_about", chosen=["i1"], passed=["i1"])
+    prompt = talk(lambda client: client.get_prompt("recommendation_conversation", {}))
+    assert "items_to_ask_about" in prompt.messages[0].content.text
 
 
 def test_a_recorded_event_counts_in_the_next_answer(rec, talk):

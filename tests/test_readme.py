@@ -7,7 +7,7 @@ README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8"
 
 
 def test_the_quickstart_runs_and_is_short(tmp_path, monkeypatch, capsys):
-    code, rules = re.findall(r"```python\n(.*?)```", README, re.S)
+    code, rules, newcomers = re.findall(r"```python\n(.*?)```", README, re.S)
     assert len(code.splitlines()) <= 24
     monkeypatch.chdir(tmp_path)
     names = {}
@@ -21,6 +21,10 @@ def test_the_quickstart_runs_and_is_short(tmp_path, monkeypatch, capsys):
     reasons = capsys.readouterr().out.splitlines()
     assert reasons[0] == "1. Heat: Pinned by the request." and len(reasons) >= 3
     assert all(": Because you chose " in line for line in reasons[1:-1]) and "Influence(" in reasons[-1]
+    exec(compile(newcomers, "README.md", "exec"), names)
+    after, shown = [eval(line) for line in capsys.readouterr().out.splitlines()]
+    asked = {names["first"][0].title, names["first"][1].title}
+    assert after and shown and not asked & set(after)
 
 
 def test_every_file_in_the_layout_exists():

@@ -332,6 +332,8 @@ def test_stages_show_what_each_stage_would_answer(tuned):
     assert list(stages) == ["retrieval", "language model", "default"]
     assert ids(stages["default"]) == ids(tuned.recommend(user="u3"))
     assert {s.name for r in stages["language model"] for s in r.sources} == {"lm"}
+    assert tuned.has_language_model and tuned.lm_weight(user="u3") == tuned.recipe.history.lm
+    assert tuned.lm_weight(query="silver river") == tuned.recipe.query.lm
 
 
 def test_evaluate_measures_later_events_and_never_fits_on_them(data):

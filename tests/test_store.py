@@ -585,3 +585,14 @@ def test_a_store_is_exchanged_while_nobody_uses_it_and_nothing_is_lost(tmp_path)
     with slot.use() as store:
         assert store.count() == sum(written) == 400 and store.path.endswith("events-4.sqlite")
     slot.close()
+
+
+def test_users_are_found_by_the_beginning_of_their_id(store):
+    names = ["anna", "ann", "Ann", "bob", "an%n", "an_n", "añn", "ann\U0010fffd", ""]
+    store.append([Event(name, "i1", n) for n, name in enumerate([*names, *names])])
+    for prefix in ("", "an", "ann", "Ann", "an%", "añ", "zoe", "anna"):
+        known = sorted(name for name in names if name.startswith(prefix))
+        assert store.users(prefix, 100) == known
+        assert store.users(prefix, 2) == known[:2]
+    store.forget("anna")
+    assert "anna" not in store.users("a", 100)

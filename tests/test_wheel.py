@@ -26,6 +26,8 @@ def test_the_wheel_holds_the_package_and_its_prompts_and_no_more(wheel):
     prompts = [f"llmrec/prompts/{name}.md" for name in PROMPTS]
     assert sorted(n for n in names if n.startswith("llmrec/prompts/")) == prompts
     assert "llmrec/serve/openapi.json" in names
+    page = {f"llmrec/serve/page/{file.name}" for file in (ROOT / "llmrec" / "serve" / "page").iterdir()}
+    assert "llmrec/serve/page/index.html" in page and page <= set(names)
     assert "llmrec/py.typed" in names
 
 

@@ -12,23 +12,45 @@ from pydantic import BaseModel, ConfigDict, Field
 from llmrec.protocols import Codes, Floats, Hits, Query
 from llmrec.ranking import top
 
+HALF_LIVES_DAYS = (7.0, 30.0, 90.0, 365.0, np.inf)
+"""Ages at which an event counts half, that are tried for popularity of late; infinity is all time."""
+
+LATE = 0.1
+"""Share of the latest events that choose among them."""
+
 
 class PopularityRetriever:
-    """The items with the most training events, the same for everybody; score = log(1 + weight of events)."""
+    """The items with the most training events, the same for everybody; score = log(1 + weight of events).
+
+    Parameters
+    ----------
+    scores
+        Of all time, shape (items,).
+    fresh
+        Of late, shape (items,), for a query that asks nothing: no history, no words. None where the log
+        has no clock: then those of all time.
+    """
 
     name = "popularity"
 
-    def __init__(self, scores: Floats) -> None:
-        self.scores = scores
+    def __init__(self, scores: Floats, fresh: Floats | None = None) -> None:
+        self.scores, self.fresh = scores, fresh
 
     @classmethod
     def fit(
-        cls, histories: Sequence[Codes], n_items: int, weights: Sequence[Floats] | None = None
+        cls,
+        histories: Sequence[Codes],
+        n_items: int,
+        weights: Sequence[Floats] | None = None,
+        stamps: Sequence[NDArray[np.int64]] | None = None,
     ) -> PopularityRetriever:
-        """Count events, each by its weight where `weights` are given, one array a history."""
+        """Count events, each by its weight; weights and stamps (seconds) are one array a history."""
         events = np.concatenate([np.empty(0, np.int32), *histories])
-        counted = None if weights is None else np.concatenate([np.empty(0, np.float32), *weights])
-        return cls(np.log1p(np.bincount(events, counted, minlength=n_items)).astype(np.float32))
+        counted = np.ones(len(events)) if weights is None else np.concatenate([np.empty(0), *weights])
+        scores = np.log1p(np.bincount(events, counted, minlength=n_items)).astype(np.float32)
+        if stamps is None or not len(events):
+            return cls(scores)
+        return cls(scores, fresh_scores(events, np.concatenate(stamps), counted, n_items))
 
     def shares(self) -> Floats:
         """Share of each item in the events, with one pseudo-event an item, shape (items,); sums to 1."""
@@ -37,21 +59,58 @@ class PopularityRetriever:
         return shares
 
     def retrieve(self, queries: Sequence[Query], k: int) -> list[Hits]:
-        """Return the k most popular allowed items for each query."""
-        return [top(self.scores, k, query.mask) for query in queries]
+        """Return the k most popular allowed items for each query; of late where nothing is asked."""
+        return [top(self._for(query), k, query.mask) for query in queries]
+
+    def _for(self, query: Query) -> Floats:
+        asks = len(query.history) or query.text
+        return self.scores if asks or self.fresh is None else self.fresh
 
     def grown(self, n_items: int) -> PopularityRetriever:
         """The same for a catalogue that has grown to `n_items`; new items have no events."""
-        return PopularityRetriever(np.pad(self.scores, (0, n_items - len(self.scores))))
+        more = (0, n_items - len(self.scores))
+        return PopularityRetriever(
+            np.pad(self.scores, more), None if self.fresh is None else np.pad(self.fresh, more)
+        )
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """State as arrays."""
-        return {"scores": self.scores}
+        return {"scores": self.scores} | ({} if self.fresh is None else {"fresh": self.fresh})
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, NDArray[Any]]) -> PopularityRetriever:
         """Make the retriever from `arrays()`."""
-        return cls(arrays["scores"])
+        return cls(arrays["scores"], arrays.get("fresh"))
+
+
+def fresh_scores(
+    events: Codes, stamps: NDArray[np.int64], weights: NDArray[np.floating[Any]], n_items: int
+) -> Floats:
+    """Popularity of late on the scale of counts, log(1 + expected weight), shape (items,).
+
+    Half of an item's share is its share of all time, with one pseudo-event an item; the other half the share
+    in events that fade with age. The half-life is the one under which the latest tenth of the events would
+    have been most probable, from what came before; where what was popular stays so, that is infinity.
+    Arguments have one entry an event; stamps are seconds.
+    """
+    order = np.argsort(stamps, kind="stable")
+    events, stamps, weights = events[order], stamps[order], weights[order].astype(np.float64)
+    early = len(events) - max(1, round(LATE * len(events)))
+
+    def shares(until: int, half_life: float) -> NDArray[np.float64]:
+        before = slice(0, until)
+        days = (stamps[until - 1] - stamps[before]) / 86_400
+        faded = np.bincount(events[before], weights[before] * 0.5 ** (days / half_life), minlength=n_items)
+        counts = np.bincount(events[before], weights[before], minlength=n_items) + 1.0
+        mixed: NDArray[np.float64] = 0.5 * counts / counts.sum() + 0.5 * faded / faded.sum()
+        return mixed
+
+    def nats(half_life: float) -> float:
+        return -float(weights[early:] @ np.log(shares(early, half_life)[events[early:]]))
+
+    chosen = min(reversed(HALF_LIVES_DAYS), key=nats) if early > 0 else np.inf
+    fresh: Floats = np.log1p(shares(len(events), chosen) * weights.sum()).astype(np.float32)
+    return fresh
 
 
 class RecentConfig(BaseModel):

@@ -18,6 +18,7 @@ EXAMPLES: dict[str, list[dict[str, Any]]] = {
     "SimilarRequest": [{"item_id": "i1", "k": 5}],
     "RankRequest": [{"items": ["i3", "i1", "i2"], "user": "42"}],
     "PredictRequest": [{"items": ["i1", "i2"], "history": ["i0"]}],
+    "SeedsRequest": [{"k": 4}, {"chosen": ["i1"], "passed": ["i2", "i3"]}],
     "EventIn": [{"user_id": "42", "item_id": "i1", "timestamp": 1700000000, "event_id": "order 17, line 1"}],
     "ItemIn": [{"title": "Alien", "text": "In space.", "attributes": {"year": 1979, "genres": ["Horror"]}}],
     "RerankRequest": [
@@ -52,16 +53,16 @@ def complete(document: dict[str, Any]) -> dict[str, Any]:
     document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
     answer = {PROBLEM: {"schema": {"$ref": "#/components/schemas/Problem"}}}
     for path, operations in document["paths"].items():
-        for operation in operations.values():
+        for method, operation in operations.items():
             operation["responses"].pop("422", None)
-            for code in _errors_of(path, operation):
+            for code in _errors_of(path, method, operation):
                 operation["responses"][code] = {"description": ERRORS[code], "content": answer}
             if path not in OPEN:
                 operation["security"] = [{}, {"key": []}]
     return document
 
 
-def _errors_of(path: str, operation: Mapping[str, Any]) -> list[str]:
+def _errors_of(path: str, method: str, operation: Mapping[str, Any]) -> list[str]:
     """Return the statuses with which an operation refuses."""
     if path in OPEN:
         return ["500", "503"] if path == "/ready" else ["500"]
@@ -72,6 +73,6 @@ def _errors_of(path: str, operation: Mapping[str, Any]) -> list[str]:
         codes |= {"400", "413"}
     if "change" in operation["tags"]:
         codes |= {"403"}
-    if "204" in operation["responses"]:
+    if "204" in operation["responses"] or (path.startswith("/v1/items/{") and method == "get"):
         codes |= {"404"}
     return sorted(codes)

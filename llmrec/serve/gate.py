@@ -26,8 +26,10 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-OPEN = frozenset({"/health", "/ready", "/docs", "/openapi.json"})
+OPEN = frozenset({"/", "/health", "/ready", "/docs", "/openapi.json"})
 """Paths that need no key."""
+PAGE = "/page/"
+"""Files of the page at ``/`` need none either: the page asks for one."""
 
 PROBLEM = "application/problem+json"
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/=+-]{1,128}")
@@ -88,7 +90,7 @@ class Gate:
             await send(message)
 
         try:
-            if scope["path"] not in OPEN:
+            if scope["path"] not in OPEN and not scope["path"].startswith(PAGE):
                 self._admit(headers, role)
             body = await _body(receive, headers, self._config.max_body)
             await self._app(scope, _replay(body, receive), answer)

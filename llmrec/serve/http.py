@@ -19,8 +19,10 @@ from starlette.routing import Route
 
 from llmrec import __version__
 from llmrec.errors import DataError, LLMRecError, NotFoundError, OverloadError, RequestError, StoreError
+from llmrec.explain.meanings import MEANINGS
 from llmrec.recommender import Recommender
 from llmrec.serve import models as m
+from llmrec.serve.browse_http import browsing, page_routes
 from llmrec.serve.config import ServeConfig
 from llmrec.serve.document import complete
 from llmrec.serve.gate import PROBLEM, App, Gate, Receive, Scope, Send, problem
@@ -81,6 +83,10 @@ def create_app(recommender: Recommender, config: ServeConfig | None = None) -> F
     app.state.service = service
     for router in (_asking(service), _reranking(service), _changing(service), _watching(metrics, state)):
         app.include_router(router)
+    app.include_router(
+        browsing(service, _writer, {name: meaning.clause for name, meaning in MEANINGS.items()})
+    )
+    app.router.routes.extend(page_routes())
     app.router.routes.append(Route("/mcp", endpoint=mcp, include_in_schema=False))
     app.add_exception_handler(LLMRecError, _on_error)
     app.add_exception_handler(RequestValidationError, _on_invalid)

@@ -19,6 +19,7 @@ from llmrec.errors import LLMRecError, NotFoundError
 from llmrec.explain.meanings import MEANINGS
 from llmrec.prompt import Prompt
 from llmrec.recommender import Recommender
+from llmrec.serve import browse as b
 from llmrec.serve import models as m
 from llmrec.serve.config import ServeConfig
 from llmrec.serve.service import Service
@@ -111,6 +112,7 @@ def create_server(recommender: Recommender | Service, *, writable: bool = True) 
         "llmrec", title="Recommendations", instructions=INSTRUCTIONS, version=__version__, log_level="WARNING"
     )
     _add_finding(server, service)
+    _add_asking(server, service)
     _add_ordering(server, service)
     if writable:
         _add_writing(server, service)
@@ -174,6 +176,29 @@ def _add_finding(server: MCPServer, service: Service) -> None:
         with _told():
             body = m.read(m.SimilarRequest, dict(item_id=item_id, k=k, where=where))
             return _found(_pooled(service, service.similar, body))
+
+
+def _add_asking(server: MCPServer, service: Service) -> None:
+    limits = service.config
+    Count = Annotated[int, Field(ge=1, le=limits.max_k, description="How many items at most.")]
+    Said = Annotated[list[m.Id], Field(max_length=limits.max_history, description="Ids of items.")]
+
+    @server.tool(title="Items to ask about", annotations=READ)
+    def items_to_ask_about(
+        chosen: Said = [],  # noqa: B006 - the SDK puts it into the schema; it is never changed
+        passed: Said = [],  # noqa: B006
+        k: Count = 5,
+        where: Where = None,
+    ) -> Found:
+        """Get to know somebody of whom nothing is known: popular items unlike each other, to ask about.
+
+        Ask which of them they like. Call again with everything they liked in chosen and everything they
+        turned down in passed: each answer narrows what comes next. Two or three rounds are enough; then
+        call recommend with chosen as the history.
+        """
+        with _told():
+            body = m.read(b.SeedsRequest, dict(chosen=chosen, passed=passed, k=k, where=where))
+            return _found(_pooled(service, b.seeds, service, body))
 
 
 def _add_ordering(server: MCPServer, service: Service) -> None:
@@ -250,9 +275,9 @@ def _add_prompt(server: MCPServer) -> None:
         return f"{before} {wish}\n\n{after}"
 
 
-def _pooled(service: Service, verb: Any, body: Any) -> Any:
+def _pooled(service: Service, verb: Any, *given: Any) -> Any:
     """Run a verb in the service's pool, so that its limits hold here too."""
-    return service.submit(verb, body).result()
+    return service.submit(verb, *given).result()
 
 
 @contextmanager

@@ -165,6 +165,21 @@ class PostgresStore:
             return []  # no such id can be stored
         return [Event(*row) for row in reversed(rows)]
 
+    def users(self, prefix: str = "", limit: int = 10) -> list[str]:
+        """Return up to `limit` user ids that begin with `prefix`, in the order of their code points.
+
+        Reads all ids: for people who look somebody up, not for each request.
+        """
+        query = (
+            f'SELECT DISTINCT user_id COLLATE "C" AS own FROM {self.name}_events '
+            "WHERE starts_with(user_id, %s) ORDER BY own LIMIT %s"
+        )
+        try:
+            rows = self._read(query, (prefix, limit))
+        except (*self._refuses, UnicodeEncodeError):
+            return []  # no such id can be stored
+        return [user for (user,) in rows]
+
     def forget(self, user_id: str) -> int:
         """Delete all events of a user and rewrite the table without them; return how many there were.
 

@@ -28,6 +28,7 @@ from llmrec.types import Event
 
 SCHEMA_VERSION = 2
 _BULK = 10_000
+_LAST = "\U0010ffff"
 
 _TABLE = """
 CREATE TABLE events (
@@ -134,6 +135,17 @@ class SQLiteStore:
                 (user_id, -1 if limit is None else limit),
             ).fetchall()
         return [Event(*row) for row in reversed(rows)]
+
+    def users(self, prefix: str = "", limit: int = 10) -> list[str]:
+        """Return up to `limit` user ids that begin with `prefix`, in the order of their code points."""
+        with self._connection() as connection:
+            # Characters above all others end the range, so that the index is used and case counts.
+            rows = connection.execute(
+                "SELECT DISTINCT user_id FROM events WHERE user_id >= ? AND user_id < ? "
+                "ORDER BY user_id LIMIT ?",
+                (prefix, prefix + _LAST, limit),
+            ).fetchall()
+        return [user for (user,) in rows]
 
     def forget(self, user_id: str) -> int:
         """Delete all events of a user and rewrite the file without them; return how many there were.
