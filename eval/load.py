@@ -9,8 +9,8 @@ steps and given a weight, so that it takes part: its quality is of no account he
 - requests a second and p50, p95, p99 at each number of concurrent clients, without the model and with it;
 - milliseconds a request in batches against one by one, in the process itself;
 - p99 and the share of degraded answers for each `budget_ms`, at the largest number of clients;
-- a mixed load with writes (three of four requests recommend, the others search, store events, put items):
-  errors, and whether the memory of the server stays flat.
+- a mixed load with writes (three of four requests recommend, the others search, store events, put items), of
+  the language model where there is one: errors, and whether the memory of the server stays flat.
 
 Writes eval/results/load.json with machine, versions and command.
 """
@@ -39,7 +39,7 @@ import psutil
 
 from llmrec import Event, Item, Recommender, Request
 from llmrec.config import Config
-from llmrec.offline import environment
+from llmrec.environment import environment
 
 LM_WEIGHT = 0.5
 Answer = tuple[float, int, bool]
@@ -242,7 +242,8 @@ def measure(items: int, args: argparse.Namespace, folder: Path) -> dict[str, Any
                     )
                     for budget in args.budgets
                 }
-            found["mixed"] = mixed(url, process, args, items)
+            if name == "with" or args.no_lm:
+                found["mixed"] = mixed(url, process, args, items)
         print(json.dumps({"items": items, "language_model": name, **found}), flush=True)
         result[f"{name}_language_model"] = found
     return result

@@ -77,7 +77,7 @@ class Config(BaseModel):
             problems = [
                 # A URL may hold a password.
                 f"{'.'.join(_keys(e['loc']))}: {e['msg']}"
-                + ("" if e["loc"][-1] == "url" else f" (got {e['input']!r})")
+                + ("" if e["loc"][-1:] == ("url",) else f" (got {e['input']!r})")
                 for e in invalid.errors()
             ]
             raise ConfigError(f"{len(problems)} problem(s) in {where}:\n  " + "\n  ".join(problems)) from None

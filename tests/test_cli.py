@@ -166,7 +166,8 @@ def test_explain_says_why(fitted):
     found = {entry["item_id"]: entry["reason"] for entry in run_json(*ask)}
     assert found["i12"]["history"][0]["item_id"] == "i11" and found["i12"]["history"][0]["amount"] > 0
     assert all(
-        set(reason) == {"sentence", "history", "shared", "words", "sources"} for reason in found.values()
+        set(reason) == {"sentence", "history", "shared", "words", "sources", "worded"}
+        for reason in found.values()
     )
     table = run(*ask).stdout
     assert "why" in table and all(reason["sentence"] in table for reason in found.values())

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PROMPTS = ["conversation", "item_tokens", "letters", "likelihood", "yes_no"]
+PROMPTS = ["conversation", "item_tokens", "letters", "likelihood", "reason", "yes_no"]
 
 
 @pytest.fixture(scope="module")
