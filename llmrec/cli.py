@@ -196,6 +196,9 @@ def recommend(
         bool, typer.Option("--stages", help="Show what each stage alone would answer.")
     ] = False,
     explain: Annotated[bool, typer.Option("--explain", help="Say why, for each item.")] = False,
+    phrase: Annotated[
+        bool, typer.Option("--phrase", help="Say why in the model's own words, where these stay true.")
+    ] = False,
     in_json: InJSON = False,
 ) -> None:
     """Recommend items to a user, for a history, for typed words, or for words and one of the others."""
@@ -215,11 +218,14 @@ def recommend(
         "caps": _object("--caps", caps, '{"brand": 2}'),
         "pins": _ids("--pins", pins) or [],
         "diversity": diversity,
-        "explain": explain,
+        "explain": explain or phrase,
     }
     request = Request(**fields)
     rec = Recommender.load(model)
-    show(rec.stages(request) if by_stage else rec.recommend(request), in_json=in_json)
+    found = rec.stages(request) if by_stage else {"": rec.recommend(request)}
+    if phrase:
+        found = {name: rec.phrase(items) for name, items in found.items()}
+    show(found if by_stage else found[""], in_json=in_json)
 
 
 @app.command()

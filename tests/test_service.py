@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import re
 import threading
 import time
 
@@ -463,3 +464,27 @@ def test_a_service_takes_over_what_others_change_and_goes_on_when_it_cannot(tmp_
     until(lambda: "items that other processes changed are not seen" in caplog.text)
     time.sleep(0.2)
     assert caplog.text.count("are not seen") == 1
+
+
+def test_reasons_are_phrased_on_request_where_they_stay_true(fitted, serve):
+    service = serve(fitted)
+
+    def write(prompts):
+        chosen = [re.search(r"person chose: ([^;\n]+)", prompt).group(1) for prompt in prompts]
+        return [f"Since you liked {title}, you may like this." for title in chosen[:1]] + [
+            "Everybody in Paris has it." for _ in chosen[1:]
+        ]
+
+    fitted._writer = write
+    try:
+        body = m.RecommendRequest(history=["i4", "i5"], k=4, phrase=True)
+        reasons = [item.reason for item in service.phrased(body).items]
+    finally:
+        fitted._writer = None
+    assert all(reasons)
+    said = [reason for reason in reasons if reason.worded]
+    assert len(said) == 1 and said[0].sentence.startswith("Since you liked ")
+    assert said[0].history[0].title in said[0].sentence
+    plain = service.recommend(m.RecommendRequest(history=["i4", "i5"], k=4, explain=True)).items
+    for one, reason in zip(plain, reasons, strict=True):
+        assert reason.worded or reason == one.reason

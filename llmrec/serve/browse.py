@@ -13,8 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from llmrec import __version__
 from llmrec.serve import models as m
 from llmrec.serve.config import Role
-from llmrec.serve.service import Service
-from llmrec.types import Request
+from llmrec.serve.service import Service, request_of
 
 LanguageModel = Literal["none", "left out", "takes part"]
 """`left out`: there is one, and held-out events gave it the weight 0."""
@@ -175,7 +174,7 @@ def seeds(service: Service, body: SeedsRequest) -> m.ItemsResponse:
 def stages(service: Service, body: m.RecommendRequest) -> StagesResponse:
     """Return what each stage would answer, with the time it took."""
     m.check(body, service.config)
-    request = Request(**body.model_dump(exclude={"budget_ms"}))
+    request = request_of(body)
     # Loads the model, if there is one: no part of the time of an answer.
     weight = service.recommender.lm_weight(request)
     made, began = [], time.perf_counter()

@@ -122,6 +122,8 @@ def _asking(service: Service) -> APIRouter:
     @router.post("/recommend", response_model=m.ItemsResponse)
     async def recommend(body: m.RecommendRequest) -> Response:
         """Recommend items to a user, for a history, for a wish in words, or for nobody in particular."""
+        if body.phrase:
+            return await pooled(service.phrased, body)
         answer = await asyncio.wrap_future(service.begin(body))
         return _json(answer)
 

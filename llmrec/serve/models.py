@@ -77,6 +77,10 @@ class RecommendRequest(Asker):
     )
     diversity: float = Field(0.0, ge=0, le=1, description="from 0, by score alone, to 1, as unlike as can be")
     explain: bool = Field(False, description="give a reason for each item")
+    phrase: bool = Field(
+        False,
+        description="reasons in the language model's own words where these stay true, which takes seconds",
+    )
     budget_ms: float | None = Field(
         None,
         gt=0,
@@ -146,6 +150,7 @@ class ReasonOut(Strict):
     history: list[InfluenceOut] = []
     shared: list[SharedOut] = []
     words: list[str] = []
+    worded: bool = Field(False, description="whether a language model wrote the sentence")
 
     @classmethod
     def of(cls, reason: Reason) -> ReasonOut:
@@ -158,6 +163,7 @@ class ReasonOut(Strict):
                 for s in reason.shared
             ],
             words=list(reason.words),
+            worded=reason.worded,
         )
 
 

@@ -62,6 +62,13 @@ _Asked = tuple[Request, bool]
 """A request, and whether the language model is left out to keep its budget."""
 
 
+def request_of(body: RecommendRequest | SearchRequest) -> Request:
+    """What a recommender is asked; budgets and phrasing are the service's."""
+    request = Request(**body.model_dump(exclude={"budget_ms", "phrase"}))
+    # Who searches for something wants to find it.
+    return replace(request, seen="include") if isinstance(body, SearchRequest) else request
+
+
 class Service:
     """Answers requests from many threads. Made for one recommender, which it does not close.
 
@@ -133,10 +140,7 @@ class Service:
             If too many requests wait.
         """
         check(body, self.config)
-        request = Request(**body.model_dump(exclude={"budget_ms"}))
-        if isinstance(body, SearchRequest):
-            # Who searches for something wants to find it.
-            request = replace(request, seen="include")
+        request = request_of(body)
         if not self.recommender.recipe.asks_lm(request):
             return self.without_lm.submit((request, False), units_of(request))
         if body.budget_ms is not None and self._seconds_with_lm(request) > body.budget_ms / 1e3:
@@ -164,6 +168,13 @@ class Service:
         return self.begin(body).result()
 
     # ---- one by one -------------------------------------------------------------------------------
+
+    def phrased(self, body: RecommendRequest) -> ItemsResponse:
+        """Recommend with reasons in the language model's own words; see `Recommender.phrase`."""
+        check(body, self.config)
+        request = replace(request_of(body), explain=True)
+        found = self.recommender.phrase(self.recommender.recommend(request))
+        return ItemsResponse(items=[Recommended.of(r) for r in found])
 
     def submit(self, verb: Callable[..., A], *arguments: Any) -> Future[A]:
         """Run a verb in the pool and return its result to come; OverloadError if too many wait."""
