@@ -25,6 +25,17 @@ Store = Annotated[
 Settings = Annotated[Path | None, typer.Option("--config", help="TOML file: keys, limits, batching.")]
 
 
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket whose connections send at once.
+
+    asyncio sees to that for the sockets that it makes. Otherwise the second part of every answer on a kept
+    connection would wait for the client's delayed acknowledgement, 40 ms on Linux.
+    """
+    listening = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listening
+
+
 def serve(
     model: Model,
     host: Annotated[str | None, typer.Option(help="Address to listen on; 127.0.0.1 if not given.")] = None,
@@ -45,8 +56,7 @@ def serve(
     app = None
     try:
         app = create_app(rec, settings)
-        family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-        with socket.create_server((settings.host, settings.port), family=family) as listening:
+        with listen(settings.host, settings.port) as listening:
             taken = listening.getsockname()[1]
             shown = f"[{settings.host}]" if ":" in settings.host else settings.host
             say(f"serving on http://{shown}:{taken}, MCP at /mcp, OpenAPI at /docs; Ctrl-C ends")

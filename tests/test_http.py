@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -16,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from llmrec import Recommender
+from llmrec.cli_serve import listen
 from llmrec.errors import OverloadError, StoreError
 from llmrec.serve import ServeConfig, create_app
 from llmrec.testing import toy_data
@@ -674,3 +676,10 @@ def test_without_the_extra_the_names_import_and_using_them_says_what_to_install(
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip().endswith('needs: pip install "llmrec[serve]"'), done.stdout
+
+
+def test_connections_of_the_command_send_at_once():
+    with listen("127.0.0.1", 0) as listening, socket.create_connection(listening.getsockname()):
+        accepted, _ = listening.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
