@@ -48,7 +48,7 @@ LAYERS = [
     {"lm_training"},
     {"tuning", "stages", "answering", "seeds"},
     {"continuing"},
-    {"offline"},
+    {"offline", "asking"},
     {"recommender"},
     {"testing", "cli_show", "serve"},
     {"cli_evaluate", "cli_serve", "client", "adapters"},

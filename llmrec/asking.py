@@ -1,0 +1,339 @@
+"""The verbs of a recommender that ask: one state, many kinds of requests, nothing changed."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from llmrec.answering import Asked, answer, ask, only, recommendations, units_of
+from llmrec.config import Config
+from llmrec.errors import RequestError
+from llmrec.fetch import resolve
+from llmrec.pipeline import Pipeline, Weights
+from llmrec.protocols import Codes
+from llmrec.rules import allowed_items
+from llmrec.seeds import seeds
+from llmrec.state import State
+from llmrec.store.places import Slot
+from llmrec.timing import Timing
+from llmrec.titles import TitleIndex
+from llmrec.types import Event, Item, Recommendation, Request
+
+if TYPE_CHECKING:
+    from llmrec.explain.wording import Writer
+
+CHUNK = 64
+"""Requests that go through the pipeline at once."""
+
+
+class Asking:
+    """What `Recommender` answers; it makes, keeps and changes what these verbs read.
+
+    A request runs on the state it started with.
+    """
+
+    config: Config
+    _state: State
+    _slot: Slot
+    _adapter: Path | None
+    _writer: Writer | None
+    _titles: TitleIndex | None
+    _timing: Timing
+    _changing: threading.RLock
+
+    def _ready(self, *, lm: bool) -> State:
+        """The present state, with the language model in it if it is wanted and there is one."""
+        if not lm or self._state.lm is not None or self._adapter is None:
+            return self._state
+        try:
+            from llmrec.language_model import load_language_model
+        except ImportError as missing:
+            raise ImportError('the language model needs: pip install "llmrec[lm]"') from missing
+
+        with self._changing:
+            if self._state.lm is None and self._adapter is not None:
+                base = resolve(self.config.lm.base, allow_hub=self.config.allow_hub)
+                loaded = load_language_model(self._adapter, base, self._state.texts, self._state.log)
+                self._state = replace(self._state, lm=loaded)
+        return self._state
+
+    def recommend(self, request: Request | None = None, **fields: Any) -> list[Recommendation]:
+        """Return up to k recommendations for one request, given as a `Request` or by its fields.
+
+        Raises
+        ------
+        RequestError
+            If the request is invalid or names unknown items.
+        """
+        return self.recommend_many([_request(request, fields)])[0]
+
+    def recommend_many(self, requests: Sequence[Request], *, lm: bool = True) -> list[list[Recommendation]]:
+        """Answer many requests; those of a chunk go through each component as one batch.
+
+        With ``lm=False`` the language model is neither loaded nor run: the answers are in retrieval order,
+        as are those to requests whose budget it would overrun, which are marked `degraded`.
+        """
+        late = self._late(requests) if lm else [False] * len(requests)
+        kept = iter(self._answers([r for r, out in zip(requests, late, strict=True) if not out], lm))
+        plain = iter(self._answers([r for r, out in zip(requests, late, strict=True) if out], False))
+        return [[replace(item, degraded=True) for item in next(plain)] if out else next(kept) for out in late]
+
+    def _late(self, requests: Sequence[Request]) -> list[bool]:
+        """Whether the language model would overrun each budget, all requests being answered together."""
+        asking = [self._state.recipe.asks_lm(request) for request in requests]
+        if not any(r.budget_ms is not None and asks for r, asks in zip(requests, asking, strict=True)):
+            return [False] * len(requests)
+        expected = self._timing.estimate(sum(map(units_of, requests)), idle=True)
+        return [
+            asks and r.budget_ms is not None and (expected is None or expected > r.budget_ms / 1e3)
+            for r, asks in zip(requests, asking, strict=True)
+        ]
+
+    def warm_up(self) -> tuple[str, ...]:
+        """Load the language model and measure it, so that the first `budget_ms` is kept.
+
+        Returns the item ids of the history that was asked about.
+        """
+        catalog = self._state.catalog
+        history = tuple(catalog.ids[code] for code in np.flatnonzero(catalog.active)[:1])
+        for _ in range(2):  # the first forward of a model takes longer than all others
+            self._timing = Timing()
+            self.recommend_many([Request(history=history, k=1)])
+        return history
+
+    def _answers(self, requests: Sequence[Request], lm: bool) -> list[list[Recommendation]]:
+        if not requests:
+            return []
+        state = self._ready(lm=lm and self._state.recipe.uses_lm)
+        pipeline = state.pipeline()
+        if not lm:
+            pipeline = _without_lm(pipeline)
+        answers: list[list[Recommendation]] = []
+        for start in range(0, len(requests), CHUNK):
+            begun, chunk = time.monotonic(), requests[start : start + CHUNK]
+            answers += answer([self._ask(request, state) for request in chunk], state, pipeline)
+            if lm and any(map(state.recipe.asks_lm, chunk)):
+                self._timing.note(sum(map(units_of, chunk)), time.monotonic() - begun)
+        return answers
+
+    def stages(self, request: Request | None = None, **fields: Any) -> dict[str, list[Recommendation]]:
+        """Return what each stage alone would answer: ``retrieval``, ``language model``, ``default``.
+
+        `default` is what `recommend` returns. Without a tuned model ``language model`` is not there.
+        """
+        found = dict(self.each_stage(_request(request, fields)))
+        return {name: found[name] for name in ("retrieval", "language model", "default") if name in found}
+
+    def each_stage(self, request: Request) -> Iterator[tuple[str, list[Recommendation]]]:
+        """Yield the stages of `stages` one after another, `default` before ``language model``.
+
+        A stage is answered when it is asked for, so that a caller can time it; what the language model keeps
+        of a history would make the second of those two look faster than it is when it is served.
+        """
+        state = self._ready(lm=True)
+        pipeline = state.pipeline()
+        plain = _without_lm(pipeline)
+        stages = {"retrieval": plain, "default": pipeline}
+        if state.lm is not None:
+            alone = replace(pipeline, history=Weights({}, lm=1.0), query=Weights({}, lm=1.0))
+            if state.lm.scored is not None:
+                # It orders what the merge gives it.
+                most = 1000.0
+                alone = replace(plain, history=plain.history.with_lm(most), query=plain.query.with_lm(most))
+            stages["language model"] = alone
+        asked = [self._ask(request, state)]
+        for name, stage in stages.items():
+            yield name, answer(asked, state, stage)[0]
+
+    def lm_weight(self, request: Request | None = None, **fields: Any) -> float | None:
+        """Return the language model's weight for a request: 0 where it is left out, None without a model."""
+        state = self._ready(lm=True)
+        if state.lm is None:
+            return None
+        asked = self._ask(_request(request, fields), state)
+        return state.pipeline().weights_for(asked.query).lm
+
+    def seeds(
+        self,
+        k: int = 8,
+        chosen: Sequence[str] = (),
+        passed: Sequence[str] = (),
+        where: Mapping[str, Any] | None = None,
+    ) -> list[Recommendation]:
+        """Return up to k items to ask somebody about of whom little is known: popular, and unlike each other.
+
+        Ask which of them they like, and call again with all that was chosen and all that was passed over:
+        what comes next is near to the one and not near to the other. What was chosen is a history for
+        `recommend`. Scores are what an item adds to the popularity that is covered: `llmrec.seeds.spread`.
+
+        Raises
+        ------
+        RequestError
+            If an id is unknown, or both chosen and passed.
+        """
+        state = self._state
+        request = Request(history=chosen, k=k, where=where)
+        mask = allowed_items(request, state.catalog)
+        return seeds(request, passed, mask, state, _without_lm(state.pipeline()))
+
+    def complete(self, text: str, k: int = 10) -> list[Item]:
+        """Return up to k items whose titles have words that begin as those typed do; see `TitleIndex`.
+
+        Raises
+        ------
+        RequestError
+            If k is no whole number of at least 1.
+        """
+        k, state = Request(k=k).k, self._state
+        if self._titles is None or self._titles.catalog is not state.catalog:
+            shares = state.pipeline().prior
+            assert shares is not None
+            self._titles = TitleIndex(state.catalog, shares)
+        return state.catalog.items(self._titles.find(text, k))
+
+    def phrase(self, found: Sequence[Recommendation]) -> list[Recommendation]:
+        """Put the reasons of recommendations into the language model's own words, where they stay true.
+
+        The base model of the configuration writes a sentence for each; one that names anything but the
+        evidence, or nothing of it, is thrown away, and the template's sentence stays (`Reason.worded`
+        tells). Takes some seconds for ten items on two cores.
+
+        Raises
+        ------
+        RequestError
+            If a recommendation has no reason: ask with ``explain=True``.
+        FetchError, ImportError
+            If the model or its packages cannot be had.
+        """
+        if any(one.reason is None for one in found):
+            raise RequestError("there are no reasons to phrase; ask with explain=True")
+        try:
+            from llmrec.explain.wording import Writer, worded
+        except ImportError as missing:
+            raise ImportError('phrasing needs: pip install "llmrec[lm]"') from missing
+        with self._changing:
+            if self._writer is None:
+                self._writer = Writer(resolve(self.config.lm.base, allow_hub=self.config.allow_hub))
+            return worded(found, self._writer)
+
+    def search(
+        self, query: str, user: str | None = None, k: int = 10, where: Mapping[str, Any] | None = None
+    ) -> list[Recommendation]:
+        """Return up to k items for a typed query, personalised where the user has a history.
+
+        Seen items may come back: who searches for something wants to find it.
+        """
+        if not query or not query.strip():
+            raise RequestError("search needs words, got an empty query")
+        return self.recommend(Request(user=user, query=query, k=k, where=where, seen="include"))
+
+    def similar(
+        self, item_id: str, k: int = 10, where: Mapping[str, Any] | None = None
+    ) -> list[Recommendation]:
+        """Return up to k items like one item: by text, and by what people chose around it.
+
+        Raises
+        ------
+        RequestError
+            If the item is unknown.
+        """
+        state = self._state
+        state.catalog.code(item_id)
+        request = Request(history=[item_id], k=k, where=where, exclude=[item_id])
+        pipeline = replace(state.pipeline(), history=state.recipe.similar)
+        return answer([self._ask(request, state)], state, pipeline)[0]
+
+    def rank(
+        self,
+        items: Sequence[str],
+        user: str | None = None,
+        history: Sequence[str | Event] | None = None,
+        query: str | None = None,
+    ) -> list[Recommendation]:
+        """Order the caller's own candidates, best first; every known one comes back, seen ones too.
+
+        Items that no component knows how to score keep the caller's order, at the end.
+
+        Raises
+        ------
+        RequestError
+            If an id is unknown or given twice.
+        """
+        ids = list(items)
+        state = self._ready(lm=self._state.recipe.uses_lm)
+        codes = state.catalog.codes(ids)
+        if len(set(ids)) < len(ids):
+            raise RequestError("an item is given twice; ids to rank must differ")
+        if not ids:
+            return []
+        asked = self._ask(Request(user=user, history=history, query=query, k=len(ids)), state)
+        pipeline = replace(state.pipeline(), depth=len(ids))
+        query_of_these = replace(asked.query, mask=only(codes, len(state.catalog)))
+        return recommendations(pipeline.order(query_of_these, codes), state.catalog)
+
+    def predict(
+        self,
+        items: Sequence[str],
+        user: str | None = None,
+        history: Sequence[str | Event] | None = None,
+    ) -> dict[str, float]:
+        """Return, for each item, the probability that the next event of a user is this item.
+
+        Over the whole catalogue the probabilities sum to 1, so those of some items to at most 1. They are
+        calibrated on held-out events when the recommender is fitted or fine-tuned.
+
+        Raises
+        ------
+        RequestError
+            If an id is unknown.
+        """
+        ids = list(items)
+        state = self._ready(lm=self._state.recipe.uses_lm)
+        codes = state.catalog.codes(ids)
+        asked = self._ask(Request(user=user, history=history), state)
+        p = state.pipeline().predict([asked.query])[0]
+        return {item_id: float(p[code]) for item_id, code in zip(ids, codes, strict=True)}
+
+    def _ask(self, request: Request, state: State) -> Asked:
+        return ask(request, self._history(request, state), state)
+
+    def _history(self, request: Request, state: State) -> Codes:
+        if request.history is not None:
+            ids = [e.item_id if isinstance(e, Event) else e for e in request.history]
+            return state.catalog.codes(ids)
+        if request.user is None:
+            return np.empty(0, dtype=np.int32)
+        codes = state.catalog.find([e.item_id for e in self.history(request.user)])
+        return codes[codes >= 0]
+
+    def history(self, user: str, limit: int | None = None) -> list[Event]:
+        """Return the latest `limit` stored events of a user, oldest first; none for an unknown user."""
+        with self._slot.use() as store:
+            return store.history(user, limit)
+
+    def users(self, prefix: str = "", limit: int = 10) -> list[str]:
+        """Return up to `limit` ids of users with stored events that begin with `prefix`, in their order."""
+        with self._slot.use() as store:
+            return store.users(prefix, limit)
+
+
+def _request(request: Request | None, fields: Mapping[str, Any]) -> Request:
+    if request is None:
+        try:
+            return Request(**fields)
+        except TypeError as wrong:
+            known = ", ".join(Request.__dataclass_fields__)
+            raise RequestError(f"{wrong}; a request has the fields {known}") from None
+    if fields:
+        raise RequestError(f"give a Request or its fields, not both: {', '.join(fields)}")
+    return request
+
+
+def _without_lm(pipeline: Pipeline) -> Pipeline:
+    return replace(pipeline, history=pipeline.history.with_lm(0.0), query=pipeline.query.with_lm(0.0))
