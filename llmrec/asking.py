@@ -16,7 +16,7 @@ from llmrec.config import Config
 from llmrec.errors import RequestError
 from llmrec.fetch import resolve
 from llmrec.pipeline import Pipeline, Weights
-from llmrec.protocols import Codes
+from llmrec.protocols import Codes, Retriever
 from llmrec.rules import allowed_items
 from llmrec.seeds import seeds
 from llmrec.state import State
@@ -43,7 +43,8 @@ class Asking:
     _slot: Slot
     _adapter: Path | None
     _writer: Writer | None
-    _titles: TitleIndex | None
+    _phrasing: threading.Lock
+    _titles: tuple[Retriever, TitleIndex] | None
     _timing: Timing
     _changing: threading.RLock
 
@@ -191,11 +192,12 @@ class Asking:
             If k is no whole number of at least 1.
         """
         k, state = Request(k=k).k, self._state
-        if self._titles is None or self._titles.catalog is not state.catalog:
+        popularity, known = state.retrievers["popularity"], self._titles
+        if known is None or known[0] is not popularity or known[1].catalog is not state.catalog:
             shares = state.pipeline().prior
             assert shares is not None
-            self._titles = TitleIndex(state.catalog, shares)
-        return state.catalog.items(self._titles.find(text, k))
+            self._titles = known = (popularity, TitleIndex(state.catalog, shares))
+        return state.catalog.items(known[1].find(text, k))
 
     def phrase(self, found: Sequence[Recommendation]) -> list[Recommendation]:
         """Put the reasons of recommendations into the language model's own words, where they stay true.
@@ -217,7 +219,7 @@ class Asking:
             from llmrec.explain.wording import Writer, worded
         except ImportError as missing:
             raise ImportError('phrasing needs: pip install "llmrec[lm]"') from missing
-        with self._changing:
+        with self._phrasing:
             if self._writer is None:
                 self._writer = Writer(resolve(self.config.lm.base, allow_hub=self.config.allow_hub))
             return worded(found, self._writer)

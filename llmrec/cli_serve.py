@@ -69,8 +69,10 @@ def serve(
             try:
                 rec.save(model)
             except ConflictError as conflict:
-                # They are in the event store, and whoever loads what is there now takes them over.
-                say(f"left to the next load, which finds them in the event store: {conflict}")
+                say(
+                    f"{conflict}. Items that were put or removed here are known to the other process if it "
+                    f"loaded this directory; if it replaced the directory, put them again"
+                )
         rec.close()
 
 

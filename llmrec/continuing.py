@@ -25,7 +25,7 @@ from llmrec.fetch import resolve, weights_hash
 from llmrec.language_model import LanguageModel, TunedModel, load_language_model
 from llmrec.lm_training import (
     counts_of,
-    hash_vectors,
+    hash_items,
     hash_words,
     in_order,
     measure,
@@ -221,7 +221,7 @@ def _train(
 ) -> TrainingReport:
     candidates = _candidates(lm, state, held_out)
     if isinstance(lm, LanguageModel):
-        items = hash_vectors(state.texts)
+        items = hash_items(state.texts, lm.config)
 
         def validate() -> dict[str, float]:
             return measure(lm.scorer_of(lm.model), held_out)
@@ -240,7 +240,8 @@ def _train(
         held_out=len(news.chosen_on) + len(news.judged_on),
         selected_on=held_out.sha256(),
         # What it goes on from decides what comes out.
-        items=f"{items} {parent} {news.old.tolist()}",
+        # Whom it is judged on may not have been learned from by an earlier part of the run.
+        items=f"{items} {parent} {news.old.tolist()} {news.judged_on.events.tolist()}",
         base=base,
         encoder=state.texts.encoder.fingerprint,
         data=data,

@@ -128,7 +128,7 @@ def train_language_model(
         log=log,
         held_out=len(held_out.queries),
         selected_on=held_out.sha256(),
-        items=hash_vectors(texts),
+        items=hash_items(texts, config),
         base=base,
         encoder=texts.encoder.fingerprint,
         data=data,
@@ -182,9 +182,12 @@ def train_words_model(
     return lm, report
 
 
-def hash_vectors(texts: Texts) -> str:
-    """Hash of what a model that reads vectors knows of the items."""
-    return hashlib.sha256(texts.vectors.tobytes()).hexdigest()
+def hash_items(texts: Texts, config: ItemTokensConfig) -> str:
+    """Hash of what a model that reads vectors knows of the items; their lines too, if wishes are drawn."""
+    digest = hashlib.sha256(texts.vectors.tobytes())
+    if config.wishes > 0:
+        digest.update("\n".join(texts.lines).encode())
+    return digest.hexdigest()
 
 
 def hash_words(state: State) -> str:

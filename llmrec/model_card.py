@@ -25,7 +25,7 @@ def model_card(config: LMConfig, card: Card) -> str:
     What an older version did not note is left out.
     """
     made = card.training
-    base = Path(config.base).name
+    base = base_name(config.base)
     parts = [
         _head(base, made),
         f"# {base}, tuned to recommend\n\nA LoRA adapter and a head, in mode `{config.mode}`. "
@@ -125,6 +125,9 @@ def _brings(made: Mapping[str, Any]) -> str:
 
 
 def _loading(config: LMConfig) -> str:
+    base = base_name(config.base)
+    # What is no known name is an id of a model hub, which has to be allowed.
+    hub = ", allow_hub=True" if "/" in base else ""
     return (
         "With the recommender in whose directory it lies:\n\n"
         "```python\n"
@@ -136,11 +139,16 @@ def _loading(config: LMConfig) -> str:
         "```python\n"
         "from llmrec.fetch import resolve\n"
         "from llmrec.language_model import load_language_model\n\n"
-        f'base = resolve("{Path(config.base).name}")\n'
+        f'base = resolve("{base}"{hub})\n'
         'lm = load_language_model(Path("adapter"), base, rec.texts, data="")\n'
         "```\n\n"
         "`adapter_model.safetensors` and `adapter_config.json` are peft's, `head.safetensors` is ours."
     )
+
+
+def base_name(base: str) -> str:
+    """The base as others can ask for it: a known name or a hub id, or the last part of a folder here."""
+    return Path(base).name if Path(base).is_absolute() or Path(base).is_dir() else base
 
 
 def _belongs(card: Card) -> str:
@@ -155,6 +163,6 @@ def _belongs(card: Card) -> str:
 
 
 def _settings(config: LMConfig, made: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    own = {**config.model_dump(), "base": Path(config.base).name}
+    own = {**config.model_dump(), "base": base_name(config.base)}
     rows = [(f"lm.{name}", value) for name, value in own.items()]
     return rows + [(f"training.{name}", value) for name, value in made.get("settings", {}).items()]

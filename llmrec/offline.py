@@ -307,14 +307,20 @@ def _protocol(config: Config, part: str, sampled: Part, log: EventLog, exclude_s
     }
 
 
-def _latency(
-    part: Part, pipeline: Pipeline, catalog: Catalog, fresh: Callable[[], None]
-) -> dict[str, dict[str, float]]:
-    """Time requests with 20 history items, by the plain merge and with the language model in the blend."""
-    histories = [h[-20:] for h in part.histories if len(h) >= 20][:32] or list(part.histories[:32])
+def _latency(part: Part, pipeline: Pipeline, catalog: Catalog, fresh: Callable[[], None]) -> dict[str, Any]:
+    """Time requests with 20 history items, by the plain merge and with the language model in the blend.
+
+    Where fewer than 32 users have so many, those with the longest histories are asked: a history that comes
+    twice in a batch would be read once.
+    """
+    longest = sorted(part.histories, key=len, reverse=True)
+    histories = [h[-20:] for h in part.histories if len(h) >= 20][:32]
+    if len(histories) < 32:
+        histories = [h[-20:] for h in longest[:32]]
     queries = [Query(h, "", catalog.active) for h in histories]
     plain = replace(pipeline, history=pipeline.history.with_lm(0.0))
-    timed = {"merge": latency(plain, queries, fresh)}
+    timed: dict[str, Any] = {"merge": latency(plain, queries, fresh)}
+    timed["history_items"] = float(np.mean([len(h) for h in histories])) if histories else 0.0
     if pipeline.scorer is not None:
         blended = replace(pipeline, history=pipeline.history.with_lm(pipeline.history.most_lm or 1.0))
         timed["blend"] = latency(blended, queries, fresh)

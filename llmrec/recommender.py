@@ -23,7 +23,7 @@ from llmrec.evaluation.run import Systems, run_systems
 from llmrec.evaluation.split import Part, tail
 from llmrec.events import EventLog, live_events
 from llmrec.families import Texts
-from llmrec.protocols import ItemChange
+from llmrec.protocols import ItemChange, Retriever
 from llmrec.recipe import Recipe
 from llmrec.saved import Saved, drop_replaced, open_events
 from llmrec.selection import choose_recipe
@@ -60,7 +60,8 @@ class Recommender(Asking):
         self._adapter: Path | None = None
         self._run: Path | None = None
         self._writer: Writer | None = None
-        self._titles: TitleIndex | None = None
+        self._phrasing = threading.Lock()
+        self._titles: tuple[Retriever, TitleIndex] | None = None
         self._changing = threading.RLock()
         self._timing = Timing()
 
@@ -281,6 +282,8 @@ class Recommender(Asking):
         with self._changing, persistence.saving(folder):
             before = persistence.manifest_of(folder)
             same = self._saved is not None and folder == self._saved.folder
+            # A directory that was copied by hand names the tables of the one that it was copied from.
+            came_from = None if same or self._saved is None else self._saved.events
             if self._saved is not None and same:
                 self._saved.check_model()
             self.follow()
@@ -296,7 +299,9 @@ class Recommender(Asking):
                 manifest |= {"events": self._saved.events, "changes": self._applied}
                 persistence.replace_manifest(folder, manifest)
             else:
-                manifest |= {"events": new_name(self._url), "changes": 0}
+                # A copy is a model of its own: what is put into the one is not in the other.
+                self._model = uuid.uuid4().hex
+                manifest |= {"model": self._model, "events": new_name(self._url), "changes": 0}
                 self._move_events(folder, manifest)
             if manifest["language_model"]:
                 self._adapter = folder / name / "adapter"
@@ -304,7 +309,8 @@ class Recommender(Asking):
             # A reader may have read the old manifest just now: its state stays for one more save.
             kept = [before["state"]] if before else []
             persistence.remove_stale(folder, [name, manifest["events"], *kept])
-            drop_replaced(before, manifest["events"], self._url)
+            if before.get("events") != came_from:
+                drop_replaced(before, manifest["events"], self._url)
             if self._run is not None:
                 persistence.clear_run(self._run)
                 self._run = None
@@ -416,25 +422,31 @@ class Recommender(Asking):
         with self._slot.use() as store:
             if self._saved is not None:
                 self._saved.check_events()
-            return store.append(checked)
+            new = store.append(checked)
+            if self._saved is not None:
+                # What was stored while the directory was replaced is read by nobody.
+                self._saved.check_events()
+            return new
 
     def forget(self, user: str) -> int:
-        """Erase a user's events and cached states; return how many events there were.
+        """Erase a user's events, and the states that this process keeps; return how many events there were.
 
-        Aggregates fitted earlier (item weights, the adapter) stay until `refit` and `finetune`.
+        Other processes that serve the same directory keep states, which hold no ids, until they are full or
+        end. Aggregates fitted earlier (item weights, the adapter) stay until `refit` and `finetune`.
 
         Raises
         ------
         StoreError
             If the event store cannot be used, or could not erase all; the message says what is left.
         """
-        with self._slot.use() as store:
-            if self._saved is not None:
-                self._saved.check_events()
-            count = store.forget(user)
-        if self._state.lm is not None:
-            self._state.lm.scorer.forget()
-        return count
+        try:
+            with self._slot.use() as store:
+                if self._saved is not None:
+                    self._saved.check_events()
+                return store.forget(user)
+        finally:
+            if self._state.lm is not None:
+                self._state.lm.scorer.forget()
 
     def add_items(self, items: Sequence[Item]) -> None:
         """Add items, or replace those with the same id; recommendable at once by their text.
@@ -478,6 +490,8 @@ class Recommender(Asking):
                 if self._saved is not None:
                     self._saved.check_events()
                 applied, _ = store.change_items(self._applied, decide)
+                if self._saved is not None:
+                    self._saved.check_events()
             # An adapter that is not loaded yet is grown when it is.
             self._state = self._state.with_catalog(catalog)
             self._applied = applied

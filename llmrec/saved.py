@@ -11,6 +11,8 @@ from llmrec import persistence
 from llmrec.config import Config
 from llmrec.errors import ConflictError, ModelError, StoreError
 from llmrec.store.places import Store, copied, in_database, new_name, open_store, remove
+from llmrec.store.postgres import PostgresStore
+from llmrec.store.sqlite import SQLiteStore
 
 logger = logging.getLogger(__name__)
 
@@ -37,12 +39,14 @@ class Saved:
         Raises
         ------
         ConflictError
-            If another process has saved another model meanwhile.
+            If another process has saved another model meanwhile, or the events are kept elsewhere now.
         """
-        if model_of(persistence.manifest_of(self.folder)) != self.model:
+        found = persistence.manifest_of(self.folder)
+        if model_of(found) != self.model or found.get("events") != self.events:
             raise ConflictError(
-                f"nothing was saved: another process has fitted or fine-tuned what is in {self.folder} since "
-                f"it was loaded here, and that would be lost; save into another directory, or load it again"
+                f"nothing was saved: another process has fitted or fine-tuned what is in {self.folder}, or "
+                f"moved its events, since it was loaded here, and that would be lost; save into another "
+                f"directory, or load it again"
             )
 
     def check_events(self) -> None:
@@ -109,10 +113,12 @@ def _moved(folder: Path, url: str) -> dict[str, Any]:
         old = manifest["events"]
         if not in_database(old):
             new = new_name(url)
-            with open_store(old, folder, None) as source:
+            # Nobody writes there from the copy on: who waits to is refused, and told to load again.
+            sealed = SQLiteStore(folder / old)
+            with open_store(old, folder, None) as source, sealed, sealed.sealing():
                 copied(source, new, folder, url, after=manifest.get("changes", 0)).close()
-            manifest |= {"events": new, "changes": 0}
-            persistence.replace_manifest(folder, manifest)
+                manifest |= {"events": new, "changes": 0}
+                persistence.replace_manifest(folder, manifest)
             remove(old, folder, None)
     return manifest
 
@@ -122,9 +128,16 @@ def drop_replaced(before: Mapping[str, Any], events: str, url: str | None) -> No
     old = before.get("events", events)
     if old == events or not in_database(old):
         return
-    try:
-        remove(old, Path(), url or Config.of(before["config"]).store.known())
-    except StoreError as error:
-        logger.warning(
-            "the events of the recommender that was replaced are still there as %s: %s", old, error
-        )
+    said: object = "nothing says in which database"
+    for known in dict.fromkeys((Config.of(before["config"]).store.known(), url)):
+        if known is None:
+            continue
+        try:
+            with open_store(old, Path(), known) as store:
+                assert isinstance(store, PostgresStore)
+                store.drop()
+        except StoreError as error:
+            said = error
+        else:
+            return
+    logger.warning("the events of the recommender that was replaced are still there as %s: %s", old, said)

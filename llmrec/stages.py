@@ -145,6 +145,7 @@ def tuned(
         key = [
             hash_histories(split.train),
             held_out.sha256(),
+            state.catalog.fingerprint,
             config.lm.model_dump(),
             settings.model_dump(),
             sources(*TUNING),
@@ -153,7 +154,6 @@ def tuned(
             # Those that read words learn from the candidates that a recipe's retrievers give.
             key += [
                 {**state.recipe.as_dict(), "log": None},
-                state.catalog.fingerprint,
                 sources(*FITTING, "mining"),
             ]
         place = cache.place("lm", key) if cache.folder else Path(temporary)

@@ -140,6 +140,8 @@ class LoRATrainer(Generic[Batch]):
                 on_step(p, self._done())
             if validate is not None and self._done() * self._validations() >= p.validated + 1:
                 started += self._validate(validate)
+                # The best state and the curve that names it are kept together.
+                due = due or self.progress.stale == 0
             if due:
                 self._checkpoint()
                 saved = time.monotonic()

@@ -19,7 +19,7 @@ from llmrec.recipe import HeldOut, Recipe, fit_retrievers, ranks_in
 from llmrec.state import State
 
 CHOSEN = "held-out users that chose the weight"
-JUDGED = "held-out users with new events that chose nothing"
+JUDGED = "held-out users with new events, which decided what is kept"
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import polars as pl
 import pytest
 
 from llmrec import Event, Item, LLMRecError, Recommender, Request
-from llmrec.errors import DataError, ModelError, RequestError
+from llmrec.errors import ConflictError, DataError, ModelError, RequestError, StoreError
 from llmrec.testing import tiny_lm, toy_data
 from llmrec.timing import Timing
 
@@ -563,3 +563,33 @@ def test_a_budget_that_the_model_would_overrun_gets_the_retrieval_order_and_says
     for bad in (0, -1, True, "5", float("nan")):
         with pytest.raises(RequestError, match="budget_ms must be a number above 0"):
             Request(budget_ms=bad)
+
+
+def test_a_save_over_events_that_were_moved_meanwhile_is_refused_and_nothing_is_lost(tmp_path):
+    items, events = toy_data()
+    staging, served = tmp_path / "staging", tmp_path / "served"
+    Recommender.fit(items, events, LIGHT).save(staging)
+    Recommender.load(staging).save(served)
+    server = Recommender.load(served)
+    server.add_items([Item("new", "New")])
+    Recommender.load(staging).save(served)
+    with pytest.raises(ConflictError, match="nothing was saved"):
+        server.save(served)
+    with pytest.raises(StoreError, match="load it again"):
+        server.observe("u0", "i1")
+    found = Recommender.load(served)
+    assert found.history("u0") == [event for event in events if event.user_id == "u0"]
+    for file in served.glob("events-*"):
+        file.unlink()
+    with pytest.raises(StoreError, match="is missing"):
+        Recommender.load(served)
+
+
+def test_titles_are_completed_in_the_order_of_what_is_popular_now():
+    items = [Item(f"i{n}", f"word number {n}") for n in range(6)]
+    events = [Event(f"u{n}", "i0", n) for n in range(4)] + [Event("v", "i5", 9)]
+    rec = Recommender.fit(items, events, LIGHT)
+    assert rec.complete("word", 1)[0].item_id == "i0"
+    rec.observe_many([Event(f"w{n}", "i5", 100 + n) for n in range(9)])
+    rec.refit()
+    assert rec.complete("word", 1)[0].item_id == "i5"

@@ -596,3 +596,28 @@ def test_users_are_found_by_the_beginning_of_their_id(store):
         assert store.users(prefix, 2) == known[:2]
     store.forget("anna")
     assert "anna" not in store.users("a", 100)
+
+
+def test_who_writes_while_a_store_is_moved_is_refused_and_nothing_is_acknowledged_and_lost(path):
+    with SQLiteStore(path) as store, SQLiteStore(path) as other, SQLiteStore(path) as reader:
+        store.append([Event("u", "i", 1)])
+        told = []
+
+        def write():
+            try:
+                other.append([Event("v", "i", 2)])
+            except StoreError as error:
+                told.append(error)
+
+        writer = threading.Thread(target=write)
+        with store.sealing():
+            writer.start()
+            writer.join(0.2)
+            assert writer.is_alive() and reader.events() == [Event("u", "i", 1)]
+        writer.join()
+        assert len(told) == 1
+    with SQLiteStore(path.with_name("again.db")) as store:
+        store.append([Event("u", "i", 1)])
+        with pytest.raises(ZeroDivisionError), store.sealing():
+            raise ZeroDivisionError
+        assert store.append([Event("u", "j", 2)]) == 1

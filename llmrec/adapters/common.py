@@ -78,6 +78,7 @@ class Defaults:
         `Recommender.search`, unless the rules have ``seen``.
         """
         asker = Asker(self.user, self.history).or_else(user, history)
+        query = query if query and query.strip() else None
         rules = {**self.rules, **rules}
         unknown = sorted(set(rules) - set(RULES))
         if unknown:
@@ -87,7 +88,7 @@ class Defaults:
         return Request(
             user=asker.user,
             history=asker.history,
-            query=query or None,
+            query=query,
             k=self.k if k is None else k,
             where=self.where if where is None else where,
             **rules,

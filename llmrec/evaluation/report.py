@@ -114,8 +114,9 @@ def _answer(result: Mapping[str, Any]) -> str:
     if _lm_weight(result) == 0:
         words = (
             f"<b>No, not after {minutes:.0f} minutes of training.</b> On held-out events it added nothing "
-            "that exceeds noise, so its weight is 0: it is left out, and what is served is retrieval alone."
-        )
+            "that exceeds noise for lists by history, so its weight is 0 there: it is left out, and what is "
+            "served is retrieval alone."
+        ) + _typed(result)
     elif low > 0 and served.get("verdict", "") == "":
         words = f"<b>Yes.</b> What is served beats retrieval alone: {gain}."
     elif high < 0:
@@ -130,6 +131,17 @@ def _answer(result: Mapping[str, Any]) -> str:
         )
     good = "yes" if words.startswith("<b>Yes") else ""
     return f'<p class="answer {good}" id="answer">{words}</p>'
+
+
+def _typed(result: Mapping[str, Any]) -> str:
+    """What the model brings where words are typed, if it has a weight there."""
+    if not Weights.from_dict(result["recipe"]["query"]).most_lm:
+        return ""
+    found = result["search"]["known_item"]["systems"]
+    return (
+        f" Where words are typed it takes part: known items are found at NDCG@10 "
+        f"{found['default'][METRIC]:.4f}, and at {found['merge'][METRIC]:.4f} without it."
+    )
 
 
 def _systems(result: Mapping[str, Any]) -> str:
@@ -181,7 +193,11 @@ def _costs(result: Mapping[str, Any]) -> str:
     trained = (
         f"<p>Training took {training['seconds'] / 60:.1f} minutes "
         f"({training['events_per_second']:,.0f} events a second)"
-        + (", and ended early since it began to learn by heart" if training.get("early") else "")
+        + (
+            f", and ended early, since {escape(training.get('reason') or 'it began to learn by heart')}"
+            if training.get("early")
+            else ""
+        )
         + ".</p>"
         if training
         else ""
@@ -191,7 +207,7 @@ def _costs(result: Mapping[str, Any]) -> str:
         "<h2>What it costs</h2>"
         + _table(
             (
-                "a request with 20 history items",
+                f"a request with {latency.get('history_items', 20):.0f} history items",
                 "new, ms",
                 "asked again, ms",
                 "in a batch of 32, ms",

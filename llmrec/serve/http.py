@@ -123,7 +123,8 @@ def _asking(service: Service) -> APIRouter:
     async def recommend(body: m.RecommendRequest) -> Response:
         """Recommend items to a user, for a history, for a wish in words, or for nobody in particular."""
         if body.phrase:
-            return await pooled(service.phrased, body)
+            answered = service.phrasing.submit(lambda: _json(service.phrased(body)))
+            return await asyncio.wrap_future(answered)
         answer = await asyncio.wrap_future(service.begin(body))
         return _json(answer)
 

@@ -4,6 +4,7 @@
 # numbers and lists hold bounds from the configuration, which are known only inside the function.
 
 import json
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any
@@ -15,7 +16,7 @@ from mcp_types import ToolAnnotations
 from pydantic import BaseModel, Field
 
 from llmrec import __version__
-from llmrec.errors import LLMRecError, NotFoundError
+from llmrec.errors import DataError, LLMRecError, NotFoundError, OverloadError, RequestError
 from llmrec.explain.meanings import MEANINGS
 from llmrec.prompt import Prompt
 from llmrec.recommender import Recommender
@@ -23,6 +24,8 @@ from llmrec.serve import browse as b
 from llmrec.serve import models as m
 from llmrec.serve.config import ServeConfig
 from llmrec.serve.service import Service
+
+logger = logging.getLogger(__name__)
 
 INSTRUCTIONS = """\
 Recommendations from one catalogue, learned from what people chose. Every item that comes back is in the
@@ -285,8 +288,12 @@ def _told() -> Iterator[None]:
     """Tell the model what is wrong with its call, in the library's words."""
     try:
         yield
-    except LLMRecError as error:
+    except (RequestError, DataError, OverloadError) as error:
         raise ToolError(str(error)) from error
+    except LLMRecError as error:
+        # Where stores and models are concerns nobody outside.
+        logger.error("%s", error)
+        raise ToolError("this cannot be answered just now; the log of the server says why") from error
 
 
 def _explained(item: m.Recommended) -> ExplainedItem:

@@ -20,7 +20,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from llmrec.answering import units_of
-from llmrec.errors import LLMRecError, NotFoundError, RequestError
+from llmrec.errors import FetchError, NotFoundError, RequestError
 from llmrec.protocols import Floats
 from llmrec.recommender import Recommender
 from llmrec.serve.batching import Batcher, Pool
@@ -69,6 +69,10 @@ def request_of(body: RecommendRequest | SearchRequest) -> Request:
     return replace(request, seen="include") if isinstance(body, SearchRequest) else request
 
 
+PHRASED = 20
+"""Most items of an answer whose reasons are phrased."""
+
+
 class Service:
     """Answers requests from many threads. Made for one recommender, which it does not close.
 
@@ -97,6 +101,8 @@ class Service:
         self.with_lm = lane(partial(self._answer, lm=True))
         self.without_lm = lane(partial(self._answer, lm=False))
         self.pool = Pool(c.workers, c.queue)
+        # Takes seconds, so that it may not hold up what takes milliseconds.
+        self.phrasing = Pool(1, c.queue)
         self._closing = threading.Event()
         self._follower = threading.Thread(target=self._follow, name="llmrec-follower", daemon=True)
         self._follower.start()
@@ -105,7 +111,7 @@ class Service:
         """Answer what is under way and end the threads."""
         self._closing.set()
         self._follower.join()
-        for part in (self.with_lm, self.without_lm, self.pool):
+        for part in (self.with_lm, self.without_lm, self.pool, self.phrasing):
             part.close()
 
     def _follow(self) -> None:
@@ -114,7 +120,7 @@ class Service:
         while not self._closing.wait(self.config.follow_seconds):
             try:
                 self.recommender.follow()
-            except LLMRecError as error:
+            except Exception as error:  # the next look may go well
                 if well:
                     logger.warning("items that other processes changed are not seen: %s", error)
                 well = False
@@ -172,8 +178,13 @@ class Service:
     def phrased(self, body: RecommendRequest) -> ItemsResponse:
         """Recommend with reasons in the language model's own words; see `Recommender.phrase`."""
         check(body, self.config)
+        if body.budget_ms is not None or body.k > PHRASED:
+            raise RequestError(f"phrase takes seconds: it goes with k of at most {PHRASED} and no budget_ms")
         request = replace(request_of(body), explain=True)
-        found = self.recommender.phrase(self.recommender.recommend(request))
+        try:
+            found = self.recommender.phrase(self.recommender.recommend(request))
+        except (ImportError, FetchError) as missing:
+            raise RequestError("this server has no language model to phrase reasons with") from missing
         return ItemsResponse(items=[Recommended.of(r) for r in found])
 
     def submit(self, verb: Callable[..., A], *arguments: Any) -> Future[A]:

@@ -52,14 +52,19 @@ def open_store(name: str, folder: Path, url: str | None, *, create: bool = False
     url
         Of the database.
     create
-        Whether a store in a database is made; one in a file always is.
+        Whether one that is not there is made.
 
     Raises
     ------
     StoreError
-        If it cannot be opened, or is in a database and there is no URL.
+        If it is not there, cannot be opened, or is in a database and there is no URL.
     """
     if not in_database(name):
+        if not create and not (folder / name).is_file():
+            raise StoreError(
+                f"{folder / name} is missing: the events of this recommender were kept there; put the file "
+                f"back, or save the recommender again from where it was fitted"
+            )
         return SQLiteStore(folder / name)
     if url is None:
         raise StoreError(

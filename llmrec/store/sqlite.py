@@ -273,7 +273,9 @@ class SQLiteStore:
                 raise StoreError(f"the event store {self.path} is closed: open a new SQLiteStore")
             try:
                 yield self._open
-            except sqlite3.OperationalError as error:
+            except (sqlite3.IntegrityError, sqlite3.ProgrammingError):
+                raise
+            except sqlite3.DatabaseError as error:
                 raise StoreError(f"the event store {self.path} cannot be used: {error}") from error
 
     @contextmanager
@@ -287,6 +289,16 @@ class SQLiteStore:
                 connection.execute("ROLLBACK")
                 raise
             connection.execute("COMMIT")
+
+    @contextmanager
+    def sealing(self) -> Iterator[None]:
+        """Keep all others from writing, and leave no table to write to: for a store that is moved.
+
+        Readers, of another connection, are not kept. If what happens meanwhile fails, nothing has changed.
+        """
+        with self._transaction() as connection:
+            yield
+            connection.execute("DROP TABLE events")
 
     def _prepare(self, connection: sqlite3.Connection) -> None:
         """Check or make the tables, then set how they are written."""

@@ -227,7 +227,9 @@ async function askForSeeds() {
   const wanted = asking && !byUser() && history.length < ENOUGH && !byId("wish").value.trim();
   show(byId("begin"), wanted);
   if (!wanted) return;
-  const body = { k: atMost(FEW), chosen: history.map((item) => item.item_id), passed: [...passed] };
+  const chosen = history.map((item) => item.item_id);
+  // What was passed over may be found by its title after all.
+  const body = { k: atMost(FEW), chosen, passed: passed.filter((id) => !chosen.includes(id)) };
   const conditions = where();
   if (conditions) body.where = conditions;
   let found;
