@@ -16,8 +16,9 @@ BIN := .venv/bin
 demo: .venv/.installed
 	$(BIN)/python eval/demo.py --minutes $(MINUTES)
 
+# Two processes of one thread each: small models gain nothing from more threads.
 test: .venv/.installed
-	$(BIN)/python -m pytest -m "not full"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not full"
 
 test-full: .venv/.installed
 	$(BIN)/python -m pytest
