@@ -271,7 +271,11 @@ def main(argv: list[str] | None = None) -> None:
     for items in args.items:
         with tempfile.TemporaryDirectory(prefix="llmrec-load-") as folder:
             sizes.append(measure(items, args, Path(folder)))
-    given = sys.argv[1:] if argv is None else argv
+    given = list(map(str, sys.argv[1:] if argv is None else argv))
+    if "--out" in given:
+        # Where the file lies says nothing of what was measured.
+        at = given.index("--out")
+        given = given[:at] + given[at + 2 :]
     result = {
         "command": " ".join(["python eval/load.py", *map(str, given)]),
         "users": args.users,
