@@ -189,6 +189,44 @@ def more(found: dict[str, Any]) -> list[str]:
     return lines
 
 
+def load() -> str:
+    """What load a server carries, one row a measurement, from every load*.json."""
+    lines = []
+    for path in sorted((ROOT / "eval" / "results").glob("load*.json")):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        lines += [
+            f"### {path.stem} (synthetic)",
+            "",
+            f"`{found['command']}`; {found['environment']['machine']}, server and clients on the same one.",
+            "",
+            "| items | language model | what | requests a second | p50, p95, p99 in ms | degraded | errors |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        for size in found["sizes"]:
+            for name in ("without", "with"):
+                part = size.get(f"{name}_language_model", {})
+                rows = {f"{n} client{'s' * (n != '1')}": row for n, row in part.get("clients", {}).items()}
+                rows |= {f"budget of {n} ms": row for n, row in part.get("budgets_ms", {}).items()}
+                if "mixed" in part:
+                    memory = part["mixed"]["memory_mb"]
+                    told = f"mixed with writes, {found['mixed_minutes']:g} min; memory {memory[0]:,.0f} to "
+                    rows[f"{told}{memory[-1]:,.0f} MB"] = part["mixed"]
+                lines += [
+                    f"| {size['items']:,} | {name} | {what} | {row['a_second']:.0f} "
+                    f"| {row['p50_ms']:.0f}, {row['p95_ms']:.0f}, {row['p99_ms']:.0f} "
+                    f"| {100 * row['degraded']:.0f} % | {sum(row['errors'].values())} |"
+                    for what, row in rows.items()
+                ]
+                if "in_process" in part:
+                    own = part["in_process"]
+                    told = (
+                        f"{own['single_ms']:.1f} ms one by one, {own['batch_of_32_ms']:.1f} in batches of 32"
+                    )
+                    lines.append(f"| {size['items']:,} | {name} | in the process: {told} | | | | |")
+        lines.append("")
+    return "\n".join(lines).strip()
+
+
 def pages() -> dict[Path, str]:
     """What has to stand between the marks of each page."""
     paths = sorted((ROOT / "eval" / "results").glob("*-test-*.json"))
@@ -197,7 +235,9 @@ def pages() -> dict[Path, str]:
     results = dict(sorted(read.items(), key=lambda kv: (kv[0].stem.split("-test-")[0], _minutes(kv[1]))))
     return {
         ROOT / "README.md": f"{short(results)}\n\n{retrieval(results)}",
-        ROOT / "eval" / "README.md": "\n\n".join(table(path, found) for path, found in results.items()),
+        ROOT / "eval" / "README.md": "\n\n".join(
+            [*(table(path, found) for path, found in results.items()), load()]
+        ),
     }
 
 
