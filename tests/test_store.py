@@ -65,6 +65,8 @@ def bytes_on_disk(path):
 def test_it_is_an_event_store(store):
     assert isinstance(store, EventStore)
     assert store.events() == [] and store.columns() == ([], [], [], []) and store.count() == 0
+    # Half a character, which no file can hold.
+    assert store.history("\ud800") == []
     assert store.history("nobody") == [] and store.forget("nobody") == 0
     store.append([])
     assert store.count() == 0

@@ -129,11 +129,12 @@ class SQLiteStore:
 
     def history(self, user_id: str, limit: int | None = None) -> list[Event]:
         """Return the latest `limit` events of a user, oldest first: by (timestamp, order of arrival)."""
+        query = f"{_SELECT} WHERE user_id = ? {_LATEST_FIRST} LIMIT ?"
         with self._connection() as connection:
-            rows = connection.execute(
-                f"{_SELECT} WHERE user_id = ? {_LATEST_FIRST} LIMIT ?",
-                (user_id, -1 if limit is None else limit),
-            ).fetchall()
+            try:
+                rows = connection.execute(query, (user_id, -1 if limit is None else limit)).fetchall()
+            except UnicodeEncodeError:
+                return []  # no such id can be stored
         return [Event(*row) for row in reversed(rows)]
 
     def users(self, prefix: str = "", limit: int = 10) -> list[str]:
