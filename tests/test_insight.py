@@ -60,7 +60,7 @@ def test_order_bias_is_none_for_what_sees_items_alone_and_whole_for_what_sees_pl
     assert order_bias(ByItem(), [], [])["users"] == 0
 
 
-def result(weight, difference, low, high):
+def result(weight, difference, low, high, typed=0.0):
     measures = ("recall@5", "ndcg@5", "recall@10", "ndcg@10", "mrr@10", "recall@20")
     values = {"ease": 0.0711, "merge": 0.0812, "lm": 0.0613, "default": 0.0812 + difference}
     systems = {name: dict.fromkeys(measures, value) for name, value in values.items()}
@@ -86,7 +86,13 @@ def result(weight, difference, low, high):
         "leaks": {"checked": ["split"]},
         "systems": systems,
         "comparisons": [compared],
-        "recipe": {"history": {"retrievers": {"ease": 1.0}, "lm": weight}},
+        "recipe": {
+            "history": {"retrievers": {"ease": 1.0}, "lm": weight},
+            "query": {"retrievers": {"bm25": 1.0}, "lm": typed},
+        },
+        "search": {
+            "known_item": {"systems": {n: {"ndcg@10": v} for n, v in (("merge", 0.55), ("default", 0.57))}}
+        },
         "training": {"seconds": 600, "events_per_second": 1000},
         "latency": {"merge": timed, "blend": timed},
         "environment": {"machine": "a machine"},
@@ -115,6 +121,13 @@ def test_the_verdict_follows_from_the_interval(weight, difference, low, high, wo
     assert answer.startswith(f"<b>{words}</b>")
     if weight:
         assert f"{difference:+.4f} [{low:+.4f}, {high:+.4f}]" in answer
+
+
+def test_a_model_that_only_pays_where_words_are_typed_is_not_said_to_be_left_out_everywhere():
+    page = render(result(0.0, 0.0, 0.0, 0.0, typed=0.3))
+    answer = re.search(r'id="answer">(.*?)</p>', page).group(1)
+    assert "for lists by history" in answer and "0.5700, and at 0.5500 without it" in answer
+    assert "words are typed" not in render(result(0.0, 0.0, 0.0, 0.0))
 
 
 def test_the_page_says_the_numbers_loads_nothing_and_keeps_titles_text():
