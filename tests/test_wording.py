@@ -1,9 +1,12 @@
 """Reasons in a model's own words: kept where they name nothing but the evidence, else the template's."""
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from llmrec import Recommender
 from llmrec.errors import RequestError
+from llmrec.explain.grammar import Grammar
 from llmrec.explain.wording import Writer, facts, grounded, prompt_of, worded
 from llmrec.testing import tiny_lm, toy_data
 from llmrec.types import Influence, Item, Reason, Recommendation, Shared
@@ -23,9 +26,9 @@ class Scripted:
     def __init__(self, *answers):
         self.answers, self.asked = list(answers), []
 
-    def __call__(self, prompts):
-        self.asked += prompts
-        return self.answers[: len(prompts)]
+    def __call__(self, told):
+        self.asked += [prompt_of(one) for one in told]
+        return self.answers[: len(told)]
 
 
 @pytest.mark.parametrize(
@@ -94,8 +97,37 @@ def test_a_recommender_phrases_with_a_real_model_and_keeps_what_is_true(tmp_path
     with pytest.raises(RequestError, match="explain=True"):
         rec.phrase(plain)
     found = rec.recommend(user=events[0].user_id, k=4, explain=True)
-    # A random model writes nonsense: everything has to fall back to the template.
-    assert rec.phrase(found) == found
-    written = Writer(base)(["Recommended: a", "Recommended: something longer"])
-    assert len(written) == 2
-    assert written[1] == Writer(base)(["Recommended: something longer"])[0]
+    # A random model writes nonsense, but nothing that it was not told.
+    phrased, told = rec.phrase(found), [facts(one, one.reason) for one in found]
+    for before, after, known in zip(found, phrased, told, strict=True):
+        assert after == before or (after.reason.worded and grounded(after.reason.sentence, known))
+    writer = Writer(base)
+    assert writer(told[1:2]) == writer(told)[1:2], "the same, whatever else is asked"
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_whatever_is_drawn_from_the_grammar_is_grounded_and_a_fact_comes_once(data):
+    plain, told = [[1], [2, 3], [2]], {0: [[4, 5], [6]], 1: [[4]], 2: [[5, 1]]}
+    grammar = Grammar(plain, [(n, t) for n, spelled in told.items() for t in spelled], [0, 1], [9])
+    written = []
+    while len(written) < 25 and (allowed := grammar.next(written)):
+        written.append(data.draw(st.sampled_from(allowed)))
+    if written and written[-1] == 9:
+        assert grammar.next(written) == []
+        assert any(_readings(written[:-1], plain, told, frozenset()))
+    else:
+        assert 9 not in written
+
+
+def _readings(tokens, plain, told, named):
+    """Naively: each way to split tokens into words and facts that come once, and whether it has evidence."""
+    if not tokens:
+        yield bool(named & {0, 1})
+    for word in plain:
+        if word == tokens[: len(word)] and tokens:
+            yield from _readings(tokens[len(word) :], plain, told, named)
+    for number, spelled in told.items():
+        for fact in spelled:
+            if tokens and fact == tokens[: len(fact)] and number not in named:
+                yield from _readings(tokens[len(fact) :], plain, told, named | {number})

@@ -1,7 +1,8 @@
 """Reasons in a language model's own words, kept only where they name nothing but the evidence.
 
-The model's sentence is untrusted: `grounded` is a pure check, and what fails it leaves the template's
-sentence in place.
+While it writes, the model is held to plain words and the facts that it was told (`grammar.py`); a small model
+left free names something else nearly always. The finished sentence is untrusted all the same: `grounded` is a
+pure check, and what fails it leaves the template's sentence in place.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from llmrec.explain.grammar import Grammar
 from llmrec.prompt import Prompt
 from llmrec.quiet import quiet_transformers
 from llmrec.types import Reason, Recommendation
@@ -25,8 +27,13 @@ TOKENS = 60
 MENTIONED = 3
 """History items and shared values that the model is told of, at most."""
 
-Write = Callable[[Sequence[str]], Sequence[str]]
-"""Continues prompts; one answer each."""
+Facts = dict[str, str]
+"""What a model is told, by slot of the prompt."""
+
+Write = Callable[[Sequence[Facts]], Sequence[str]]
+"""Writes a sentence for each set of facts."""
+
+STOPS = (".", "!")
 
 _WORD = re.compile(r"[^\W_]+")
 # Words that name nothing. A sentence made of these and of words of the evidence can claim no other thing.
@@ -44,7 +51,7 @@ _PLAIN = frozenset(
 )
 
 
-def facts(one: Recommendation, reason: Reason) -> dict[str, str]:
+def facts(one: Recommendation, reason: Reason) -> Facts:
     """What the model is told, by slot of the prompt; empty where there is nothing to tell."""
     return {
         "title": one.title,
@@ -54,7 +61,13 @@ def facts(one: Recommendation, reason: Reason) -> dict[str, str]:
     }
 
 
-def grounded(sentence: str, told: dict[str, str]) -> bool:
+def evidence_of(told: Facts) -> list[str]:
+    """The facts of which a sentence has to name one: titles of the history, shared values, typed words."""
+    values = [fact.split(" ", 1)[-1] for fact in told["shared"].split("; ")]
+    return [fact for fact in (*told["history"].split("; "), *values, *told["words"].split()) if fact]
+
+
+def grounded(sentence: str, told: Facts) -> bool:
     """Whether a sentence names nothing but what was told, and something of the evidence.
 
     Every word must be one of the facts or one that names nothing, and some title, shared value or typed
@@ -64,11 +77,8 @@ def grounded(sentence: str, told: dict[str, str]) -> bool:
     if not said or len(sentence) > LONGEST or "\n" in sentence:
         return False
     known = set(_PLAIN).union(*(_words(fact) for fact in told.values()))
-    evidence = [fact for slot in ("history", "shared", "words") for fact in told[slot].split("; ")]
-    whole = " ".join(said)
-    mentioned = any(f" {' '.join(_words(fact))} " in f" {whole} " for fact in evidence if _words(fact))
-    values = [fact.split(" ", 1)[-1] for fact in told["shared"].split("; ") if fact]
-    mentioned = mentioned or any(f" {' '.join(_words(value))} " in f" {whole} " for value in values)
+    whole = f" {' '.join(said)} "
+    mentioned = any(f" {' '.join(_words(fact))} " in whole for fact in evidence_of(told) if _words(fact))
     return mentioned and set(said) <= known
 
 
@@ -78,13 +88,13 @@ def worded(found: Sequence[Recommendation], write: Write) -> list[Recommendation
     Items without a history item, shared value or matched word in evidence are not asked about.
     """
     result = list(found)
-    asked: list[tuple[int, Reason, dict[str, str]]] = []
+    asked: list[tuple[int, Reason, Facts]] = []
     for row, one in enumerate(found):
         if one.reason is not None:
             told = facts(one, one.reason)
             if told["history"] or told["shared"] or told["words"]:
                 asked.append((row, one.reason, told))
-    answers = write([prompt_of(told) for _, _, told in asked]) if asked else []
+    answers = write([told for _, _, told in asked]) if asked else []
     for (row, reason, told), answer in zip(asked, answers, strict=True):
         sentence = _first_sentence(answer)
         if grounded(sentence, told):
@@ -92,7 +102,7 @@ def worded(found: Sequence[Recommendation], write: Write) -> list[Recommendation
     return result
 
 
-def prompt_of(told: dict[str, str]) -> str:
+def prompt_of(told: Facts) -> str:
     """The prompt filled with facts; a line whose fact is empty is left out."""
     lines = Prompt.load("reason").text.splitlines()
     kept = [line for line in lines if not any(f"{{{slot}}}" in line and not told[slot] for slot in told)]
@@ -102,7 +112,7 @@ def prompt_of(told: dict[str, str]) -> str:
 
 
 class Writer:
-    """A causal LM that continues prompts, without drawing: the same prompts give the same words.
+    """A causal LM that writes sentences, without drawing: the same facts give the same words.
 
     Parameters
     ----------
@@ -124,12 +134,30 @@ class Writer:
             ).eval()
         if self._tokenizer.pad_token_id is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token
+        both = [word for plain in sorted(_PLAIN) for word in (plain, plain.capitalize())]
+        self._plain = [*self._spellings(both), *self._spellings([","], spaces=("",))]
+        self._stops = [tokens[0] for tokens in self._spellings(STOPS, spaces=("",)) if len(tokens) == 1]
 
-    def __call__(self, prompts: Sequence[str]) -> list[str]:
-        """What the model writes after each prompt."""
+    def _spellings(self, words: Sequence[str], spaces: Sequence[str] = ("", " ")) -> list[list[int]]:
+        """Tokens of words, at the beginning of a sentence and within it."""
+        written = [space + word for space in spaces for word in words]
+        found: list[list[int]] = self._tokenizer(written, add_special_tokens=False)["input_ids"]
+        return found
+
+    def grammar(self, told: Facts) -> Grammar:
+        """What may be written about some facts."""
+        evidence = [*dict.fromkeys(evidence_of(told))]
+        facts = [*dict.fromkeys([*evidence, told["title"]])]
+        spelled = [
+            (number, tokens) for number, fact in enumerate(facts) for tokens in self._spellings([fact])
+        ]
+        return Grammar(self._plain, spelled, range(len(evidence)), self._stops)
+
+    def __call__(self, told: Sequence[Facts]) -> list[str]:
+        """A sentence for each set of facts, of plain words and these facts."""
         import torch
 
-        tokenizer = self._tokenizer
+        tokenizer, prompts = self._tokenizer, [prompt_of(one) for one in told]
         if tokenizer.chat_template:
             texts = [
                 tokenizer.apply_chat_template(
@@ -142,11 +170,21 @@ class Writer:
         read = tokenizer(
             texts, return_tensors="pt", padding=True, add_special_tokens=not tokenizer.chat_template
         )
+        begun, grammars = read["input_ids"].shape[1], [self.grammar(one) for one in told]
+        end = tokenizer.eos_token_id
+
+        def allowed(row: int, tokens: torch.Tensor) -> list[int]:
+            return grammars[row].next(tokens[begun:].tolist()) or [end]
+
         with torch.inference_mode():
             written = self._model.generate(
-                **read, max_new_tokens=TOKENS, do_sample=False, pad_token_id=tokenizer.pad_token_id
+                **read,
+                max_new_tokens=TOKENS,
+                do_sample=False,
+                pad_token_id=tokenizer.pad_token_id,
+                prefix_allowed_tokens_fn=allowed,
             )
-        new = written[:, read["input_ids"].shape[1] :]
+        new = written[:, begun:]
         answers: list[str] = tokenizer.batch_decode(new, skip_special_tokens=True)
         return answers
 
