@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -27,6 +27,8 @@ from llmrec.types import Event, Item, Recommendation, Request
 
 if TYPE_CHECKING:
     from llmrec.explain.wording import Writer
+
+E = TypeVar("E", str, Event, str | Event)
 
 CHUNK = 64
 """Requests that go through the pipeline at once."""
@@ -48,8 +50,17 @@ class Asking:
     _timing: Timing
     _changing: threading.RLock
 
-    def _ready(self, *, lm: bool) -> State:
-        """The present state, with the language model in it if it is wanted and there is one."""
+    def asks_lm(self, request: Request) -> bool:
+        """Whether leaving the language model out could change the answer to a request."""
+        return self._state.for_adapter(request.adapter).recipe.asks_lm(request)
+
+    def _ready(self, *, lm: bool, adapter: str | None = None) -> State:
+        """The present state, with the language model in it if it is wanted and there is one.
+
+        With the name of an adapter that one is the language model.
+        """
+        if adapter is not None:
+            return self._state.for_adapter(adapter)
         if not lm or self._state.lm is not None or self._adapter is None:
             return self._state
         try:
@@ -87,7 +98,7 @@ class Asking:
 
     def _late(self, requests: Sequence[Request]) -> list[bool]:
         """Whether the language model would overrun each budget, all requests being answered together."""
-        asking = [self._state.recipe.asks_lm(request) for request in requests]
+        asking = [self.asks_lm(request) for request in requests]
         if not any(r.budget_ms is not None and asks for r, asks in zip(requests, asking, strict=True)):
             return [False] * len(requests)
         expected = self._timing.estimate(sum(map(units_of, requests)), idle=True)
@@ -111,7 +122,14 @@ class Asking:
     def _answers(self, requests: Sequence[Request], lm: bool) -> list[list[Recommendation]]:
         if not requests:
             return []
-        state = self._ready(lm=lm and self._state.recipe.uses_lm)
+        adapter = requests[0].adapter
+        if any(request.adapter != adapter for request in requests):
+            answered = {
+                name: iter(self._answers([r for r in requests if r.adapter == name], lm))
+                for name in {request.adapter for request in requests}
+            }
+            return [next(answered[request.adapter]) for request in requests]
+        state = self._ready(lm=lm and self._state.recipe.uses_lm, adapter=adapter)
         pipeline = state.pipeline()
         if not lm:
             pipeline = _without_lm(pipeline)
@@ -137,7 +155,7 @@ class Asking:
         A stage is answered when it is asked for, so that a caller can time it; what the language model keeps
         of a history would make the second of those two look faster than it is when it is served.
         """
-        state = self._ready(lm=True)
+        state = self._ready(lm=True, adapter=request.adapter)
         pipeline = state.pipeline()
         plain = _without_lm(pipeline)
         stages = {"retrieval": plain, "default": pipeline}
@@ -154,10 +172,11 @@ class Asking:
 
     def lm_weight(self, request: Request | None = None, **fields: Any) -> float | None:
         """Return the language model's weight for a request: 0 where it is left out, None without a model."""
-        state = self._ready(lm=True)
+        request = _request(request, fields)
+        state = self._ready(lm=True, adapter=request.adapter)
         if state.lm is None:
             return None
-        asked = self._ask(_request(request, fields), state)
+        asked = self._ask(request, state)
         return state.pipeline().weights_for(asked.query).lm
 
     def seeds(
@@ -253,22 +272,29 @@ class Asking:
 
     def rank(
         self,
-        items: Sequence[str],
+        items: Sequence[str | Item],
         user: str | None = None,
         history: Sequence[str | Event] | None = None,
         query: str | None = None,
+        adapter: str | None = None,
     ) -> list[Recommendation]:
-        """Order the caller's own candidates, best first; every known one comes back, seen ones too.
+        """Order the caller's own candidates, best first; every one comes back, seen ones too.
 
-        Items that no component knows how to score keep the caller's order, at the end.
+        An `Item` need not be in the catalogue: for this call it is there, known by its text, and it stands in
+        for the item of the same id. Language models that know no lines but the catalogue's (`likelihood`,
+        `generate`) are left out then. Items that no component knows how to score keep the caller's order, at
+        the end.
 
         Raises
         ------
         RequestError
-            If an id is unknown or given twice.
+            If an id or the adapter is unknown, or an id given twice.
+        DataError
+            If an `Item` breaks the data contract.
         """
-        ids = list(items)
-        state = self._ready(lm=self._state.recipe.uses_lm)
+        ids = [one.item_id if isinstance(one, Item) else one for one in items]
+        state = self._ready(lm=self._state.recipe.uses_lm, adapter=adapter)
+        state = state.with_unlisted([one for one in items if isinstance(one, Item)])
         codes = state.catalog.codes(ids)
         if len(set(ids)) < len(ids):
             raise RequestError("an item is given twice; ids to rank must differ")
@@ -284,6 +310,7 @@ class Asking:
         items: Sequence[str],
         user: str | None = None,
         history: Sequence[str | Event] | None = None,
+        adapter: str | None = None,
     ) -> dict[str, float]:
         """Return, for each item, the probability that the next event of a user is this item.
 
@@ -293,10 +320,10 @@ class Asking:
         Raises
         ------
         RequestError
-            If an id is unknown.
+            If an id or the adapter is unknown.
         """
         ids = list(items)
-        state = self._ready(lm=self._state.recipe.uses_lm)
+        state = self._ready(lm=self._state.recipe.uses_lm, adapter=adapter)
         codes = state.catalog.codes(ids)
         asked = self._ask(Request(user=user, history=history), state)
         p = state.pipeline().predict([asked.query])[0]
@@ -307,11 +334,12 @@ class Asking:
 
     def _history(self, request: Request, state: State) -> Codes:
         if request.history is not None:
-            ids = [e.item_id if isinstance(e, Event) else e for e in request.history]
-            return state.catalog.codes(ids)
+            past = _until(request.now, request.history)
+            return state.catalog.codes([e.item_id if isinstance(e, Event) else e for e in past])
         if request.user is None:
             return np.empty(0, dtype=np.int32)
-        codes = state.catalog.find([e.item_id for e in self.history(request.user)])
+        stored = _until(request.now, self.history(request.user))
+        codes = state.catalog.find([e.item_id for e in stored])
         return codes[codes >= 0]
 
     def history(self, user: str, limit: int | None = None) -> list[Event]:
@@ -323,6 +351,16 @@ class Asking:
         """Return up to `limit` ids of users with stored events that begin with `prefix`, in their order."""
         with self._slot.use() as store:
             return store.users(prefix, limit)
+
+
+def _until(now: int | None, past: Sequence[E]) -> Sequence[E]:
+    """The events up to a moment; ids alone have no time and stay."""
+    if now is None:
+        return past
+    stamps = [one.timestamp if isinstance(one, Event) else now for one in past]
+    if None in stamps:
+        raise RequestError("now needs events with time stamps, and there are some without")
+    return [one for one, stamp in zip(past, stamps, strict=True) if stamp is not None and stamp <= now]
 
 
 def _request(request: Request | None, fields: Mapping[str, Any]) -> Request:

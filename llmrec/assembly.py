@@ -13,7 +13,7 @@ from llmrec.config import Config, DataConfig
 from llmrec.encode.light import LightEncoder
 from llmrec.errors import ConfigError
 from llmrec.events import EventLog
-from llmrec.families import Texts
+from llmrec.families import Texts, changed_lines
 from llmrec.fetch import resolve
 from llmrec.index.faiss_index import FaissIndex
 from llmrec.protocols import Encoder, Floats
@@ -104,9 +104,7 @@ def make_texts(lines: Sequence[str], encoder: Encoder, vectors: Floats | None = 
 
 def grown_texts(texts: Texts, lines: Sequence[str]) -> Texts:
     """Encode only the lines that are new or changed, by code."""
-    changed = [
-        code for code, line in enumerate(lines) if code >= len(texts.lines) or line != texts.lines[code]
-    ]
+    changed = changed_lines(texts.lines, lines)
     vectors = np.empty((len(lines), texts.encoder.dim), dtype=np.float32)
     vectors[: len(texts.vectors)] = texts.vectors
     if changed:

@@ -55,6 +55,9 @@ def serve(
     rec = Recommender.load(model, store=store)
     app = None
     try:
+        for name, adapter in settings.adapters.items():
+            say(f"loading the adapter {name}")
+            rec.add_adapter(name, adapter.folder, adapter.weight)
         app = create_app(rec, settings)
         with listen(settings.host, settings.port) as listening:
             taken = listening.getsockname()[1]

@@ -12,7 +12,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from llmrec.errors import LLMRecError, NotFoundError, OverloadError, RequestError
 from llmrec.serve import browse as b
 from llmrec.serve import models as m
-from llmrec.types import AttributeValue, Item
+from llmrec.types import Item
 
 if TYPE_CHECKING:
     import httpx2
@@ -60,6 +60,11 @@ def _items(path: str, model: type[BaseModel], fields: Mapping[str, Any]) -> _Cal
     return _Call(m.ItemsResponse, path, m.read(model, fields))
 
 
+def _rank(items: Sequence[str | Item], fields: Mapping[str, Any]) -> _Call[m.ItemsResponse]:
+    sent = [one if isinstance(one, str) else {"item_id": one.item_id, **_values(one)} for one in items]
+    return _items("/v1/rank", m.RankRequest, {"items": sent, **fields})
+
+
 def _stages(fields: Mapping[str, Any]) -> _Call[b.StagesResponse]:
     return _Call(b.StagesResponse, "/v1/stages", m.read(m.RecommendRequest, fields))
 
@@ -94,8 +99,8 @@ def _observe(
 
 
 def _put_item(item: Item) -> _Call[m.ItemOut]:
-    values = dict(title=item.title, text=item.text, attributes=m.plain(dict(item.attributes)))
-    return _Call(m.ItemOut, f"/v1/items/{_segment(item.item_id)}", m.read(m.ItemIn, values), "PUT")
+    path = f"/v1/items/{_segment(item.item_id)}"
+    return _Call(m.ItemOut, path, m.read(m.ItemIn, _values(item)), "PUT")
 
 
 def _remove_item(item_id: str) -> _Call[None]:
@@ -111,15 +116,12 @@ def _segment(text: str) -> str:
     return quote(text, safe="") if text.strip(".") else text.replace(".", "%2E")
 
 
+def _values(item: Item) -> dict[str, Any]:
+    return {"title": item.title, "text": item.text, "attributes": m.plain(dict(item.attributes))}
+
+
 def _vectors(answer: m.EmbeddingsResponse) -> list[list[float]]:
     return [one.embedding for one in answer.data if isinstance(one.embedding, list)]
-
-
-def _item(kept: m.ItemOut) -> Item:
-    attributes: dict[str, AttributeValue] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in kept.attributes.items()
-    }
-    return Item(kept.item_id, kept.title, kept.text, attributes)
 
 
 def _http() -> Any:
@@ -202,9 +204,9 @@ class Client:
         """Return what `where` can name, by attribute."""
         return self._ask(_attributes()).attributes
 
-    def rank(self, items: Sequence[str], **fields: Any) -> m.ItemsResponse:
-        """Order items; fields of `RankRequest`."""
-        return self._ask(_items("/v1/rank", m.RankRequest, {"items": list(items), **fields}))
+    def rank(self, items: Sequence[str | Item], **fields: Any) -> m.ItemsResponse:
+        """Order items, also such as are not in the catalogue; fields of `RankRequest`."""
+        return self._ask(_rank(items, fields))
 
     def predict(self, items: Sequence[str], **fields: Any) -> dict[str, float]:
         """Return the probability of each item to be the next; fields of `PredictRequest`."""
@@ -236,7 +238,8 @@ class Client:
 
     def put_item(self, item: Item) -> Item:
         """Add or replace an item; return it as the catalogue keeps it."""
-        return _item(self._ask(_put_item(item)))
+        kept = self._ask(_put_item(item))
+        return m.item_of(kept.item_id, kept)
 
     def remove_item(self, item_id: str) -> None:
         """Never return an item again."""
@@ -296,9 +299,9 @@ class AsyncClient:
         """Return what `where` can name, by attribute."""
         return (await self._ask(_attributes())).attributes
 
-    async def rank(self, items: Sequence[str], **fields: Any) -> m.ItemsResponse:
-        """Order items; fields of `RankRequest`."""
-        return await self._ask(_items("/v1/rank", m.RankRequest, {"items": list(items), **fields}))
+    async def rank(self, items: Sequence[str | Item], **fields: Any) -> m.ItemsResponse:
+        """Order items, also such as are not in the catalogue; fields of `RankRequest`."""
+        return await self._ask(_rank(items, fields))
 
     async def predict(self, items: Sequence[str], **fields: Any) -> dict[str, float]:
         """Return the probability of each item to be the next; fields of `PredictRequest`."""
@@ -330,7 +333,8 @@ class AsyncClient:
 
     async def put_item(self, item: Item) -> Item:
         """Add or replace an item; return it as the catalogue keeps it."""
-        return _item(await self._ask(_put_item(item)))
+        kept = await self._ask(_put_item(item))
+        return m.item_of(kept.item_id, kept)
 
     async def remove_item(self, item_id: str) -> None:
         """Never return an item again."""

@@ -43,6 +43,11 @@ class Texts:
     index: VectorIndex
 
 
+def changed_lines(old: Sequence[str], new: Sequence[str]) -> list[int]:
+    """Codes of the lines that are new or other than they were, in a catalogue that changed or grew."""
+    return [code for code, line in enumerate(new) if code >= len(old) or line != old[code]]
+
+
 @dataclass(frozen=True, slots=True)
 class TrainingLog:
     """Histories to fit on, oldest first, with what is known of their events, one array a history.

@@ -23,7 +23,7 @@ from llmrec.prompt import Prompt
 from llmrec.protocols import Floats, Scorer
 from llmrec.score.config import ItemTokensConfig, LMConfig
 from llmrec.score.item_tokens import ItemTokenModel, ItemTokenScorer, Wish, instruction_tokens
-from llmrec.score.loading import body_dtype, load_body
+from llmrec.score.loading import body_dtype, load_body, shared_body
 from llmrec.score.words import Vocabulary
 from llmrec.text import typed_words
 
@@ -49,12 +49,15 @@ class TunedModel(Protocol):
         How many held-out users choose its weight, at most; None for `retrieval.lm_users`.
     proposes
         Whether its own best items join the candidates; then its scorer is a `Retriever` too.
+    reads_unlisted
+        Whether it scores any item that has a text, in the catalogue or not, without much ado.
     """
 
     card: Card | None
     scored: int | None
     judged: int | None
     proposes: bool
+    reads_unlisted: bool
 
     @property
     def config(self) -> LMConfig:
@@ -85,7 +88,7 @@ class TunedModel(Protocol):
 
 
 def load_language_model(
-    folder: Path, base: Path, texts: Texts, data: str, *, trainable: bool = False
+    folder: Path, base: Path, texts: Texts, data: str | None, *, trainable: bool = False
 ) -> TunedModel:
     """Load what `save` wrote, of whatever mode.
 
@@ -96,7 +99,7 @@ def load_language_model(
     texts
         Of the catalogue, which may have grown since.
     data
-        Fingerprint of the log; another one than it was trained on is a warning.
+        Fingerprint of the log; another one than it was trained on is a warning. None for any log.
     trainable
         Whether its LoRA matrices can be trained further.
 
@@ -108,7 +111,8 @@ def load_language_model(
     from llmrec.word_model import WordLanguageModel
 
     config, card, head = read_adapter(folder)
-    card.check(make_card(config.prompt_name, base, texts.encoder.fingerprint, data, {}))
+    log = card.data_sha256 if data is None else data
+    card.check(make_card(config.prompt_name, base, texts.encoder.fingerprint, log, {}))
     if isinstance(config, ItemTokensConfig):
         return LanguageModel.restored(folder, base, texts, config, card, head, trainable=trainable)
     return WordLanguageModel.restored(folder, base, texts, config, card, head, trainable=trainable)
@@ -138,6 +142,7 @@ class LanguageModel:
         self.scored: int | None = None
         self.judged: int | None = None
         self.proposes = True
+        self.reads_unlisted = True
 
     def scorer_of(self, model: ItemTokenModel) -> ItemTokenScorer:
         """A scorer with nothing kept."""
@@ -198,7 +203,7 @@ class LanguageModel:
     ) -> LanguageModel:
         """Put together what `read_adapter` read from a folder; see `load_language_model`."""
         counts = head.pop("counts").numpy()
-        body = load_body(base, config.layers, body_dtype(config.precision))
+        body = shared_body(base, config.layers, body_dtype(config.precision))
         body = kept_adapter(body, folder, trainable=trainable)
         model, _, wish = _assemble(body, config, base, texts.vectors[: len(counts)], counts)
         model.load_state_dict(head, strict=False)

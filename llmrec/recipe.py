@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -151,6 +151,10 @@ class Recipe:
         """Whether leaving the language model out could change the answer to a request."""
         weights = self.query if request.query and request.query.strip() else self.history
         return weights.most_lm > 0 or weights.plain is not None
+
+    def with_lm(self, weight: float) -> Recipe:
+        """The same with another weight of the language model, for all requests but items like an item."""
+        return replace(self, history=self.history.with_lm(weight), query=self.query.with_lm(weight))
 
     @property
     def best_alone(self) -> str | None:

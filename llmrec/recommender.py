@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import threading
-import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -14,16 +13,16 @@ import numpy as np
 import polars as pl
 
 from llmrec import persistence
-from llmrec.asking import Asking
 from llmrec.assembly import encode, read_catalog, read_log
 from llmrec.catalog import Catalog
+from llmrec.changing import Changing
 from llmrec.config import Config
 from llmrec.errors import RequestError
 from llmrec.evaluation.run import Systems, run_systems
 from llmrec.evaluation.split import Part, tail
-from llmrec.events import EventLog, live_events
+from llmrec.events import EventLog
 from llmrec.families import Texts
-from llmrec.protocols import ItemChange, Retriever
+from llmrec.protocols import Retriever
 from llmrec.recipe import Recipe
 from llmrec.saved import Saved, drop_replaced, open_events
 from llmrec.selection import choose_recipe
@@ -32,7 +31,7 @@ from llmrec.store.places import Slot, Store, check, copied, new_name, remove
 from llmrec.store.sqlite import SQLiteStore
 from llmrec.timing import Timing
 from llmrec.titles import TitleIndex
-from llmrec.types import Event, Item, Request
+from llmrec.types import Request
 
 if TYPE_CHECKING:
     from llmrec.continuing import Since
@@ -41,7 +40,7 @@ if TYPE_CHECKING:
     from llmrec.tuning import FinetuneReport
 
 
-class Recommender(Asking):
+class Recommender(Changing):
     """Recommendations from a log and a catalogue. Made by `fit` or `load`, not by the constructor.
 
     Thread-safe: a request runs on the state it started with while items are added or models refitted.
@@ -381,139 +380,6 @@ class Recommender(Asking):
         given = Config.of(config)
         sections: dict[str, Any] = {n: getattr(given, n) for n in given.model_fields_set & {"lm", "training"}}
         self.config = self.config.model_copy(update=sections)
-
-    # ---- what changes while serving ---------------------------------------------------------------
-
-    def observe(
-        self,
-        user: str,
-        item: str,
-        timestamp: int | None = None,
-        weight: float = 1.0,
-        event_id: str | None = None,
-    ) -> bool:
-        """Store a live event; it counts in the next request. `timestamp` is now unless given.
-
-        Once this has returned, the event of a saved recommender survives a kill and a power loss. With an
-        `event_id` it is safe to send it again when no answer came: returns whether it was new.
-
-        Raises
-        ------
-        RequestError
-            If the item is unknown, the user blank, the time no whole seconds, or the weight not above 0.
-        DataError
-            If the user has another event with this id.
-        """
-        return self.observe_many([Event(user, item, timestamp, weight, event_id)]) == 1
-
-    def observe_many(self, events: Iterable[Event]) -> int:
-        """Store live events in the order given, in one transaction: all of them, or none if one is refused.
-
-        Returns how many were new: an event is stored once, however often it comes with the same `event_id`.
-
-        Raises
-        ------
-        RequestError, DataError
-            As `observe` does, for the first event that cannot be stored.
-        StoreError
-            If the event store cannot be used, or the saved recommender was replaced by another.
-        """
-        checked = live_events(events, self._state.catalog, self.config.data.clock, int(time.time()))
-        with self._slot.use() as store:
-            if self._saved is not None:
-                self._saved.check_events()
-            new = store.append(checked)
-            if self._saved is not None:
-                # What was stored while the directory was replaced is read by nobody.
-                self._saved.check_events()
-            return new
-
-    def forget(self, user: str) -> int:
-        """Erase a user's events, and the states that this process keeps; return how many events there were.
-
-        Other processes that serve the same directory keep states, which hold no ids, until they are full or
-        end. Aggregates fitted earlier (item weights, the adapter) stay until `refit` and `finetune`.
-
-        Raises
-        ------
-        StoreError
-            If the event store cannot be used, or could not erase all; the message says what is left.
-        """
-        try:
-            with self._slot.use() as store:
-                if self._saved is not None:
-                    self._saved.check_events()
-                return store.forget(user)
-        finally:
-            if self._state.lm is not None:
-                self._state.lm.scorer.forget()
-
-    def add_items(self, items: Sequence[Item]) -> None:
-        """Add items, or replace those with the same id; recommendable at once by their text.
-
-        Those of a saved recommender are in its event store once this has returned: a kill does not lose
-        them, and other processes that serve it take them over.
-
-        Raises
-        ------
-        DataError
-            If an item breaks the data contract.
-        StoreError
-            If the event store cannot be used.
-        """
-        self._change(items, [])
-
-    def remove_items(self, item_ids: Sequence[str]) -> None:
-        """Remove items: never returned again, unless added again. Events that name them stay.
-
-        Raises
-        ------
-        RequestError
-            If an id is unknown.
-        StoreError
-            If the event store cannot be used.
-        """
-        self._change([], item_ids)
-
-    def _change(self, items: Sequence[Item], removed: Sequence[str]) -> None:
-        with self._changing:
-            catalog = self._state.catalog
-
-            def decide(missed: list[ItemChange]) -> list[ItemChange]:
-                nonlocal catalog
-                catalog = self._state.catalog.after(missed).with_items(items)
-                if removed:
-                    catalog = catalog.without_items(removed)
-                return catalog.changes(items, removed)
-
-            with self._slot.use() as store:
-                if self._saved is not None:
-                    self._saved.check_events()
-                applied, _ = store.change_items(self._applied, decide)
-                if self._saved is not None:
-                    self._saved.check_events()
-            # An adapter that is not loaded yet is grown when it is.
-            self._state = self._state.with_catalog(catalog)
-            self._applied = applied
-
-    def follow(self) -> int:
-        """Take over items that other processes have put or removed since; return how many.
-
-        Loading, saving and changing items do it by themselves, and a server does it every second. Events
-        need no such call: every request reads them from the store.
-
-        Raises
-        ------
-        StoreError
-            If the event store cannot be used.
-        """
-        with self._changing:
-            with self._slot.use() as store:
-                applied, changes = store.item_changes(self._applied)
-            if changes:
-                self._state = self._state.with_catalog(self._state.catalog.after(changes))
-                self._applied = applied
-            return len(changes)
 
     def close(self) -> None:
         """Release the event store."""

@@ -141,3 +141,20 @@ def drop_replaced(before: Mapping[str, Any], events: str, url: str | None) -> No
         else:
             return
     logger.warning("the events of the recommender that was replaced are still there as %s: %s", old, said)
+
+
+def adapter_in(folder: Path) -> Path:
+    """Folder of the adapter of a saved recommender; any other folder is taken for that of an adapter.
+
+    Raises
+    ------
+    ModelError
+        If the recommender has no language model.
+    """
+    manifest = persistence.manifest_of(folder)
+    if not manifest:
+        return folder
+    if not manifest["language_model"]:
+        raise ModelError(f"{folder} has no tuned language model; make one with llmrec finetune")
+    adapter: Path = folder / manifest["state"] / "adapter"
+    return adapter

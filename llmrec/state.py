@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, cast
 
@@ -14,7 +14,7 @@ from llmrec import persistence
 from llmrec.assembly import grown_texts, make_encoder, make_texts
 from llmrec.catalog import Catalog
 from llmrec.config import Config
-from llmrec.errors import DataError, ModelError
+from llmrec.errors import DataError, ModelError, RequestError
 from llmrec.evaluation.split import training_log
 from llmrec.events import EventLog
 from llmrec.families import Texts, TrainingLog
@@ -22,9 +22,24 @@ from llmrec.pipeline import LM, Pipeline
 from llmrec.protocols import Retriever
 from llmrec.recipe import Recipe, fit_retrievers, grow_retrievers, load_retrievers, retriever_arrays
 from llmrec.retrieve.popularity import PopularityRetriever
+from llmrec.types import Item
 
 if TYPE_CHECKING:
     from llmrec.language_model import TunedModel
+
+
+@dataclass(frozen=True)
+class Named:
+    """A tuned language model beside the recommender's own, for requests that name it.
+
+    Parameters
+    ----------
+    weight
+        In the blend, in place of the recipe's; None keeps those.
+    """
+
+    model: TunedModel
+    weight: float | None = None
 
 
 @dataclass(frozen=True)
@@ -43,6 +58,8 @@ class State:
         Fingerprint of the log that the retrievers were fitted on; empty if there was none.
     lm
         None until it is trained or loaded.
+    adapters
+        Others, by name.
     """
 
     catalog: Catalog
@@ -53,6 +70,7 @@ class State:
     depth: int
     log: str = ""
     lm: TunedModel | None = None
+    adapters: Mapping[str, Named] = field(default_factory=dict)
 
     def pipeline(self) -> Pipeline:
         """The pipeline of these parts."""
@@ -76,8 +94,24 @@ class State:
 
     def without_language_model(self) -> State:
         """The same with the merge alone."""
-        weights = {name: getattr(self.recipe, name).with_lm(0.0) for name in ("history", "query")}
-        return replace(self, recipe=replace(self.recipe, **weights), lm=None)
+        return replace(self, recipe=self.recipe.with_lm(0.0), lm=None)
+
+    def for_adapter(self, name: str | None) -> State:
+        """The same with the language model that a request names, None for the recommender's own.
+
+        Raises
+        ------
+        RequestError
+            If there is none of this name.
+        """
+        if name is None:
+            return self
+        if name not in self.adapters:
+            known = ", ".join(map(repr, self.adapters)) or "none"
+            raise RequestError(f"unknown adapter {name!r}; known are {known}")
+        named = self.adapters[name]
+        recipe = self.recipe if named.weight is None else self.recipe.with_lm(named.weight)
+        return replace(self, lm=named.model, recipe=recipe)
 
     def refitted(self, log: EventLog | None) -> State:
         """The same with retrievers fitted on all events of a log, None if it is empty; weights stay."""
@@ -95,7 +129,16 @@ class State:
         texts = grown_texts(self.texts, catalog.lines())
         retrievers = grow_retrievers(self.retrievers, texts, self.recipe)
         lm = self.lm.grown(texts) if self.lm is not None else None
-        return replace(self, catalog=catalog, texts=texts, retrievers=retrievers, lm=lm)
+        adapters = {n: replace(named, model=named.model.grown(texts)) for n, named in self.adapters.items()}
+        return replace(self, catalog=catalog, texts=texts, retrievers=retrievers, lm=lm, adapters=adapters)
+
+    def with_unlisted(self, items: Sequence[Item]) -> State:
+        """The same for one request about items that need not be in the catalogue."""
+        if not items:
+            return self
+        listed_only = self.lm is not None and not self.lm.reads_unlisted
+        state = replace(self, lm=None if listed_only else self.lm, adapters={})
+        return state.with_catalog(self.catalog.with_items(items))
 
     def write(self, folder: Path, adapter: Path | None) -> None:
         """Write into an empty folder; `adapter` is the folder of a language model that is not loaded."""

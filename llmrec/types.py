@@ -76,6 +76,11 @@ class Request:
         text vectors (Carbonell and Goldstein 1998).
     explain
         Whether each recommendation gets a `Reason`. Costs one more batch of up to 21 queries a request.
+    now
+        The moment that is asked about, in seconds since 1970: stored events, and events in `history`, count
+        up to it. None counts all.
+    adapter
+        Name of a language model that was put beside the recommender's own by `Recommender.add_adapter`.
     budget_ms
         Time in milliseconds. Where the language model would take longer, going by what it took of late, or
         has not been measured (see `Recommender.warm_up`), the answer is in retrieval order and marked
@@ -99,6 +104,8 @@ class Request:
     diversity: float = 0.0
     explain: bool = False
     budget_ms: float | None = None
+    now: int | None = None
+    adapter: str | None = None
 
     def __post_init__(self) -> None:
         if not _is_count(self.k):
@@ -115,6 +122,10 @@ class Request:
             raise RequestError(f"explain must be True or False, got {self.explain!r:.100}")
         if self.budget_ms is not None and not (_is_number(self.budget_ms) and self.budget_ms > 0):
             raise RequestError(f"budget_ms must be a number above 0, got {self.budget_ms!r:.100}")
+        if self.now is not None and (isinstance(self.now, bool) or not isinstance(self.now, int)):
+            raise RequestError(f"now must be whole seconds since 1970, got {self.now!r:.100}")
+        if self.adapter is not None and not isinstance(self.adapter, str):
+            raise RequestError(f"adapter must be a name, got {type(self.adapter).__name__}")
         self._check_arrangement()
 
     def _check_arrangement(self) -> None:

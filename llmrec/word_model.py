@@ -13,12 +13,12 @@ from torch import Tensor
 
 from llmrec.adapter import fresh_adapter, kept_adapter, on_device, write_adapter
 from llmrec.card import Card
-from llmrec.families import Texts
+from llmrec.families import Texts, changed_lines
 from llmrec.prompt import Prompt
 from llmrec.score.config import WordsConfig
 from llmrec.score.labels import LettersScorer, YesNoScorer
 from llmrec.score.likelihood import LikelihoodModel, LikelihoodScorer
-from llmrec.score.loading import body_dtype, load_causal
+from llmrec.score.loading import body_dtype, load_causal, shared_causal
 from llmrec.score.packed import PackedReader
 from llmrec.score.trie import ItemTrie
 from llmrec.score.words import Layout, Vocabulary, WordsModel
@@ -39,6 +39,8 @@ class WordLanguageModel:
         With LoRA matrices in its body.
     config
         Its shape.
+    lines
+        The catalogue in words, by code.
     counts
         Weight of the training events of each item, shape (items,).
     card
@@ -46,14 +48,21 @@ class WordLanguageModel:
     """
 
     def __init__(
-        self, words: WordsModel, config: WordsConfig, counts: NDArray[Any], card: Card | None = None
+        self,
+        words: WordsModel,
+        config: WordsConfig,
+        lines: Sequence[str],
+        counts: NDArray[Any],
+        card: Card | None = None,
     ) -> None:
-        self.words, self.config, self.counts, self.card = words, config, counts, card
+        self.words, self.config, self.lines, self.counts, self.card = words, config, lines, counts, card
         self.dtype = body_dtype(config.precision)
         self.scorer = self._scorer()
         self.scored: int | None = config.candidates
         self.judged: int | None = config.judged
         self.proposes = config.mode == "generate"
+        # The tree of all lines is not grown for one request.
+        self.reads_unlisted = SLOTS[config.mode] is not None
 
     def _scorer(self) -> LikelihoodScorer | YesNoScorer | LettersScorer:
         reader = PackedReader(self.words.body, memory=self.config.memory_mb * 2**20)
@@ -84,7 +93,7 @@ class WordLanguageModel:
         words = _assemble(fresh_adapter(body, config), head, config, base, lines)
         if SLOTS[config.mode] is None:
             torch.nn.init.constant_(words.scale, FIRST_SCALE)
-        return cls(words, config, counts)
+        return cls(words, config, lines, counts)
 
     def save(self, folder: Path) -> None:
         """Write adapter, scale, counts and card into a folder; only a trained model can be."""
@@ -105,24 +114,31 @@ class WordLanguageModel:
         trainable: bool = False,
     ) -> WordLanguageModel:
         """Put together what `read_adapter` read from a folder; see `load_language_model`."""
-        body, vectors = load_causal(base, config.layers, body_dtype(config.precision))
+        body, vectors = shared_causal(base, config.layers, body_dtype(config.precision))
         words = _assemble(kept_adapter(body, folder, trainable=trainable), vectors, config, base, texts.lines)
         with torch.no_grad():
             words.scale.copy_(head["scale"])
         on_device(words)
-        return cls(words, config, _padded(head["counts"].numpy(), len(texts.lines)), card)
+        counts = _padded(head["counts"].numpy(), len(texts.lines))
+        return cls(words, config, texts.lines, counts, card)
 
     def grown(self, texts: Texts) -> WordLanguageModel:
         """The same for a catalogue whose texts changed or grew: new items have no events."""
         old, lines = self.words, texts.lines
-        tokens = old.vocabulary.lines(lines, self.config.line_tokens)
+        changed = changed_lines(self.lines, lines)
+        tokens = [*old.lines, *([] for _ in range(len(lines) - len(old.lines)))]
+        read = old.vocabulary.lines([lines[code] for code in changed], self.config.line_tokens)
+        for code, line in zip(changed, read, strict=True):
+            tokens[code] = line
         words = WordsModel(old.body, old.head, old.vocabulary, old.layout, tokens, old.window)
         words.scale = old.scale
-        return WordLanguageModel(words.eval(), self.config, _padded(self.counts, len(lines)), self.card)
+        return WordLanguageModel(
+            words.eval(), self.config, lines, _padded(self.counts, len(lines)), self.card
+        )
 
     def recounted(self, counts: NDArray[Any]) -> WordLanguageModel:
         """The same model after other training events, whose weight for each item has shape (items,)."""
-        return WordLanguageModel(self.words, self.config, counts, self.card)
+        return WordLanguageModel(self.words, self.config, self.lines, counts, self.card)
 
 
 def _assemble(

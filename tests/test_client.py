@@ -79,6 +79,8 @@ def test_every_verb_answers_as_the_library_does(rec, client):
     assert ids(client.search("silver river", k=3)) == ids(rec.search("silver river", k=3))
     assert ids(client.similar("i3", k=3)) == ids(rec.similar("i3", k=3))
     assert ids(client.rank(["i9", "i3"], user="u1")) == ids(rec.rank(["i9", "i3"], user="u1"))
+    unlisted = ["i9", Item("ours", "Blue River", attributes={"brand": "Acme"})]
+    assert ids(client.rank(unlisted, query="blue river")) == ids(rec.rank(unlisted, query="blue river"))
     assert client.predict(["i9", "i3"], user="u1") == pytest.approx(rec.predict(["i9", "i3"], user="u1"))
     assert ids(client.seeds(k=3, chosen=["i3"])) == ids(rec.seeds(3, ["i3"]))
     told = client.stages(user="u1", k=3)

@@ -130,6 +130,27 @@ def test_saved_and_loaded_it_answers_the_same_and_grows_with_the_catalogue(tuned
     assert len(again.rank(["new", "i4", "i5"], user="u0")) == 3
 
 
+def test_an_item_that_is_not_in_the_catalogue_is_ranked_as_if_it_were(tuned, tmp_path):
+    rec, _, mode = tuned
+    rec.save(tmp_path / "model")
+    added = Recommender.load(tmp_path / "model")
+    new = Item("unlisted", "Golden Harbour Anchor", attributes=ITEMS[4].attributes)
+    other = Item("i5", "Silent Piano")  # stands in for the one of the catalogue
+    asked = dict(user="u0", query="golden anchor")
+    lines = list(rec.catalog.lines())
+    mine = rec.rank([new, "i4", other, "i7"], **asked)
+    assert rec.catalog.lines() == lines and "unlisted" not in rec.catalog
+    added.add_items([new, other])
+    if mode in ("likelihood", "generate"):
+        assert not any(source.name == LM for one in mine for source in one.sources)
+        added._state = replace(added._state, lm=None)
+        added._adapter = None
+    else:
+        assert any(source.name == LM for one in mine for source in one.sources)
+    theirs = added.rank(["unlisted", "i4", "i5", "i7"], **asked)
+    assert [(m.item, m.score) for m in mine] == [(t.item, pytest.approx(t.score, abs=1e-5)) for t in theirs]
+
+
 def test_what_was_read_of_a_history_is_dropped_by_forget(tuned):
     rec, _, _ = tuned
     rec.recommend(user="u9", k=3)

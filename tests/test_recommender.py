@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import polars as pl
@@ -243,6 +244,130 @@ def test_rank_returns_all_given_items_once_and_similar_leaves_the_item_out(rec):
     assert wanted[0] not in ids(rec.similar(wanted[0], k=39))
     with pytest.raises(RequestError, match="unknown item"):
         rec.similar("not there")
+
+
+def test_items_outside_the_catalogue_are_ranked_as_if_they_were_in_it(tuned):
+    rec = tuned
+    known = rec.catalog.ids[0]
+    new, blank = Item("unlisted", "Zeppelin Waltz", attributes={"brand": "Acme"}), Item("", "No id")
+    size, before = len(rec.catalog), rec.recommend(user="u1", k=5)
+    ranked = rec.rank([known, new], user="u1", query="zeppelin waltz")
+    assert ids(ranked) == ["unlisted", known] and ranked[0].item == new
+    assert len(rec.catalog) == size and rec.recommend(user="u1", k=5) == before
+    with pytest.raises(RequestError, match="twice"):
+        rec.rank([known, Item(known, "Another title")])
+    with pytest.raises(RequestError, match="unknown"):
+        rec.rank(["unlisted"])
+    with pytest.raises(DataError, match="item_id"):
+        rec.rank([blank, known], user="u1")
+    rec.add_items([new])
+    again = rec.rank([known, "unlisted"], user="u1", query="zeppelin waltz")
+    assert [(r.item_id, r.score) for r in again] == [
+        (r.item_id, pytest.approx(r.score, abs=1e-5)) for r in ranked
+    ]
+
+
+@pytest.fixture(scope="module")
+def tenants(data, config, tmp_path_factory):
+    """Folders of two recommenders on one log whose language models learned apart."""
+    folder = tmp_path_factory.mktemp("tenants")
+    for name, seed in (("a", 1), ("b", 2)):
+        made = Recommender.fit(*data, {**config, "training": {**config["training"], "seed": seed}})
+        made.finetune()
+        made._state = replace(made._state, recipe=made.recipe.with_lm(0.8))
+        made.save(folder / name)
+        made.close()
+    return folder
+
+
+def test_a_request_names_its_adapter_and_gets_what_that_tenant_would(tenants):
+    own, other = Recommender.load(tenants / "a"), Recommender.load(tenants / "b")
+    asked = [Request(user=f"u{n}", k=6) for n in range(12)]
+    expected = {None: own.recommend_many(asked), "b": other.recommend_many(asked)}
+    assert expected[None] != expected["b"]
+    both = Recommender.load(tenants / "a")
+    both.add_adapter("b", tenants / "b")
+    assert both.adapters == ("b",)
+    mixed = [replace(request, adapter=name) for request in asked for name in (None, "b")]
+    wanted = [expected[request.adapter][n // 2] for n, request in enumerate(mixed)]
+
+    def same(found, wanted):
+        assert [[r.item_id for r in one] for one in found] == [[r.item_id for r in one] for one in wanted]
+        for one, two in zip(found, wanted, strict=True):
+            assert [r.score for r in one] == pytest.approx([r.score for r in two], abs=1e-5)
+
+    same(both.recommend_many(mixed), wanted)
+    # From many threads at once, nobody gets another's answer.
+    with ThreadPoolExecutor(8) as threads:
+        same(list(threads.map(both.recommend, mixed * 5)), wanted * 5)
+    items = both.catalog.ids[:9]
+    assert both.rank(items, user="u1", adapter="b") == other.rank(items, user="u1")
+    assert both.predict(items, user="u1", adapter="b") == pytest.approx(other.predict(items, user="u1"))
+    # Weight 0 leaves the model out, whatever the recipe says.
+    both.add_adapter("b", tenants / "b", weight=0.0)
+    plain = both.recommend_many(asked, lm=False)
+    same(both.recommend_many([replace(request, adapter="b") for request in asked]), plain)
+    # What is added is known to all of them.
+    both.add_adapter("b", tenants / "b")
+    both.add_items([Item("new", "Zeppelin Waltz", attributes={"brand": "Acme"})])
+    assert "new" in ids(both.recommend(user="u1", k=len(both.catalog), adapter="b"))
+    both.remove_adapter("b")
+    with pytest.raises(RequestError, match="unknown adapter 'b'; known are none"):
+        both.recommend(user="u1", adapter="b")
+    for rec in (own, other, both):
+        rec.close()
+
+
+def test_adapters_of_one_process_stand_on_the_same_base_weights(tenants):
+    rec = Recommender.load(tenants / "a")
+    rec.recommend(user="u1")
+    rec.add_adapter("b", tenants / "b")
+    own, other = rec._state.lm.model, rec._state.adapters["b"].model.model
+    mine, theirs = dict(own.body.named_parameters()), dict(other.body.named_parameters())
+    assert set(mine) == set(theirs)
+    lora = {name for name in mine if "lora" in name}
+    assert lora and all(mine[name].data_ptr() == theirs[name].data_ptr() for name in set(mine) - lora)
+    assert all(mine[name].data_ptr() != theirs[name].data_ptr() for name in lora)
+    assert any(not mine[name].equal(theirs[name]) for name in lora)
+    rec.close()
+
+
+def test_what_is_no_adapter_is_refused(rec, tenants, tmp_path, data, config):
+    another = Recommender.fit(*data, {"encoder": {"name": "light", "dim": 8}, "lm": config["lm"]})
+    with pytest.raises(ModelError, match="another encoder"):
+        another.add_adapter("b", tenants / "b")
+    own = Recommender.load(tenants / "a")
+    rec.save(tmp_path / "plain")
+    for folder, message in (
+        (tmp_path / "plain", "no tuned language model"),
+        (tmp_path, "no complete adapter"),
+    ):
+        with pytest.raises(ModelError, match=message):
+            own.add_adapter("c", folder)
+    for name, weight in ((" ", None), ("c", -1.0), ("c", float("nan"))):
+        with pytest.raises(RequestError):
+            own.add_adapter(name, tenants / "b", weight)
+    with pytest.raises(RequestError, match="unknown adapter 'c'"):
+        own.remove_adapter("c")
+    own.close()
+
+
+def test_a_moment_in_the_past_is_asked_about_as_it_was(rec, data):
+    events = sorted((e for e in data[1] if e.user_id == "u1"), key=lambda e: e.timestamp)
+    now = events[2].timestamp
+    past = [e.item_id for e in events if e.timestamp <= now]
+    assert len(past) < len(events)
+    then = rec.recommend(user="u1", now=now)
+    assert then == rec.recommend(history=past) != rec.recommend(user="u1")
+    assert then == rec.recommend(history=events, now=now)
+    # Ids alone have no time.
+    assert rec.recommend(history=past, now=0) == rec.recommend(history=past)
+    assert rec.recommend(user="u1", now=0) == rec.recommend(user="nobody")
+    with pytest.raises(RequestError, match="time stamps"):
+        rec.recommend(history=[Event("u1", past[0])], now=now)
+    for wrong in (1.5, True, "today"):
+        with pytest.raises(RequestError, match="now"):
+            rec.recommend(user="u1", now=wrong)
 
 
 def test_refit_learns_from_observed_events(rec, data):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import threading
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,11 @@ from torch import Tensor, nn
 from llmrec.errors import ModelError
 from llmrec.quiet import quiet_transformers
 from llmrec.score.config import Precision
+
+_shared: weakref.WeakValueDictionary[tuple[str, int | None, torch.dtype, bool], nn.Module] = (
+    weakref.WeakValueDictionary()
+)
+_loading = threading.Lock()
 
 
 def body_dtype(precision: Precision) -> torch.dtype:
@@ -87,3 +95,35 @@ def load_causal(folder: Path, layers: int | None, dtype: torch.dtype) -> tuple[n
     if head is None or getattr(head, "bias", None) is not None:
         raise ModelError(f"{type(model).__name__} has no plain word head; use another base model")
     return first_layers(model.base_model, layers, folder), head.weight.detach()
+
+
+def shared_body(folder: Path, layers: int | None, dtype: torch.dtype) -> nn.Module:
+    """As `load_body`, with the weights that others of this process have: an adapter costs its own size.
+
+    The modules are its own, so that adapters need no switch. The weights must not be changed.
+    """
+    return _twin(folder, layers, dtype, words=False)
+
+
+def shared_causal(folder: Path, layers: int | None, dtype: torch.dtype) -> tuple[nn.Module, Tensor]:
+    """As `load_causal`, with the weights that others of this process have; see `shared_body`."""
+    body: Any = _twin(folder, layers, dtype, words=True)
+    return body, body.word_head
+
+
+def _twin(folder: Path, layers: int | None, dtype: torch.dtype, *, words: bool) -> nn.Module:
+    key = (str(folder.resolve()), layers, dtype, words)
+    with _loading:
+        body = _shared.get(key)
+        if body is None:
+            if words:
+                body, head = load_causal(folder, layers, dtype)
+                body.register_buffer("word_head", head, persistent=False)
+            else:
+                body = load_body(folder, layers, dtype)
+            _shared[key] = body
+        weights = {id(tensor): tensor for tensor in (*body.parameters(), *body.buffers())}
+        twin: nn.Module = copy.deepcopy(body, weights)
+    # The weights are looked up as long as anyone has them; past the registry of nn.Module.
+    object.__setattr__(twin, "shared_with", body)
+    return twin

@@ -28,6 +28,17 @@ class ApiKey(BaseModel):
     role: Role = "read"
 
 
+class AdapterConfig(BaseModel):
+    """A tuned language model beside the recommender's own, for requests that name it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    folder: Path = Field(description="of a saved recommender with a language model, or of an adapter")
+    weight: float | None = Field(
+        None, ge=0, allow_inf_nan=False, description="in the blend; the recipe's if not given"
+    )
+
+
 class ServeConfig(BaseModel):
     """Everything about serving that can be set, with defaults that work on one machine."""
 
@@ -37,6 +48,10 @@ class ServeConfig(BaseModel):
     port: int = Field(8000, ge=0, le=65535, description="0 takes a free one")
     keys: tuple[ApiKey, ...] = Field(
         (), description="without keys everyone on this machine may do everything"
+    )
+
+    adapters: dict[str, AdapterConfig] = Field(
+        {}, description="language models that requests can name, all on the same base model"
     )
 
     max_k: int = Field(100, ge=1, description="most items in an answer")

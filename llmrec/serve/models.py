@@ -22,7 +22,7 @@ from pydantic import (
 
 from llmrec.errors import RequestError
 from llmrec.serve.config import ServeConfig
-from llmrec.types import Reason, Recommendation, Seen
+from llmrec.types import Item, Reason, Recommendation, Seen
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -59,6 +59,7 @@ class Asker(Strict):
         description="item ids, oldest first, in place of a stored history",
         json_schema_extra={MARK: "max_history"},
     )
+    adapter: Id | None = Field(None, description="language model to use in place of the server's own")
 
 
 class RecommendRequest(Asker):
@@ -87,6 +88,9 @@ class RecommendRequest(Asker):
         allow_inf_nan=False,
         description="answer without the language model where it would take longer",
     )
+    now: Whole | None = Field(
+        None, description="seconds since 1970: events after it do not count; without it all do"
+    )
 
 
 class SearchRequest(Asker):
@@ -104,13 +108,6 @@ class SimilarRequest(Strict):
     item_id: Id
     k: int = Field(10, ge=1, description="how many at most", json_schema_extra={MARK: "max_k"})
     where: dict[str, Any] | None = Field(None, description="conditions on item attributes")
-
-
-class RankRequest(Asker):
-    """Items to order."""
-
-    items: Ids = Field(description="ids, each once", json_schema_extra={MARK: "max_candidates"})
-    query: str | None = Field(None, description="a wish in words")
 
 
 class PredictRequest(Asker):
@@ -234,6 +231,26 @@ class ItemIn(Strict):
     attributes: dict[str, Value] = Field({}, description="of the kinds that the catalogue has")
 
 
+class UnlistedItem(ItemIn):
+    """An item that need not be in the catalogue; for one request it is, known by its text."""
+
+    item_id: Id
+
+    def given(self) -> Item:
+        """As the library takes it."""
+        return item_of(self.item_id, self)
+
+
+class RankRequest(Asker):
+    """Items to order."""
+
+    items: list[Id | UnlistedItem] = Field(
+        description="ids, or items that need not be in the catalogue; each id once",
+        json_schema_extra={MARK: "max_candidates"},
+    )
+    query: str | None = Field(None, description="a wish in words")
+
+
 class ItemOut(ItemIn):
     """An item as the catalogue keeps it: cleaned of control and template characters."""
 
@@ -341,6 +358,12 @@ class Problem(BaseModel):
     code: str = Field(description="name of the error in the library, or of the rule of HTTP")
     request_id: str = ""
     errors: list[dict[str, str]] | None = Field(None, description="where the request breaks its schema")
+
+
+def item_of(item_id: str, body: ItemIn) -> Item:
+    """An item as the library takes it."""
+    attributes = {n: tuple(v) if isinstance(v, list) else v for n, v in body.attributes.items()}
+    return Item(item_id, body.title, body.text, attributes)
 
 
 def plain(attributes: dict[str, Any]) -> dict[str, Any]:

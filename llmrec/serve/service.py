@@ -49,11 +49,12 @@ from llmrec.serve.models import (
     TextScore,
     TextsRequest,
     check,
+    item_of,
     plain,
 )
 from llmrec.serve.relevance import by_relevance
 from llmrec.serve.summary import summarise
-from llmrec.types import Event, Item, Request
+from llmrec.types import Event, Request
 
 logger = logging.getLogger(__name__)
 
@@ -147,7 +148,7 @@ class Service:
         """
         check(body, self.config)
         request = request_of(body)
-        if not self.recommender.recipe.asks_lm(request):
+        if not self.recommender.asks_lm(request):
             return self.without_lm.submit((request, False), units_of(request))
         if body.budget_ms is not None and self._seconds_with_lm(request) > body.budget_ms / 1e3:
             return self.without_lm.submit((request, True), units_of(request))
@@ -200,13 +201,15 @@ class Service:
     def rank(self, body: RankRequest) -> ItemsResponse:
         """Order given items, best first; all of them come back."""
         check(body, self.config)
-        found = self.recommender.rank(body.items, body.user, body.history, body.query)
+        items = [one if isinstance(one, str) else one.given() for one in body.items]
+        found = self.recommender.rank(items, body.user, body.history, body.query, body.adapter)
         return ItemsResponse(items=[Recommended.of(r) for r in found])
 
     def predict(self, body: PredictRequest) -> PredictResponse:
         """Return how probable each item is to be the next."""
         check(body, self.config)
-        return PredictResponse(probabilities=self.recommender.predict(body.items, body.user, body.history))
+        found = self.recommender.predict(body.items, body.user, body.history, body.adapter)
+        return PredictResponse(probabilities=found)
 
     def rerank(self, body: RerankRequest) -> RerankResponse:
         """Order documents by relevance to the query and to who asks.
@@ -292,8 +295,7 @@ class Service:
     def put_item(self, item_id: str, body: ItemIn) -> tuple[ItemOut, bool]:
         """Add an item or replace the one with this id; return it as kept, and whether it is new."""
         new = item_id not in self.recommender.catalog
-        attributes = {n: tuple(v) if isinstance(v, list) else v for n, v in body.attributes.items()}
-        self.recommender.add_items([Item(item_id, body.title, body.text, attributes)])
+        self.recommender.add_items([item_of(item_id, body)])
         self.changed = True
         return self.item(item_id), new
 

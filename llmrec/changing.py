@@ -1,0 +1,219 @@
+"""The verbs of a recommender that change what it knows while it serves: events, items, adapters."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from llmrec.asking import Asking
+from llmrec.errors import RequestError
+from llmrec.events import live_events
+from llmrec.fetch import resolve
+from llmrec.protocols import ItemChange
+from llmrec.saved import Saved, adapter_in
+from llmrec.state import Named
+from llmrec.types import Event, Item
+
+
+class Changing(Asking):
+    """What may be done to a `Recommender` that serves.
+
+    Each change puts a new state in the place of the old one, which requests under way still have.
+    """
+
+    _saved: Saved | None
+    _applied: int
+
+    def observe(
+        self,
+        user: str,
+        item: str,
+        timestamp: int | None = None,
+        weight: float = 1.0,
+        event_id: str | None = None,
+    ) -> bool:
+        """Store a live event; it counts in the next request. `timestamp` is now unless given.
+
+        Once this has returned, the event of a saved recommender survives a kill and a power loss. With an
+        `event_id` it is safe to send it again when no answer came: returns whether it was new.
+
+        Raises
+        ------
+        RequestError
+            If the item is unknown, the user blank, the time no whole seconds, or the weight not above 0.
+        DataError
+            If the user has another event with this id.
+        """
+        return self.observe_many([Event(user, item, timestamp, weight, event_id)]) == 1
+
+    def observe_many(self, events: Iterable[Event]) -> int:
+        """Store live events in the order given, in one transaction: all of them, or none if one is refused.
+
+        Returns how many were new: an event is stored once, however often it comes with the same `event_id`.
+
+        Raises
+        ------
+        RequestError, DataError
+            As `observe` does, for the first event that cannot be stored.
+        StoreError
+            If the event store cannot be used, or the saved recommender was replaced by another.
+        """
+        checked = live_events(events, self._state.catalog, self.config.data.clock, int(time.time()))
+        with self._slot.use() as store:
+            if self._saved is not None:
+                self._saved.check_events()
+            new = store.append(checked)
+            if self._saved is not None:
+                # What was stored while the directory was replaced is read by nobody.
+                self._saved.check_events()
+            return new
+
+    def forget(self, user: str) -> int:
+        """Erase a user's events, and the states that this process keeps; return how many events there were.
+
+        Other processes that serve the same directory keep states, which hold no ids, until they are full or
+        end. Aggregates fitted earlier (item weights, the adapter) stay until `refit` and `finetune`.
+
+        Raises
+        ------
+        StoreError
+            If the event store cannot be used, or could not erase all; the message says what is left.
+        """
+        try:
+            with self._slot.use() as store:
+                if self._saved is not None:
+                    self._saved.check_events()
+                return store.forget(user)
+        finally:
+            models = [self._state.lm, *(named.model for named in self._state.adapters.values())]
+            for model in models:
+                if model is not None:
+                    model.scorer.forget()
+
+    def add_items(self, items: Sequence[Item]) -> None:
+        """Add items, or replace those with the same id; recommendable at once by their text.
+
+        Those of a saved recommender are in its event store once this has returned: a kill does not lose
+        them, and other processes that serve it take them over.
+
+        Raises
+        ------
+        DataError
+            If an item breaks the data contract.
+        StoreError
+            If the event store cannot be used.
+        """
+        self._change(items, [])
+
+    def remove_items(self, item_ids: Sequence[str]) -> None:
+        """Remove items: never returned again, unless added again. Events that name them stay.
+
+        Raises
+        ------
+        RequestError
+            If an id is unknown.
+        StoreError
+            If the event store cannot be used.
+        """
+        self._change([], item_ids)
+
+    def _change(self, items: Sequence[Item], removed: Sequence[str]) -> None:
+        with self._changing:
+            catalog = self._state.catalog
+
+            def decide(missed: list[ItemChange]) -> list[ItemChange]:
+                nonlocal catalog
+                catalog = self._state.catalog.after(missed).with_items(items)
+                if removed:
+                    catalog = catalog.without_items(removed)
+                return catalog.changes(items, removed)
+
+            with self._slot.use() as store:
+                if self._saved is not None:
+                    self._saved.check_events()
+                applied, _ = store.change_items(self._applied, decide)
+                if self._saved is not None:
+                    self._saved.check_events()
+            # An adapter that is not loaded yet is grown when it is.
+            self._state = self._state.with_catalog(catalog)
+            self._applied = applied
+
+    def add_adapter(self, name: str, folder: str | Path, weight: float | None = None) -> None:
+        """Put another tuned language model beside the own one, for requests that name it (`Request.adapter`).
+
+        All of them stand on the same weights of the base model, in memory once, so that one process serves
+        many tenants or both sides of a test. An adapter of the same name is replaced. It is not saved with
+        the recommender.
+
+        Parameters
+        ----------
+        folder
+            A recommender saved by `save`, of which the language model is taken, or the folder of an adapter.
+        weight
+            Of the language model in the blend; None for that of the recipe, which is 0 where the own model
+            is left out.
+
+        Raises
+        ------
+        ModelError
+            If there is no adapter, or it was trained with another base, prompt, renderer or encoder.
+        FetchError, ImportError
+            If the base model or its packages cannot be had.
+        RequestError
+            If the name is blank, or the weight below 0.
+        """
+        if not isinstance(name, str) or not name.strip():
+            raise RequestError(f"an adapter needs a name, got {name!r:.100}")
+        if weight is not None and not 0 <= weight < float("inf"):
+            raise RequestError(
+                f"the weight of an adapter must be a number of at least 0, got {weight!r:.100}"
+            )
+        try:
+            from llmrec.language_model import load_language_model
+        except ImportError as missing:
+            raise ImportError('the language model needs: pip install "llmrec[lm]"') from missing
+        base = resolve(self.config.lm.base, allow_hub=self.config.allow_hub)
+        model = load_language_model(adapter_in(Path(folder)), base, self._state.texts, None)
+        with self._changing:
+            # Items may have been added meanwhile.
+            named = Named(model.grown(self._state.texts), weight)
+            self._state = replace(self._state, adapters={**self._state.adapters, name: named})
+
+    def remove_adapter(self, name: str) -> None:
+        """Take away what `add_adapter` put there; requests that are under way still have it.
+
+        Raises
+        ------
+        RequestError
+            If there is none of this name.
+        """
+        with self._changing:
+            self._state.for_adapter(name)
+            kept = {other: named for other, named in self._state.adapters.items() if other != name}
+            self._state = replace(self._state, adapters=kept)
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names that a request can give as its `adapter`."""
+        return tuple(self._state.adapters)
+
+    def follow(self) -> int:
+        """Take over items that other processes have put or removed since; return how many.
+
+        Loading, saving and changing items do it by themselves, and a server does it every second. Events
+        need no such call: every request reads them from the store.
+
+        Raises
+        ------
+        StoreError
+            If the event store cannot be used.
+        """
+        with self._changing:
+            with self._slot.use() as store:
+                applied, changes = store.item_changes(self._applied)
+            if changes:
+                self._state = self._state.with_catalog(self._state.catalog.after(changes))
+                self._applied = applied
+            return len(changes)
