@@ -1,10 +1,11 @@
 # make demo   fetch a model and data, fit, fine-tune, show recommendations   (MINUTES=5)
+# make docs   the guide, into site/
 # make test   everything that needs no network once installed
 PY ?= python3.11
 MINUTES ?= 5
 BIN := .venv/bin
 
-.PHONY: demo test test-full lint wheel clean
+.PHONY: demo test test-full lint docs wheel clean
 .DEFAULT_GOAL := test
 
 .venv: .venv/.installed
@@ -28,8 +29,11 @@ lint: .venv/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: .venv/.installed
+	$(BIN)/python -m mkdocs build --strict --quiet
+
 wheel: .venv/.installed
 	$(BIN)/python -m build --wheel --outdir dist --no-isolation
 
 clean:
-	rm -rf .venv dist build
+	rm -rf .venv dist build site

@@ -227,6 +227,34 @@ def load() -> str:
     return "\n".join(lines).strip()
 
 
+def reasons() -> str:
+    """How far items fall in the served list when what their reason names is deleted, from reasons.json."""
+    path = ROOT / "eval" / "results" / "reasons.json"
+    if not path.is_file():
+        return ""
+    found = json.loads(path.read_text(encoding="utf-8"))
+    lines = [
+        "### reasons (movielens, the model of `make demo`)",
+        "",
+        f"`{found['command']}`: {found['items']:,} shown items of {found['users']:,} users; "
+        f"{100 * found['with_history_in_evidence']:.0f} % have a history item in evidence. A list takes "
+        f"{found['median_ms']['without_reasons']:.1f} ms without reasons, "
+        f"{found['median_ms']['with_reasons']:.1f} ms with them.",
+        "",
+        "| deleted from the history | pairs | doublings of the item's rank | the item that its reason names "
+        "| difference, 95 % interval |",
+        "|---|---|---|---|---|",
+    ]
+    for name, row in found["doublings_of_the_rank"].items():
+        other = name.removeprefix("evidence against ")
+        low, high = row["ci95"]
+        lines.append(
+            f"| {other} item | {row['pairs']:,} | {row[other]:.2f} | {row['evidence']:.2f} "
+            f"| {row['difference']:+.2f} [{low:+.2f}, {high:+.2f}] |"
+        )
+    return "\n".join(lines)
+
+
 def pages() -> dict[Path, str]:
     """What has to stand between the marks of each page."""
     paths = sorted((ROOT / "eval" / "results").glob("*-test-*.json"))
@@ -236,7 +264,7 @@ def pages() -> dict[Path, str]:
     return {
         ROOT / "README.md": f"{short(results)}\n\n{retrieval(results)}",
         ROOT / "eval" / "README.md": "\n\n".join(
-            [*(table(path, found) for path, found in results.items()), load()]
+            [*(table(path, found) for path, found in results.items()), load(), reasons()]
         ),
     }
 

@@ -1,10 +1,19 @@
-"""The blocks of docs/frameworks.md run as they stand, after the quickstart."""
+"""The blocks of the guide run as they stand, and it builds."""
 
 import os
 import re
+import subprocess
+import sys
+import threading
+import time
+import tomllib
 from pathlib import Path
 
 import pytest
+
+from llmrec import Recommender
+from llmrec.serve import ServeConfig, create_app
+from llmrec.testing import tiny_lm
 
 ROOT = Path(__file__).parent.parent
 SECTIONS = re.findall(r"## (.+?)\n\n```python\n(.*?)```", (ROOT / "docs" / "frameworks.md").read_text(), re.S)
@@ -47,3 +56,104 @@ def test_the_block_runs(name, code, folder, monkeypatch, capsys):
             _, good, bad = lines
             assert '"title": "Alien"' in good
             assert bad == '{"error": "the request is invalid: k: Input should be less than or equal to 100"}'
+
+
+def blocks(page, language="python"):
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "docs" / page).read_text(encoding="utf-8"), re.S)
+
+
+@pytest.fixture(scope="module")
+def guide(tmp_path_factory):
+    """Where the first page was followed, and what it printed."""
+    folder, before = tmp_path_factory.mktemp("guide"), Path.cwd()
+    os.chdir(folder)
+    try:
+        names = {}
+        for code in blocks("index.md"):
+            exec(compile(code, "index.md", "exec"), names)
+    finally:
+        os.chdir(before)
+    names["rec"].close()
+    return folder
+
+
+def run(page, names, **replaced):
+    code = "\n".join(blocks(page))
+    for old, new in replaced.items():
+        assert old in code
+        code = code.replace(old, new)
+    exec(compile(code, page, "exec"), names)
+
+
+def test_the_first_page_runs(guide):
+    assert (guide / "model" / "manifest.json").is_file()
+
+
+def test_the_page_about_data_runs_and_shows_what_is_wrong(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run("data.md", {})
+    found, *problems = capsys.readouterr().out.splitlines()
+    assert eval(found) and "Red lipstick" not in found
+    assert "nowhere" in "".join(problems) or "unknown item" in "".join(problems)
+
+
+def test_the_page_about_evaluation_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run("evaluation.md", {})
+    printed = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert {"popularity", "merge", "default"} <= {name for name, *_ in printed}
+    assert all(0 <= float(value) <= 1 for _, *values in printed for value in values)
+
+
+def test_the_page_about_fine_tuning_runs(guide, monkeypatch, capsys):
+    monkeypatch.chdir(guide)
+    base = tiny_lm(guide / "lm")
+    settings = f'[lm]\nbase = "{base}"\nlayers = 2\nrank = 4\nhead_dim = 16\nprecision = "float32"\n'
+    Path("finetune.toml").write_text(settings, encoding="utf-8")
+    names = {}
+    run("finetuning.md", names, **{"minutes=20": "minutes=0.02"})
+    assert names["rec"].adapters == ("shop-b",)
+    names["rec"].close()
+    assert capsys.readouterr().out.splitlines()[-1] == "('shop-b',)"
+    (adapters,) = blocks("finetuning.md", "toml")
+    assert ServeConfig.of(tomllib.loads(adapters)).adapters["shop-b"].weight == 0.5
+
+
+def test_the_page_about_serving_runs(guide, monkeypatch, capsys):
+    import uvicorn
+
+    monkeypatch.chdir(guide)
+    rec = Recommender.load("model")
+    server = uvicorn.Server(uvicorn.Config(create_app(rec), port=0, log_level="error"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        until = time.monotonic() + 60
+        while not server.started and time.monotonic() < until:
+            time.sleep(0.02)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        run("serving.md", {}, **{"http://127.0.0.1:8000": f"http://127.0.0.1:{port}"})
+    finally:
+        server.should_exit = True
+        thread.join()
+        rec.close()
+    shown, probable, ranked = map(eval, capsys.readouterr().out.splitlines())
+    assert shown[0][0] == 1 and 0 < sum(probable.values()) < 1 and ranked[0] == "partner-7"
+    (limits,) = blocks("serving.md", "toml")
+    assert ServeConfig.of(tomllib.loads(limits.replace('"..."', f'"{"0" * 64}"'))).max_k == 50
+
+
+def test_the_guide_builds_without_a_warning_and_needs_no_network(tmp_path):
+    pytest.importorskip("mkdocs")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    pages = {path.parent.name: path.read_text(encoding="utf-8") for path in tmp_path.glob("**/index.html")}
+    assert {"data", "finetuning", "evaluation", "serving", "frameworks", "scaling", "design"} <= set(pages)
+    reference = pages["reference"]
+    for name in ("recommend_many", "add_adapter", "budget_ms", "tokens_per_step", "max_candidates"):
+        assert name in reference
+    loaded = re.findall(
+        r"<(?:script|link|img)[^>]*(?:src|href)=\"?(https?://[^\" >]+)", "".join(pages.values())
+    )
+    assert not loaded

@@ -1,5 +1,7 @@
 """Reasons in a model's own words: kept where they name nothing but the evidence, else the template's."""
 
+import itertools
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -7,7 +9,7 @@ from hypothesis import strategies as st
 from llmrec import Recommender
 from llmrec.errors import RequestError
 from llmrec.explain.grammar import Grammar
-from llmrec.explain.wording import Writer, facts, grounded, prompt_of, worded
+from llmrec.explain.wording import Writer, facts, grounded, patterns, prompt_of, worded
 from llmrec.testing import tiny_lm, toy_data
 from llmrec.types import Influence, Item, Reason, Recommendation, Shared
 
@@ -97,7 +99,7 @@ def test_a_recommender_phrases_with_a_real_model_and_keeps_what_is_true(tmp_path
     with pytest.raises(RequestError, match="explain=True"):
         rec.phrase(plain)
     found = rec.recommend(user=events[0].user_id, k=4, explain=True)
-    # A random model writes nonsense, but nothing that it was not told.
+    # A random model writes nothing that it was not told.
     phrased, told = rec.phrase(found), [facts(one, one.reason) for one in found]
     for before, after, known in zip(found, phrased, told, strict=True):
         assert after == before or (after.reason.worded and grounded(after.reason.sentence, known))
@@ -107,27 +109,33 @@ def test_a_recommender_phrases_with_a_real_model_and_keeps_what_is_true(tmp_path
 
 @settings(max_examples=60, deadline=None)
 @given(st.data())
-def test_whatever_is_drawn_from_the_grammar_is_grounded_and_a_fact_comes_once(data):
-    plain, told = [[1], [2, 3], [2]], {0: [[4, 5], [6]], 1: [[4]], 2: [[5, 1]]}
-    grammar = Grammar(plain, [(n, t) for n, spelled in told.items() for t in spelled], [0, 1], [9])
-    written = []
-    while len(written) < 25 and (allowed := grammar.next(written)):
-        written.append(data.draw(st.sampled_from(allowed)))
-    if written and written[-1] == 9:
-        assert grammar.next(written) == []
-        assert any(_readings(written[:-1], plain, told, frozenset()))
-    else:
-        assert 9 not in written
+def test_whatever_is_drawn_from_the_grammar_is_a_sentence_of_it_and_all_can_be_drawn(data):
+    token = st.integers(0, 2)
+    option = st.lists(token, max_size=3).map(tuple)
+    slot = st.lists(option, min_size=1, max_size=3)
+    patterns = data.draw(st.lists(st.lists(slot, min_size=1, max_size=3), min_size=1, max_size=2))
+    grammar = Grammar(patterns)
+    # Naively: all sentences, written out.
+    sentences = {
+        tuple(itertools.chain(*chosen))
+        for pattern in patterns
+        for chosen in itertools.product(*pattern)
+        if len({c for c in chosen if c}) == sum(bool(c) for c in chosen)
+    }
+    reached, begun = set(), [()]
+    while begun:
+        written = begun.pop()
+        if grammar.ended(written):
+            reached.add(written)
+        begun += [(*written, following) for following in grammar.next(written)]
+    assert reached == sentences
 
 
-def _readings(tokens, plain, told, named):
-    """Naively: each way to split tokens into words and facts that come once, and whether it has evidence."""
-    if not tokens:
-        yield bool(named & {0, 1})
-    for word in plain:
-        if word == tokens[: len(word)] and tokens:
-            yield from _readings(tokens[len(word) :], plain, told, named)
-    for number, spelled in told.items():
-        for fact in spelled:
-            if tokens and fact == tokens[: len(fact)] and number not in named:
-                yield from _readings(tokens[len(fact) :], plain, told, named | {number})
+def test_every_way_to_say_it_is_grounded_and_reads_as_a_sentence():
+    told = facts(FOUND, REASON)
+    for pattern in patterns(told):
+        for chosen in itertools.product(*pattern):
+            sentence = "".join(chosen)
+            assert grounded(sentence, told), sentence
+            assert sentence[0].isupper() and sentence.endswith(".") and "  " not in sentence
+    assert patterns({"title": "A", "history": "", "shared": "", "words": ""}) == []

@@ -1,8 +1,8 @@
 """Reasons in a language model's own words, kept only where they name nothing but the evidence.
 
-While it writes, the model is held to plain words and the facts that it was told (`grammar.py`); a small model
-left free names something else nearly always. The finished sentence is untrusted all the same: `grounded` is a
-pure check, and what fails it leaves the template's sentence in place.
+While it writes, the model is held to ways of saying it (`patterns`): it chooses words, and which of the facts
+are named. Small models that are left free name something else, or nothing, nearly always. The sentence is
+untrusted all the same: `grounded` is a pure check, and what fails it leaves the template's sentence in place.
 """
 
 from __future__ import annotations
@@ -32,8 +32,6 @@ Facts = dict[str, str]
 
 Write = Callable[[Sequence[Facts]], Sequence[str]]
 """Writes a sentence for each set of facts."""
-
-STOPS = (".", "!")
 
 _WORD = re.compile(r"[^\W_]+")
 # Words that name nothing. A sentence made of these and of words of the evidence can claim no other thing.
@@ -65,6 +63,31 @@ def evidence_of(told: Facts) -> list[str]:
     """The facts of which a sentence has to name one: titles of the history, shared values, typed words."""
     values = [fact.split(" ", 1)[-1] for fact in told["shared"].split("; ")]
     return [fact for fact in (*told["history"].split("; "), *values, *told["words"].split()) if fact]
+
+
+def patterns(told: Facts) -> list[list[list[str]]]:
+    """Ways to say why: for each its slots, for each slot what may stand there."""
+    past = [fact for fact in told["history"].split("; ") if fact]
+    values = [fact.split(" ", 1)[-1] for fact in told["shared"].split("; ") if fact]
+    title = [" this", f" {told['title']}"]
+    found = []
+    if past:
+        chosen = [f" {fact}" for fact in past]
+        begin = [["Because", "Since", "As"], [" you chose", " you picked"], chosen]
+        end = [
+            [", you may", ", you might"],
+            [" like", " enjoy", " be interested in"],
+            title,
+            ["", *(f", with {value} in common" for value in values)],
+            ["."],
+        ]
+        found += [[*begin, *end]]
+        if len(past) > 1:
+            found += [[*begin, [" and"], chosen, *end]]
+    if told["words"]:
+        asked = [["You asked for", "You searched for"], [f" {told['words']}"], [", and"]]
+        found += [[*asked, title, [" fits", " matches", " goes with it"], ["."]]]
+    return found
 
 
 def grounded(sentence: str, told: Facts) -> bool:
@@ -134,24 +157,16 @@ class Writer:
             ).eval()
         if self._tokenizer.pad_token_id is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token
-        both = [word for plain in sorted(_PLAIN) for word in (plain, plain.capitalize())]
-        self._plain = [*self._spellings(both), *self._spellings([","], spaces=("",))]
-        self._stops = [tokens[0] for tokens in self._spellings(STOPS, spaces=("",)) if len(tokens) == 1]
-
-    def _spellings(self, words: Sequence[str], spaces: Sequence[str] = ("", " ")) -> list[list[int]]:
-        """Tokens of words, at the beginning of a sentence and within it."""
-        written = [space + word for space in spaces for word in words]
-        found: list[list[int]] = self._tokenizer(written, add_special_tokens=False)["input_ids"]
-        return found
 
     def grammar(self, told: Facts) -> Grammar:
         """What may be written about some facts."""
-        evidence = [*dict.fromkeys(evidence_of(told))]
-        facts = [*dict.fromkeys([*evidence, told["title"]])]
-        spelled = [
-            (number, tokens) for number, fact in enumerate(facts) for tokens in self._spellings([fact])
-        ]
-        return Grammar(self._plain, spelled, range(len(evidence)), self._stops)
+        read: Any = self._tokenizer
+        return Grammar(
+            [
+                [[read(option, add_special_tokens=False)["input_ids"] for option in slot] for slot in pattern]
+                for pattern in patterns(told)
+            ]
+        )
 
     def __call__(self, told: Sequence[Facts]) -> list[str]:
         """A sentence for each set of facts, of plain words and these facts."""
