@@ -239,7 +239,8 @@ def reasons() -> str:
         f"`{found['command']}`: {found['items']:,} shown items of {found['users']:,} users; "
         f"{100 * found['with_history_in_evidence']:.0f} % have a history item in evidence. A list takes "
         f"{found['median_ms']['without_reasons']:.1f} ms without reasons, "
-        f"{found['median_ms']['with_reasons']:.1f} ms with them.",
+        f"{found['median_ms']['with_reasons']:.1f} ms with them. Of {found['phrased']['asked']} sentences of "
+        f"the language model {found['phrased']['kept']} are kept.",
         "",
         "| deleted from the history | pairs | doublings of the item's rank | the item that its reason names "
         "| difference, 95 % interval |",
