@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import shutil
 import socket
 import threading
 from contextlib import contextmanager
@@ -15,33 +14,16 @@ from llmrec.serve import ServeConfig, create_app
 from llmrec.testing import tiny_lm, toy_data
 
 pytest.importorskip("fastapi")
-pytest.importorskip("selenium", reason="the page is not tested: pip install selenium")
 import httpx2
 import uvicorn
-from selenium import webdriver
+from browser import chromium, needs_chromium
 from selenium.common.exceptions import StaleElementReferenceException
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-DRIVER = shutil.which("chromedriver")
-pytestmark = pytest.mark.skipif(
-    not (CHROMIUM and DRIVER),
-    reason="no Chromium here: the page is not tested (Debian: apt-get install chromium chromium-driver)",
-)
-FLAGS = (
-    "--headless=new",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--disable-dev-shm-usage",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-)
+pytestmark = needs_chromium
 SECONDS = 30
 HOSTILE = [
     Item("x/1", "<img src=x onerror=alert(1)> Zebra", "<script>alert(2)</script>", {"brand": "<b>Acme</b>"}),
@@ -95,20 +77,6 @@ def serving(rec, **settings):
 def url(rec):
     with serving(rec) as url:
         yield url
-
-
-@contextmanager
-def chromium(folder):
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for flag in (*FLAGS, f"--user-data-dir={folder}"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
-    try:
-        yield driver
-    finally:
-        driver.quit()
 
 
 @pytest.fixture(scope="module")
