@@ -1,5 +1,6 @@
 """The blocks of the guide run as they stand, and it builds."""
 
+import json
 import os
 import re
 import subprocess
@@ -141,6 +142,22 @@ def test_the_page_about_serving_runs(guide, monkeypatch, capsys):
     assert shown[0][0] == 1 and 0 < sum(probable.values()) < 1 and ranked[0] == "partner-7"
     (limits,) = blocks("serving.md", "toml")
     assert ServeConfig.of(tomllib.loads(limits.replace('"..."', f'"{"0" * 64}"'))).max_k == 50
+
+
+def test_the_notebook_runs_from_log_to_report(tmp_path, monkeypatch, capsys):
+    notebook = json.loads((ROOT / "docs" / "from-log-to-report.ipynb").read_text(encoding="utf-8"))
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    for cell in notebook["cells"]:
+        assert not cell.get("outputs"), "kept without outputs"
+        if cell["cell_type"] == "code":
+            exec(compile("".join(cell["source"]), cell["id"], "exec"), names)
+    names["rec"].close()
+    assert (tmp_path / "report" / "index.html").is_file()
+    assert "Because you chose" in capsys.readouterr().out
+    # Everyone likes one kind: what was learned beats what is popular.
+    systems = names["evaluation"].result["systems"]
+    assert systems["default"]["ndcg@10"] > systems["popularity"]["ndcg@10"]
 
 
 def test_the_guide_builds_without_a_warning_and_needs_no_network(tmp_path):
