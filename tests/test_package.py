@@ -49,6 +49,7 @@ LAYERS = [
     {"tuning", "stages", "answering", "seeds"},
     {"continuing"},
     {"offline", "asking"},
+    {"changing"},
     {"recommender"},
     {"testing", "cli_show", "serve"},
     {"cli_evaluate", "cli_serve", "client", "adapters"},

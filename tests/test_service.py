@@ -2,7 +2,6 @@
 
 import base64
 import hashlib
-import re
 import threading
 import time
 
@@ -469,8 +468,8 @@ def test_a_service_takes_over_what_others_change_and_goes_on_when_it_cannot(tmp_
 def test_reasons_are_phrased_on_request_where_they_stay_true(fitted, serve):
     service = serve(fitted)
 
-    def write(prompts):
-        chosen = [re.search(r"person chose: ([^;\n]+)", prompt).group(1) for prompt in prompts]
+    def write(told):
+        chosen = [facts["history"].split("; ")[0] for facts in told]
         return [f"Since you liked {title}, you may like this." for title in chosen[:1]] + [
             "Everybody in Paris has it." for _ in chosen[1:]
         ]
