@@ -15,7 +15,9 @@ from llmrec.errors import ConfigError
 from llmrec.events import EventLog
 from llmrec.families import Texts, changed_lines
 from llmrec.fetch import resolve
-from llmrec.index.faiss_index import FaissIndex
+from llmrec.index.aside import beside
+from llmrec.index.config import IndexConfig
+from llmrec.index.making import make_index
 from llmrec.protocols import Encoder, Floats
 
 LIGHT = "light"
@@ -75,8 +77,13 @@ def make_encoder(
     return SentenceEncoder(folder, on_progress=on_progress)
 
 
-def encode(lines: Sequence[str], config: Config, on_stage: Callable[[str], None]) -> Texts:
-    """Encode and index the catalogue's lines; `on_stage` is told of each tenth that is done."""
+def encode(
+    lines: Sequence[str], config: Config, on_stage: Callable[[str], None], url: str | None = None
+) -> Texts:
+    """Encode and index the catalogue's lines; `on_stage` is told of each tenth that is done.
+
+    `url` is that of a server for the vectors.
+    """
     on_stage("encoding item texts")
     told = 0
 
@@ -86,30 +93,37 @@ def encode(lines: Sequence[str], config: Config, on_stage: Callable[[str], None]
             told = 10 * done // total
             on_stage(f"encoding item texts, {done:,} of {total:,}")
 
-    return make_texts(lines, make_encoder(config, lines, on_progress=show))
+    encoder = make_encoder(config, lines, on_progress=show)
+    vectors = encoder.encode(lines)
+    return Texts(lines, vectors, encoder, make_index(vectors, config.index, on_stage, url=url))
 
 
-def make_texts(lines: Sequence[str], encoder: Encoder, vectors: Floats | None = None) -> Texts:
-    """Encode the catalogue's lines, unless their vectors are given, and index them."""
+def make_texts(
+    lines: Sequence[str],
+    encoder: Encoder,
+    vectors: Floats | None = None,
+    config: IndexConfig | None = None,
+    *,
+    url: str | None = None,
+    name: str | None = None,
+) -> Texts:
+    """Encode the catalogue's lines, unless their vectors are given, and index them (see `make_index`)."""
     if vectors is None:
         vectors = encoder.encode(lines)
     if vectors.shape != (len(lines), encoder.dim):
         raise ConfigError(
             f"{len(lines)} items of {encoder.dim} dimensions need as many vectors, got {vectors.shape}"
         )
-    index = FaissIndex(encoder.dim)
-    index.add(vectors)
-    return Texts(lines, vectors, encoder, index)
+    return Texts(lines, vectors, encoder, make_index(vectors, config or IndexConfig(), url=url, name=name))
 
 
-def grown_texts(texts: Texts, lines: Sequence[str]) -> Texts:
-    """Encode only the lines that are new or changed, by code."""
+def grown_texts(texts: Texts, lines: Sequence[str], *, listed: bool = True) -> Texts:
+    """Encode only the lines that are new or changed, by code; those not `listed` are put on no server."""
     changed = changed_lines(texts.lines, lines)
     vectors = np.empty((len(lines), texts.encoder.dim), dtype=np.float32)
     vectors[: len(texts.vectors)] = texts.vectors
     if changed:
         vectors[changed] = texts.encoder.encode([lines[code] for code in changed])
-    if not isinstance(texts.index, FaissIndex):
-        return make_texts(lines, texts.encoder, vectors)
-    replaced = np.array([code for code in changed if code < len(texts.lines)], dtype=np.int32)
-    return Texts(lines, vectors, texts.encoder, texts.index.grown(vectors, replaced))
+    codes = np.array(changed, dtype=np.int32)
+    index = texts.index.grown(vectors, codes) if listed else beside(texts.index, vectors, codes)
+    return Texts(lines, vectors, texts.encoder, index)

@@ -22,6 +22,14 @@ Store = Annotated[
         show_default=False,
     ),
 ]
+Index = Annotated[
+    str | None,
+    typer.Option(
+        help="postgresql+psycopg://... or http://host:19530 (Milvus): the vectors are searched there. "
+        "LLMREC_INDEX_URL is enough for a model that was saved with them there.",
+        show_default=False,
+    ),
+]
 Settings = Annotated[Path | None, typer.Option("--config", help="TOML file: keys, limits, batching.")]
 
 
@@ -42,6 +50,7 @@ def serve(
     port: Annotated[int | None, typer.Option(help="Port, 8000 if not given; 0 takes a free one.")] = None,
     config: Settings = None,
     store: Store = None,
+    index: Index = None,
 ) -> None:
     """Serve a recommender over HTTP, with MCP at /mcp, until Ctrl-C.
 
@@ -52,7 +61,7 @@ def serve(
     from llmrec.serve import ServeConfig, create_app, run_app
 
     settings = ServeConfig.of(config, host=host, port=port)
-    rec = Recommender.load(model, store=store)
+    rec = Recommender.load(model, store=store, index=index)
     app = None
     try:
         for name, adapter in settings.adapters.items():

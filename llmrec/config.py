@@ -13,6 +13,7 @@ from llmrec.encode.config import EncoderConfig
 from llmrec.errors import ConfigError
 from llmrec.evaluation.protocol import ProtocolConfig
 from llmrec.events import Clock, Ties
+from llmrec.index.config import IndexConfig
 from llmrec.recipe import RetrievalConfig
 from llmrec.rows import Policy
 from llmrec.score.config import TAG, ItemTokensConfig, LMConfig, TrainingConfig
@@ -49,6 +50,7 @@ class Config(BaseModel):
     training: TrainingConfig = TrainingConfig()
     protocol: ProtocolConfig = ProtocolConfig()
     store: StoreConfig = StoreConfig()
+    index: IndexConfig = IndexConfig()
     allow_hub: bool = Field(False, description="models may be fetched from a model hub")
 
     @model_validator(mode="after")
@@ -91,7 +93,8 @@ class Config(BaseModel):
             With every problem at once.
         """
         values = self.model_dump()
-        values["store"]["url"] = self.store.url  # which no dump holds
+        for section in ("store", "index"):
+            values[section]["url"] = getattr(self, section).url  # which no dump holds
         for section, flags in sections.items():
             values[section] |= {name: value for name, value in flags.items() if value is not None}
         return Config.of(values)

@@ -72,8 +72,25 @@ class Encoder(Protocol):
 class VectorIndex(Protocol):
     """Nearest neighbours by inner product."""
 
-    def add(self, vectors: Floats) -> None:
-        """Append vectors; their codes go on from the last one."""
+    @property
+    def name(self) -> str | None:
+        """Name of the collection on a server; None for an index in memory."""
+        ...
+
+    @property
+    def exact(self) -> bool:
+        """Whether the search is exact."""
+        ...
+
+    def __len__(self) -> int:
+        """Return the number of vectors."""
+        ...
+
+    def grown(self, vectors: Floats, changed: Codes) -> VectorIndex:
+        """Return an index over `vectors`, which this one has save those at `changed` and new rows.
+
+        This one may be searched meanwhile, and has the rows that it had.
+        """
         ...
 
     def search(self, vectors: Floats, k: int, masks: Sequence[Mask | None]) -> list[Hits]:

@@ -22,9 +22,11 @@ from llmrec.evaluation.run import Systems, run_systems
 from llmrec.evaluation.split import Part, tail
 from llmrec.events import EventLog
 from llmrec.families import Texts
+from llmrec.index.making import make_index
+from llmrec.index.server import ServerIndex
 from llmrec.protocols import Retriever
 from llmrec.recipe import Recipe
-from llmrec.saved import Saved, drop_replaced, open_events
+from llmrec.saved import Saved, drop_index, drop_replaced, index_of, open_events
 from llmrec.selection import choose_recipe
 from llmrec.state import State
 from llmrec.store.places import Slot, Store, check, copied, new_name, remove
@@ -47,13 +49,19 @@ class Recommender(Changing):
     """
 
     def __init__(
-        self, config: Config, state: State, store: Store, saved: Saved | None = None, url: str | None = None
+        self,
+        config: Config,
+        state: State,
+        store: Store,
+        saved: Saved | None = None,
+        url: str | None = None,
+        index_url: str | None = None,
     ) -> None:
         self.config = config
         self._state = state
         self._slot = Slot(store)
         self._saved = saved
-        self._url = url
+        self._url, self._index_url = url, index_url
         self._model = uuid.uuid4().hex if saved is None else saved.model
         self._applied = 0 if saved is None else saved.changes
         self._adapter: Path | None = None
@@ -123,7 +131,8 @@ class Recommender(Changing):
         on_stage("reading items and events")
         catalog = read_catalog(items, config.data)
         log = read_log(events, catalog, config.data)
-        texts = encode(catalog.lines(), config, on_stage)
+        index_url = config.index.wanted()
+        texts = encode(catalog.lines(), config, on_stage, index_url)
         train, part = tail(log)
         repeats = config.retrieval.has_repeats(log.repeat_share())
         search = config.retrieval.for_repeats(repeats)
@@ -133,7 +142,7 @@ class Recommender(Changing):
         store = SQLiteStore(":memory:")
         store.append(log.to_events(catalog))
         state = State(catalog, texts, recipe, {}, repeats, search.depth)
-        return cls(config, state.refitted(log), store, url=url)
+        return cls(config, state.refitted(log), store, url=url, index_url=index_url)
 
     def finetune(
         self,
@@ -286,6 +295,13 @@ class Recommender(Changing):
             if self._saved is not None and same:
                 self._saved.check_model()
             self.follow()
+            came_with = self._state.texts.index.name
+            if self._saved is not None and not same and came_with is not None:
+                # A copy is a model of its own: others go on with the vectors of the one that it is of.
+                vectors = self._state.texts.vectors
+                self._state = self._state.with_index(
+                    make_index(vectors, self.config.index, url=self._index_url)
+                )
 
             def write(target: Path) -> None:
                 self._state.write(target, self._adapter)
@@ -310,6 +326,9 @@ class Recommender(Changing):
             persistence.remove_stale(folder, [name, manifest["events"], *kept])
             if before.get("events") != came_from:
                 drop_replaced(before, manifest["events"], self._url)
+            if before.get("index") not in (None, came_with, manifest["index"]):
+                known = Config.of(before["config"]).index.known() or self._index_url
+                drop_index(before["index"], known, f" of what was in {folder}")
             if self._run is not None:
                 persistence.clear_run(self._run)
                 self._run = None
@@ -325,6 +344,7 @@ class Recommender(Changing):
             "encoder": self._state.texts.encoder.fingerprint,
             "catalog": self._state.catalog.fingerprint,
             "log": self._state.log,
+            "index": self._state.texts.index.name,
             "language_model": language_model,
         }
 
@@ -342,7 +362,7 @@ class Recommender(Changing):
         self._applied = 0
 
     @classmethod
-    def load(cls, folder: str | Path, *, store: str | None = None) -> Self:
+    def load(cls, folder: str | Path, *, store: str | None = None, index: str | None = None) -> Self:
         """Load a saved recommender. The language model is loaded when a request first needs it.
 
         Parameters
@@ -351,20 +371,25 @@ class Recommender(Changing):
             URL of the PostgreSQL database that keeps the events. Where they are in a file beside the model
             they are moved there first, once. If None, events in a database are looked for by the variable
             that the configuration names, or LLMREC_STORE_URL.
+        index
+            URL of the server that searches the vectors (see `IndexConfig`), written there first where they
+            are not yet. If None, one that the model was saved with is looked for by the variable that the
+            configuration names, or LLMREC_INDEX_URL.
 
         Raises
         ------
         ModelError
             If the directory is none, is damaged, of another format, or was saved with another encoder.
         StoreError
-            If the event store cannot be opened.
+            If the event store or the vector index cannot be opened.
         """
         folder = Path(folder).resolve()
         config = Config.of(persistence.read_manifest(folder)["config"])
         manifest, opened, url = open_events(folder, store)
         try:
-            state = State.read(folder / manifest["state"], config, manifest)
-            made = cls(config, state, opened, Saved(folder, manifest), url)
+            index_url, name = index_of(manifest, folder, index)
+            state = State.read(folder / manifest["state"], config, manifest, index_url, name)
+            made = cls(config, state, opened, Saved(folder, manifest), url, index_url)
             made._adapter = folder / manifest["state"] / "adapter" if manifest["language_model"] else None
             made.follow()
         except BaseException:
@@ -382,8 +407,12 @@ class Recommender(Changing):
         self.config = self.config.model_copy(update=sections)
 
     def close(self) -> None:
-        """Release the event store."""
+        """Release the event store and the vector index; vectors on a server go if nothing was saved."""
         self._slot.close()
+        if isinstance(index := self._state.texts.index, ServerIndex):
+            if self._saved is None:
+                index.drop()
+            index.close()
 
 
 def _version() -> str:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from llmrec import persistence
 from llmrec.config import Config
-from llmrec.errors import ConflictError, ModelError, StoreError
+from llmrec.errors import ConfigError, ConflictError, ModelError, StoreError
+from llmrec.index.config import IndexConfig, check_url
+from llmrec.index.making import server_index
 from llmrec.store.places import Store, copied, in_database, new_name, open_store, remove
 from llmrec.store.postgres import PostgresStore
 from llmrec.store.sqlite import SQLiteStore
@@ -141,6 +144,51 @@ def drop_replaced(before: Mapping[str, Any], events: str, url: str | None) -> No
         else:
             return
     logger.warning("the events of the recommender that was replaced are still there as %s: %s", old, said)
+
+
+def index_of(manifest: Mapping[str, Any], folder: Path, given: str | None) -> tuple[str | None, str | None]:
+    """URL of the server on which the vectors of a saved recommender are searched, and the name there.
+
+    Both are None for an index in memory. `given` is a URL to move one to.
+
+    Raises
+    ------
+    ConfigError
+        If `given` is no URL that can be used.
+    """
+    if given is not None:
+        try:
+            check_url(given)
+        except ValueError as wrong:
+            raise ConfigError(str(wrong)) from None
+    name = manifest.get("index")
+    if name is None and given is None:
+        return None, None
+    url = given or Config.of(manifest["config"]).index.known()
+    if url is None:
+        logger.warning(
+            "the vectors of %s are on a server, and nothing says which: set %s; they are searched in memory",
+            folder,
+            IndexConfig.variable,
+        )
+        return None, None
+    return url, name or f"llmrec_vectors_{re.sub('[^0-9a-z]', '', model_of(manifest))[:12]}"
+
+
+def drop_index(name: str | None, url: str | None, shown: object = "") -> None:
+    """Remove a collection of vectors that nobody will open again."""
+    if name is None:
+        return
+    said: object = "nothing says on which server"
+    if url is not None:
+        try:
+            with server_index(url, name, 1) as index:
+                index.drop()
+        except StoreError as error:
+            said = error
+        else:
+            return
+    logger.warning("the vectors %s%s are still there: %s", name, shown, said)
 
 
 def adapter_in(folder: Path) -> Path:

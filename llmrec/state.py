@@ -19,7 +19,7 @@ from llmrec.evaluation.split import training_log
 from llmrec.events import EventLog
 from llmrec.families import Texts, TrainingLog
 from llmrec.pipeline import LM, Pipeline
-from llmrec.protocols import Retriever
+from llmrec.protocols import Retriever, VectorIndex
 from llmrec.recipe import Recipe, fit_retrievers, grow_retrievers, load_retrievers, retriever_arrays
 from llmrec.retrieve.popularity import PopularityRetriever
 from llmrec.types import Item
@@ -122,11 +122,11 @@ class State:
         retrievers = fit_retrievers(training_log(log), self.texts, self.recipe)
         return replace(self, retrievers=retrievers, log=log.fingerprint)
 
-    def with_catalog(self, catalog: Catalog) -> State:
-        """The same over a catalogue in which items were added or replaced."""
+    def with_catalog(self, catalog: Catalog, *, listed: bool = True) -> State:
+        """The same over a catalogue in which items were added or replaced; for a while if not `listed`."""
         if catalog.lines() is self.texts.lines:
             return replace(self, catalog=catalog)
-        texts = grown_texts(self.texts, catalog.lines())
+        texts = grown_texts(self.texts, catalog.lines(), listed=listed)
         retrievers = grow_retrievers(self.retrievers, texts, self.recipe)
         lm = self.lm.grown(texts) if self.lm is not None else None
         adapters = {n: replace(named, model=named.model.grown(texts)) for n, named in self.adapters.items()}
@@ -138,7 +138,13 @@ class State:
             return self
         listed_only = self.lm is not None and not self.lm.reads_unlisted
         state = replace(self, lm=None if listed_only else self.lm, adapters={})
-        return state.with_catalog(self.catalog.with_items(items))
+        return state.with_catalog(self.catalog.with_items(items), listed=False)
+
+    def with_index(self, index: VectorIndex) -> State:
+        """The same with another index over the same vectors."""
+        texts = replace(self.texts, index=index)
+        retrievers = load_retrievers(retriever_arrays(self.retrievers), texts, self.recipe)
+        return replace(self, texts=texts, retrievers=retrievers)
 
     def write(self, folder: Path, adapter: Path | None) -> None:
         """Write into an empty folder; `adapter` is the folder of a language model that is not loaded."""
@@ -154,8 +160,17 @@ class State:
             shutil.copytree(adapter, folder / "adapter")
 
     @classmethod
-    def read(cls, folder: Path, config: Config, manifest: Mapping[str, Any]) -> Self:
+    def read(
+        cls,
+        folder: Path,
+        config: Config,
+        manifest: Mapping[str, Any],
+        url: str | None = None,
+        name: str | None = None,
+    ) -> Self:
         """Read what `write` wrote, without the language model.
+
+        `url` and `name` are those of a collection on a server that has the vectors, or is made if not.
 
         Raises
         ------
@@ -189,7 +204,7 @@ class State:
             vectors = np.load(folder / "vectors.npy", allow_pickle=False)
         except (OSError, ValueError) as broken:
             raise ModelError(f"{folder / 'vectors.npy'} is missing or damaged: {broken}") from broken
-        texts = make_texts(catalog.lines(), encoder, vectors)
+        texts = make_texts(catalog.lines(), encoder, vectors, config.index, url=url, name=name)
         fitted = persistence.load_arrays(folder / "retrievers.npz")
         try:
             retrievers = load_retrievers(fitted, texts, recipe)

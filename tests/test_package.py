@@ -22,7 +22,7 @@ LAYERS = [
     {"types"},
     {"protocols"},
     {"quiet", "environment", "ranking", "metrics", "prompt", "text", "rows", "tables"},
-    {"attributes", "clock", "weights"},
+    {"attributes", "clock", "database", "weights"},
     {"catalog"},
     {"rules", "events", "sequences", "titles"},
     {"encode", "explain", "index", "retrieve", "score", "store"},

@@ -1,4 +1,4 @@
-"""FAISS index: exact up to a size, HNSW above."""
+"""FAISS index: exact up to a size, HNSW above, and IVF-PQ where memory is short."""
 
 from __future__ import annotations
 
@@ -7,21 +7,30 @@ from typing import Any
 
 import numpy as np
 
-from llmrec.protocols import Codes, Floats, Hits, Mask
+from llmrec.index.aside import altered, beside
+from llmrec.protocols import Codes, Floats, Hits, Mask, VectorIndex
 
 EXACT_UP_TO = 200_000
 """Vectors up to which exact search is used. Measured by `eval/index_size.py`, see eval/README.md."""
 
 FEW_ALLOWED = 0.1
-"""Share of allowed items below which the graph is not walked: most of its edges lead to forbidden ones."""
-
+"""Share of items below which the graph is not walked if so few are allowed, and above which if so many are
+asked for: all are compared instead, since most edges lead to forbidden ones, or most items are met anyway."""
 
 FEW_RULED_OUT = 1000
 """Forbidden items up to which exact search takes so many more instead of filtering each query by itself."""
 
-
 ASIDE, ASIDE_SHARE = 1024, 0.05
 """Vectors, and share of all, that may be new or changed before the index is built again."""
+
+CHUNK = 65_536
+"""Vectors that are read and added at once: those of a large catalogue are mapped from a file."""
+
+CELLS, TRAINED_ON, PROBED = 4, 64, 32
+"""IVF-PQ (Jegou et al. 2011): cells for each root of n, training vectors a cell, cells a search reads."""
+
+FLOATS_A_BYTE = 4
+"""Numbers of a vector that IVF-PQ keeps as one byte: 16 times smaller than float32."""
 
 
 class FaissIndex:
@@ -33,75 +42,76 @@ class FaissIndex:
         Length of the vectors.
     exact_up_to
         Number of vectors above which a graph (HNSW, Malkov and Yashunin 2016) replaces exact search.
+    compressed_above
+        Number of vectors above which they are kept as short codes in cells (IVF-PQ); None for never.
     """
 
-    def __init__(self, dim: int, exact_up_to: int = EXACT_UP_TO) -> None:
+    name = None
+
+    def __init__(self, dim: int, exact_up_to: int = EXACT_UP_TO, compressed_above: int | None = None) -> None:
         import faiss
 
         self._faiss: Any = faiss
-        self.dim, self.exact_up_to = dim, exact_up_to
+        self.dim, self.exact_up_to, self.compressed_above = dim, exact_up_to, compressed_above
         self._index: Any = faiss.IndexFlatIP(dim)
-        # Vectors that the index does not have, or has no longer as they are, and their codes, ascending.
-        self._aside: Codes = np.empty(0, np.int32)
-        self._own: Floats = np.empty((0, dim), np.float32)
 
     def __len__(self) -> int:
-        return max(int(self._index.ntotal), int(self._aside[-1]) + 1 if len(self._aside) else 0)
+        return int(self._index.ntotal)
 
     @property
     def exact(self) -> bool:
         """Whether the search is exact."""
         return isinstance(self._index, self._faiss.IndexFlatIP)
 
+    @property
+    def compressed(self) -> bool:
+        """Whether the vectors are kept as short codes."""
+        return isinstance(self._index, self._faiss.IndexIVFPQ)
+
     def add(self, vectors: Floats) -> None:
         """Append vectors, shape (n, dim); their codes go on from the last one."""
-        if len(self._aside):
-            new = np.arange(len(self), len(self) + len(vectors), dtype=np.int32)
-            self._aside, self._own = np.append(self._aside, new), np.concatenate([self._own, vectors])
-            return
-        if self.exact and len(self) + len(vectors) > self.exact_up_to:
-            graph = self._faiss.IndexHNSWFlat(self.dim, 32, self._faiss.METRIC_INNER_PRODUCT)
-            graph.hnsw.efConstruction = 80
-            graph.hnsw.efSearch = 128
-            if len(self):
-                graph.add(self._index.reconstruct_n(0, len(self)))
-            self._index = graph
-        self._index.add(np.ascontiguousarray(vectors, dtype=np.float32))
+        n = len(self) + len(vectors)
+        old = self._index
+        if self.compressed_above is not None and n > self.compressed_above and not self.compressed:
+            self._index = self._cells(n, _sample(_stored(old), vectors, n))
+        elif self.exact and n > self.exact_up_to:
+            self._index = self._faiss.IndexHNSWFlat(self.dim, 32, self._faiss.METRIC_INNER_PRODUCT)
+            self._index.hnsw.efConstruction = 80
+            self._index.hnsw.efSearch = 128
+        if self._index is not old:
+            self._append(_stored(old))
+        self._append(vectors)
 
-    def grown(self, vectors: Floats, changed: Codes) -> FaissIndex:
+    def _append(self, vectors: Floats) -> None:
+        for start in range(0, len(vectors), CHUNK):
+            self._index.add(np.ascontiguousarray(vectors[start : start + CHUNK], dtype=np.float32))
+
+    def _cells(self, n: int, sample: Floats) -> Any:
+        """An empty IVF-PQ index, trained on a sample."""
+        cells = max(1, min(round(CELLS * n**0.5), len(sample) // 39))
+        parts = next(m for m in range(max(1, self.dim // FLOATS_A_BYTE), 0, -1) if self.dim % m == 0)
+        metric = self._faiss.METRIC_INNER_PRODUCT
+        made = self._faiss.IndexIVFPQ(self._faiss.IndexFlatIP(self.dim), self.dim, cells, parts, 8, metric)
+        made.cp.max_points_per_centroid = TRAINED_ON
+        made.train(sample)
+        made.nprobe = PROBED
+        return made
+
+    def grown(self, vectors: Floats, changed: Codes) -> VectorIndex:
         """An index over `vectors`, shape (n, dim), which this one has save those at `changed` and new rows.
 
         It shares what this one has, which may be searched meanwhile and stays as it is: new and changed
         vectors stand aside and are compared one by one, until they are so many that all are indexed anew.
         """
-        new = np.arange(len(self), len(vectors), dtype=np.int32)
-        aside = np.union1d(self._aside, np.concatenate([changed.astype(np.int32), new])).astype(np.int32)
-        made = FaissIndex(self.dim, self.exact_up_to)
-        if len(aside) > max(ASIDE, ASIDE_SHARE * len(vectors)):
-            made.add(vectors)
-        else:
-            made._index, made._aside, made._own = self._index, aside, vectors[aside]
+        if len(altered(len(self), vectors, changed)) <= max(ASIDE, ASIDE_SHARE * len(vectors)):
+            return beside(self, vectors, changed)
+        made = FaissIndex(self.dim, self.exact_up_to, self.compressed_above)
+        made.add(vectors)
         return made
 
     def search(self, vectors: Floats, k: int, masks: Sequence[Mask | None]) -> list[Hits]:
         """Return up to k allowed items for each row of `vectors`, best first."""
-        if not len(self._aside) or not len(vectors):
-            return self._search_indexed(vectors, k, masks)
-        indexed = int(self._index.ntotal)
-        replaced = self._aside[self._aside < indexed]
-        found = self._search_indexed(vectors, k, [_without(mask, replaced, indexed) for mask in masks])
-        scores: Floats = np.asarray(vectors, np.float32) @ self._own.T
-        merged = []
-        for hits, mask, row in zip(found, masks, scores, strict=True):
-            allowed = np.ones(len(row), np.bool_) if mask is None else mask[self._aside]
-            items = np.concatenate([hits.items, self._aside[allowed]])
-            values = np.concatenate([hits.scores, row[allowed]])
-            order = np.argsort(-values, kind="stable")[:k]
-            merged.append(Hits(items[order], values[order]))
-        return merged
-
-    def _search_indexed(self, vectors: Floats, k: int, masks: Sequence[Mask | None]) -> list[Hits]:
-        n = int(self._index.ntotal)
+        n = len(self)
         k = min(k, n)
         if k == 0 or len(vectors) == 0:
             return [Hits(np.empty(0, np.int32), np.empty(0, np.float32)) for _ in range(len(vectors))]
@@ -109,7 +119,9 @@ class FaissIndex:
         if all(mask is None for mask in masks) or (self.exact and max(ruled_out) <= FEW_RULED_OUT):
             # All at once, with so many more that enough are left.
             wide = min(k + max(ruled_out), n)
-            scores, codes = self._index.search(np.ascontiguousarray(vectors), wide)
+            graph = not self.exact and not self.compressed
+            index = self._index.storage if graph and k > FEW_ALLOWED * n else self._index
+            scores, codes = index.search(np.ascontiguousarray(vectors), wide)
             return [
                 self._hits(c if mask is None else np.where(mask[c], c, -1), s, k)
                 for c, s, mask in zip(codes, scores, masks, strict=True)
@@ -122,12 +134,15 @@ class FaissIndex:
             # A bitmap of the allowed codes; it must stay alive during the search.
             bits = np.packbits(mask, bitorder="little")
             chosen = self._faiss.IDSelectorBitmap(bits)
-            if not self.exact and np.count_nonzero(mask) < FEW_ALLOWED * index.ntotal:
-                index = self._index.storage
-            exact = self.exact or index is not self._index
-            make = self._faiss.SearchParameters if exact else self._faiss.SearchParametersHNSW
-            parameters = make(sel=chosen)
-            if not exact:
+            few = np.count_nonzero(mask) < max(FEW_ALLOWED * len(self), k)
+            if self.compressed:
+                parameters = self._faiss.SearchParametersIVF(sel=chosen)
+                parameters.nprobe = index.nlist if few else PROBED
+            elif self.exact or few:
+                index = index if self.exact else index.storage
+                parameters = self._faiss.SearchParameters(sel=chosen)
+            else:
+                parameters = self._faiss.SearchParametersHNSW(sel=chosen)
                 parameters.efSearch = max(128, 2 * k)
         scores, codes = index.search(np.ascontiguousarray(vector[None]), k, params=parameters)
         return self._hits(codes[0], scores[0], k)
@@ -138,10 +153,19 @@ class FaissIndex:
         return Hits(codes[found].astype(np.int32), scores[found].astype(np.float32))
 
 
-def _without(mask: Mask | None, codes: Codes, n: int) -> Mask | None:
-    """A mask over the first n items that forbids some more; None if it forbids none."""
-    if mask is None and not len(codes):
-        return None
-    made: Mask = np.ones(n, np.bool_) if mask is None else mask[:n].copy()
-    made[codes] = False
+def _stored(index: Any) -> Floats:
+    """The vectors of an index that keeps them as they are."""
+    made: Floats = (
+        index.reconstruct_n(0, index.ntotal) if index.ntotal else np.empty((0, index.d), np.float32)
+    )
     return made
+
+
+def _sample(old: Floats, new: Floats, n: int) -> Floats:
+    """Vectors to train cells on, shape (at most n, dim): a seeded sample of both."""
+    most = round(CELLS * n**0.5) * TRAINED_ON
+    drawn = np.sort(np.random.default_rng(0).choice(n, min(most, n), replace=False))
+    border = np.searchsorted(drawn, len(old))
+    return np.concatenate([old[drawn[:border]], new[drawn[border:] - len(old)]]).astype(
+        np.float32, copy=False
+    )

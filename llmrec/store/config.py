@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
-import os
+from typing import ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator
+from pydantic import SecretStr, field_validator
 
+from llmrec.database import UrlConfig, with_driver
 from llmrec.errors import StoreError
-from llmrec.store.engine import with_driver
 
 URL_VARIABLE = "LLMREC_STORE_URL"
-"""Environment variable in which the URL is looked for when no other place names it."""
 
 
-class StoreConfig(BaseModel):
+class StoreConfig(UrlConfig):
     """Events are kept in a SQLite file beside the model, or in a PostgreSQL database by URL."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    url: SecretStr | None = Field(
-        None,
-        exclude=True,
-        description="postgresql+psycopg://...; never saved, since it may hold a password",
-    )
-    url_env: str | None = Field(
-        None, min_length=1, description="environment variable that holds the URL; its name is saved"
-    )
+    section: ClassVar[str] = "store"
+    variable: ClassVar[str] = URL_VARIABLE
 
     @field_validator("url")
     @classmethod
@@ -36,25 +27,3 @@ class StoreConfig(BaseModel):
             except StoreError as wrong:
                 raise ValueError(str(wrong)) from None
         return url
-
-    def wanted(self) -> str | None:
-        """Return the URL that this names, None for a file.
-
-        Raises
-        ------
-        StoreError
-            If the variable that should hold it is not set.
-        """
-        if self.url is not None:
-            return self.url.get_secret_value()
-        if self.url_env is None:
-            return None
-        if not os.environ.get(self.url_env):
-            raise StoreError(f"store.url_env names the variable {self.url_env}, which is not set")
-        return os.environ[self.url_env]
-
-    def known(self) -> str | None:
-        """Return the URL for a recommender whose events are in a database, None if nothing says it."""
-        if self.url is not None:
-            return self.url.get_secret_value()
-        return os.environ.get(self.url_env or URL_VARIABLE) or None

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from llmrec.database import reach
 from llmrec.errors import StoreError
 from llmrec.store.config import URL_VARIABLE
-from llmrec.store.engine import reach
 from llmrec.store.postgres import PostgresStore
 from llmrec.store.sqlite import SQLiteStore
 

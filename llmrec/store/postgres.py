@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
+from llmrec.database import make_engine, shown, state_of, unusable
 from llmrec.errors import StoreError
 from llmrec.protocols import Columns, ItemChange
 from llmrec.store.common import (
@@ -21,7 +22,6 @@ from llmrec.store.common import (
     row_of,
     with_ids,
 )
-from llmrec.store.engine import make_engine, shown, state_of, unusable
 from llmrec.types import Event
 
 if TYPE_CHECKING:

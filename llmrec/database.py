@@ -2,20 +2,64 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import os
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr
 
 from llmrec.errors import StoreError
-from llmrec.store.common import BUSY_SECONDS
 
 if TYPE_CHECKING:
     from sqlalchemy import Engine
 
 CONNECT_SECONDS = 10
+POOL_SECONDS = 30
+"""How long to wait for a connection that others use."""
+
+EVENTS = "event store"
 _SCHEMES = ("postgresql+psycopg://", "postgresql://", "postgres://")
 
 
-def with_driver(url: str) -> str:
-    """Return a URL with the driver in it.
+class UrlConfig(BaseModel):
+    """Where a server is. A URL may hold a password, so it is never saved; the name of a variable is."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    section: ClassVar[str]
+    """Of the configuration."""
+    variable: ClassVar[str]
+    """Environment variable in which the URL is looked for when no other place names it."""
+
+    url: SecretStr | None = Field(None, exclude=True, description="never saved, since it may hold a password")
+    url_env: str | None = Field(
+        None, min_length=1, description="environment variable that holds the URL; its name is saved"
+    )
+
+    def wanted(self) -> str | None:
+        """Return the URL that this names, None for what is beside the model.
+
+        Raises
+        ------
+        StoreError
+            If the variable that should hold it is not set.
+        """
+        if self.url is not None:
+            return self.url.get_secret_value()
+        if self.url_env is None:
+            return None
+        if not os.environ.get(self.url_env):
+            raise StoreError(f"{self.section}.url_env names the variable {self.url_env}, which is not set")
+        return os.environ[self.url_env]
+
+    def known(self) -> str | None:
+        """Return the URL for what is on a server already, None if nothing says it."""
+        if self.url is not None:
+            return self.url.get_secret_value()
+        return os.environ.get(self.url_env or self.variable) or None
+
+
+def with_driver(url: str, what: str = EVENTS) -> str:
+    """Return a URL with the driver in it; `what` names in errors what is kept in the database.
 
     Raises
     ------
@@ -25,10 +69,10 @@ def with_driver(url: str) -> str:
     for scheme in _SCHEMES:
         if url.startswith(scheme):
             return _SCHEMES[0] + url.removeprefix(scheme)
-    raise StoreError(f"the URL of an event store must begin with {_SCHEMES[0]}, and this one does not")
+    raise StoreError(f"the URL of the {what} must begin with {_SCHEMES[0]}, and this one does not")
 
 
-def make_engine(url: str) -> Engine:
+def make_engine(url: str, what: str = EVENTS) -> Engine:
     """Make the engine of a URL; nothing is connected yet.
 
     Raises
@@ -42,13 +86,13 @@ def make_engine(url: str) -> Engine:
         import psycopg  # noqa: F401 - SQLAlchemy looks for it when it makes the engine
         import sqlalchemy
     except ImportError as missing:
-        raise ImportError('an event store in PostgreSQL needs: pip install "llmrec[postgres]"') from missing
+        raise ImportError(f'the {what} in PostgreSQL needs: pip install "llmrec[postgres]"') from missing
     try:
         return sqlalchemy.create_engine(
-            with_driver(url),
+            with_driver(url, what),
             # A connection that the server dropped meanwhile is replaced before it is used.
             pool_pre_ping=True,
-            pool_timeout=BUSY_SECONDS,
+            pool_timeout=POOL_SECONDS,
             connect_args={"connect_timeout": CONNECT_SECONDS},
             # A message that a log may keep must not hold the events that were sent.
             hide_parameters=True,
@@ -56,7 +100,7 @@ def make_engine(url: str) -> Engine:
     except (sqlalchemy.exc.ArgumentError, ValueError):
         # Its words repeat the URL.
         raise StoreError(
-            "the URL of the event store cannot be read; write it as "
+            f"the URL of the {what} cannot be read; write it as "
             "postgresql+psycopg://user:password@host/database, signs in the password as %XX"
         ) from None
 
@@ -91,8 +135,8 @@ def state_of(error: Any) -> str | None:
     return state
 
 
-def unusable(engine: Engine, error: Any) -> str:
+def unusable(engine: Engine, error: Any, what: str = EVENTS) -> str:
     """Return what an error of the driver says, in one line."""
     cause = getattr(error, "orig", None) or error
     words = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
-    return f"the event store {shown(engine)} cannot be used: {words}"
+    return f"the {what} {shown(engine)} cannot be used: {words}"
