@@ -10,7 +10,9 @@ target, by text, are searched for the target. Use the result by its folder: `llm
 from __future__ import annotations
 
 import argparse
+import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
@@ -20,6 +22,7 @@ from llmrec.assembly import make_encoder, make_texts, read_catalog, read_log
 from llmrec.config import Config
 from llmrec.encode.config import EncoderTrainingConfig
 from llmrec.encoder_training import finetune_encoder
+from llmrec.environment import environment
 from llmrec.evaluation.protocol import make_split
 from llmrec.fetch import resolve
 from llmrec.metrics import Ranks, compare, summary
@@ -43,6 +46,7 @@ def main(argv: list[str] | None = None) -> None:
         "--lora", action="store_true", default=None, help="LoRA matrices, merged, instead of all weights"
     )
     parser.add_argument("--users", type=int, default=2000, help="held-out users that judge")
+    parser.add_argument("--json", type=Path, help="file for the result")
     args = parser.parse_args(argv)
 
     # 1. Data; neither validation nor test events are trained on.
@@ -75,7 +79,21 @@ def main(argv: list[str] | None = None) -> None:
         similar = NearestRetriever(texts.vectors, texts.index, NearestConfig(last=1))
         ranks[name] = ranks_of(similar, held_out)
         print(f"{name}: " + ", ".join(f"{m} {v:.4f}" for m, v in summary(ranks[name]).items()))
-    print(compare(ranks, "after", "before"))
+    compared = [compare(ranks, "after", "before", metric) for metric in ("ndcg@10", "recall@10")]
+    print(*compared, sep="\n")
+    if args.json:
+        result = {
+            "users": len(held_out.targets),
+            "part": "validation",
+            "config": config.model_dump(include={"data", "encoder", "protocol"}),
+            "training": {**settings.model_dump(), **asdict(report)},
+            "systems": {name: summary(found) for name, found in ranks.items()},
+            "comparisons": [comparison.as_dict() for comparison in compared],
+            "environment": environment(),
+        }
+        draft = args.json.with_suffix(".tmp")
+        draft.write_text(json.dumps(result, indent=1), encoding="utf-8")
+        draft.replace(args.json)
 
 
 def ranks_of(similar: NearestRetriever, held_out: HeldOut) -> Ranks:

@@ -18,6 +18,7 @@ from rich.logging import RichHandler
 from typer.core import TyperGroup
 
 from llmrec import __version__
+from llmrec.cli_batch import app as batch
 from llmrec.cli_evaluate import evaluate
 from llmrec.cli_serve import mcp, serve
 from llmrec.cli_show import say, say_weights, show, show_families, show_known, stages, stderr, training_bar
@@ -300,6 +301,7 @@ def forget(model: Model, user: Annotated[str, typer.Option(help="User id.")]) ->
 app.command()(evaluate)
 app.command()(serve)
 app.command()(mcp)
+app.add_typer(batch, name="batch")
 
 
 def _ids(flag: str, text: str | None) -> list[str] | None:

@@ -6,12 +6,15 @@ import signal
 import socket
 from pathlib import Path
 from types import FrameType
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from llmrec.cli_show import say
 from llmrec.errors import ConflictError
+
+if TYPE_CHECKING:
+    from llmrec.serve import ServeConfig
 
 Model = Annotated[Path, typer.Argument(help="Directory of a saved recommender.", show_default=False)]
 Store = Annotated[
@@ -51,27 +54,34 @@ def serve(
     config: Settings = None,
     store: Store = None,
     index: Index = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            help="Processes that answer, 1 if not given. Several take over a model that is saved in the "
+            "directory, one by one, without a pause."
+        ),
+    ] = None,
 ) -> None:
     """Serve a recommender over HTTP, with MCP at /mcp, until Ctrl-C.
 
     A host that other machines can reach needs keys: a file with tables [[keys]], each with a name, the
     SHA-256 of the key, and a role, read or write.
     """
-    from llmrec.recommender import Recommender
     from llmrec.serve import ServeConfig, create_app, run_app
+    from llmrec.serve.workers import Job, Workers, load
 
-    settings = ServeConfig.of(config, host=host, port=port)
-    rec = Recommender.load(model, store=store, index=index)
+    settings = ServeConfig.of(config, host=host, port=port, workers=workers)
+    job = Job(model, settings, store, index)
+    if settings.workers > 1:
+        with listen(settings.host, settings.port) as listening:
+            Workers(job, listening, say).run(lambda: _say_where(settings, listening))
+        return
+    rec = load(job)
     app = None
     try:
-        for name, adapter in settings.adapters.items():
-            say(f"loading the adapter {name}")
-            rec.add_adapter(name, adapter.folder, adapter.weight)
         app = create_app(rec, settings)
         with listen(settings.host, settings.port) as listening:
-            taken = listening.getsockname()[1]
-            shown = f"[{settings.host}]" if ":" in settings.host else settings.host
-            say(f"serving on http://{shown}:{taken}, MCP at /mcp, OpenAPI at /docs; Ctrl-C ends")
+            _say_where(settings, listening)
             # As Ctrl-C does, so that what follows is done.
             signal.signal(signal.SIGTERM, _end)
             run_app(app, listening)
@@ -86,6 +96,12 @@ def serve(
                     f"loaded this directory; if it replaced the directory, put them again"
                 )
         rec.close()
+
+
+def _say_where(settings: ServeConfig, listening: socket.socket) -> None:
+    shown = f"[{settings.host}]" if ":" in settings.host else settings.host
+    port = listening.getsockname()[1]
+    say(f"serving on http://{shown}:{port}, MCP at /mcp, OpenAPI at /docs; Ctrl-C ends")
 
 
 def mcp(model: Model, config: Settings = None, store: Store = None) -> None:

@@ -2,7 +2,7 @@
 
 model/
   manifest.json        names the state and the event store; replacing it is the moment of saving
-  state-<id>/          items.parquet, vectors.npy, encoder.npz, retrievers.npz, adapter/
+  state-<id>/          items.parquet, vectors.npy, encoder.safetensors, retrievers.safetensors, adapter/
   events-<id>.sqlite   all events, those observed after `fit` included, and the items that changed since the
                        state was written; or both are in a database, and the manifest names the tables
 """
@@ -14,7 +14,6 @@ import json
 import os
 import shutil
 import uuid
-import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,10 +21,11 @@ from typing import Any
 import filelock
 import numpy as np
 from numpy.typing import NDArray
+from safetensors.numpy import save_file
 
 from llmrec.errors import ModelError
 
-FORMAT = 3
+FORMAT = 4
 """Version of the directory; raised when an older llmrec could not read it."""
 
 MANIFEST = "manifest.json"
@@ -38,6 +38,18 @@ RUN_LOG = "log.jsonl"
 KEYS = {"state", "events", "config", "recipe", "repeats", "encoder", "catalog", "log", "language_model"}
 
 Arrays = Mapping[str, NDArray[Any]]
+
+_TYPES = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "I64": np.int64,
+    "I32": np.int32,
+    "I16": np.int16,
+    "I8": np.int8,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+}
+"""Of numpy, by their names in a safetensors file."""
 
 
 @contextlib.contextmanager
@@ -155,20 +167,48 @@ def remove_stale(folder: Path, keep: Sequence[str]) -> None:
 
 
 def save_arrays(path: Path, groups: Mapping[str, Arrays]) -> None:
-    """Write named groups of arrays to one npz file."""
+    """Write named groups of arrays of numbers to one safetensors file."""
     flat = {f"{group}/{name}": array for group, arrays in groups.items() for name, array in arrays.items()}
-    with path.open("wb") as opened:
-        np.savez(opened, allow_pickle=False, **flat)
+    save_file({name: np.asarray(array, order="C") for name, array in flat.items()}, path)
 
 
 def load_arrays(path: Path) -> dict[str, dict[str, NDArray[Any]]]:
-    """Read what `save_arrays` wrote."""
+    """Read what `save_arrays` wrote.
+
+    The arrays are mapped from the file and cannot be written: processes that read the same one share it.
+    """
     groups: dict[str, dict[str, NDArray[Any]]] = {}
     try:
-        with np.load(path, allow_pickle=False) as stored:
-            for key in stored.files:
-                group, _, name = key.partition("/")
-                groups.setdefault(group, {})[name] = stored[key]
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as broken:
+        with path.open("rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            if not 0 < length <= path.stat().st_size - 8:
+                raise ValueError("it is cut off")
+            header = json.loads(opened.read(length))
+        stored = np.asarray(np.memmap(path, np.uint8, mode="r"))[8 + length :]
+        for key, found in header.items():
+            if key == "__metadata__":
+                continue
+            start, end = found["data_offsets"]
+            if end > len(stored):
+                raise ValueError("it is cut off")
+            group, _, name = key.partition("/")
+            array = stored[start:end].view(_TYPES[found["dtype"]]).reshape(found["shape"])
+            groups.setdefault(group, {})[name] = array
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as broken:
         raise ModelError(f"{path} is missing or damaged: {broken}") from broken
     return groups
+
+
+def map_array(path: Path) -> NDArray[Any]:
+    """Map an npy file into memory; it cannot be written.
+
+    Raises
+    ------
+    ModelError
+        If it is missing or damaged.
+    """
+    try:
+        mapped: NDArray[Any] = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
+    except (OSError, ValueError) as broken:
+        raise ModelError(f"{path} is missing or damaged: {broken}") from broken
+    return mapped

@@ -97,11 +97,13 @@ def cached_retrievers(
 
     def write(made: tuple[Recipe, dict[str, Retriever]], place: Path) -> None:
         (place / "recipe.json").write_text(json.dumps(made[0].as_dict()), encoding="utf-8")
-        persistence.save_arrays(place / "retrievers.npz", retriever_arrays(made[1]))
+        persistence.save_arrays(place / "retrievers.safetensors", retriever_arrays(made[1]))
 
     def read(place: Path) -> tuple[Recipe, dict[str, Retriever]]:
         recipe = Recipe.from_dict(json.loads((place / "recipe.json").read_text(encoding="utf-8")))
-        return recipe, load_retrievers(persistence.load_arrays(place / "retrievers.npz"), texts, recipe)
+        return recipe, load_retrievers(
+            persistence.load_arrays(place / "retrievers.safetensors"), texts, recipe
+        )
 
     inputs = [
         hash_histories(split.train),

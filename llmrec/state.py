@@ -150,10 +150,10 @@ class State:
         """Write into an empty folder; `adapter` is the folder of a language model that is not loaded."""
         self.catalog.save(folder / "items.parquet")
         np.save(folder / "vectors.npy", self.texts.vectors)
-        persistence.save_arrays(folder / "retrievers.npz", retriever_arrays(self.retrievers))
+        persistence.save_arrays(folder / "retrievers.safetensors", retriever_arrays(self.retrievers))
         light = getattr(self.texts.encoder, "arrays", None)
         if light is not None:
-            persistence.save_arrays(folder / "encoder.npz", {"light": light()})
+            persistence.save_arrays(folder / "encoder.safetensors", {"light": light()})
         if self.lm is not None:
             self.lm.save(folder / "adapter")
         elif adapter is not None:
@@ -192,7 +192,7 @@ class State:
             raise ModelError(
                 f"the recipe in {folder.parent} cannot be read: {broken!r}; fit again"
             ) from broken
-        light = folder / "encoder.npz"
+        light = folder / "encoder.safetensors"
         arrays = persistence.load_arrays(light)["light"] if light.exists() else None
         encoder = make_encoder(config, [], arrays)
         if encoder.fingerprint != manifest["encoder"]:
@@ -200,15 +200,14 @@ class State:
                 f"{folder.parent} was saved with another encoder: {manifest['encoder'][:12]}... then, "
                 f"{encoder.fingerprint[:12]}... now; use that one, or fit again"
             )
-        try:
-            vectors = np.load(folder / "vectors.npy", allow_pickle=False)
-        except (OSError, ValueError) as broken:
-            raise ModelError(f"{folder / 'vectors.npy'} is missing or damaged: {broken}") from broken
+        vectors = persistence.map_array(folder / "vectors.npy")
         texts = make_texts(catalog.lines(), encoder, vectors, config.index, url=url, name=name)
-        fitted = persistence.load_arrays(folder / "retrievers.npz")
+        fitted = persistence.load_arrays(folder / "retrievers.safetensors")
         try:
             retrievers = load_retrievers(fitted, texts, recipe)
         except (KeyError, ValueError, RuntimeError) as broken:
-            raise ModelError(f"{folder / 'retrievers.npz'} does not hold this recipe: {broken!r}") from broken
+            raise ModelError(
+                f"{folder / 'retrievers.safetensors'} does not hold this recipe: {broken!r}"
+            ) from broken
         repeats, depth = bool(manifest["repeats"]), config.retrieval.depth
         return cls(catalog, texts, recipe, retrievers, repeats, depth, manifest["log"])

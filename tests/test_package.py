@@ -51,8 +51,9 @@ LAYERS = [
     {"offline", "asking"},
     {"changing"},
     {"recommender"},
-    {"testing", "cli_show", "serve"},
+    {"testing", "cli_show", "serve", "batch"},
     {"cli_evaluate", "cli_serve", "client", "adapters"},
+    {"cli_batch"},
     {"cli"},
 ]
 HEAVY = {"torch", "transformers", "sentence_transformers", "peft", "accelerate", "datasets"}

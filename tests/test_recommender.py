@@ -659,7 +659,7 @@ def test_evaluating_on_events_that_were_fitted_is_refused(rec, data):
 
 
 @pytest.mark.parametrize(
-    "name", ["retrievers.npz", "items.parquet", "encoder.npz", "adapter/head.safetensors"]
+    "name", ["retrievers.safetensors", "items.parquet", "encoder.safetensors", "adapter/head.safetensors"]
 )
 def test_a_truncated_file_is_named_in_the_error(tuned, tmp_path, name):
     tuned.save(tmp_path / "model")

@@ -61,7 +61,9 @@ class MilvusIndex(ServerIndex):
         self.shown = f"{parts.scheme}://{parts.hostname}:{parts.port or 19530}" if parts.scheme else url
         self._milvus: Any = pymilvus
         with self._told():
-            self._client: Any = pymilvus.MilvusClient(url, timeout=SECONDS)
+            # Its own habit of a ping every ten seconds makes servers hang up.
+            calm = {"grpc.keepalive_time_ms": 300_000, "grpc.keepalive_permit_without_calls": False}
+            self._client: Any = pymilvus.MilvusClient(url, timeout=SECONDS, grpc_options=calm)
 
     def stored(self) -> int:
         """Number of rows on the server; 0 if there is no such collection."""

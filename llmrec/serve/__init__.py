@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 from typing import TYPE_CHECKING
 
 from llmrec.serve.config import ApiKey, ServeConfig
@@ -9,6 +11,8 @@ from llmrec.serve.service import Service
 
 if TYPE_CHECKING:
     import socket
+    from pathlib import Path
+    from types import FrameType
 
     from fastapi import FastAPI
     from mcp.server.mcpserver import MCPServer
@@ -18,10 +22,15 @@ if TYPE_CHECKING:
 GRACE_SECONDS = 30
 """How long the end waits for requests under way; one that is never sent whole must not hold it up."""
 
+DRAIN_SECONDS = 1.0
+"""How long a server that ends goes on answering, with the word that it closes the connection."""
+
 __all__ = ["ApiKey", "ServeConfig", "Service", "create_app", "create_server", "run_app"]
 
 
-def create_app(recommender: Recommender, config: ServeConfig | None = None) -> FastAPI:
+def create_app(
+    recommender: Recommender, config: ServeConfig | None = None, *, counted: Path | None = None
+) -> FastAPI:
     """Make the HTTP app, with MCP at ``/mcp``; see `llmrec.serve.http.create_app`.
 
     Raises
@@ -33,7 +42,7 @@ def create_app(recommender: Recommender, config: ServeConfig | None = None) -> F
         from llmrec.serve.http import create_app as create
     except ImportError as missing:
         raise ImportError('serving over HTTP needs: pip install "llmrec[serve]"') from missing
-    return create(recommender, config)
+    return create(recommender, config, counted=counted)
 
 
 def create_server(recommender: Recommender | Service, *, writable: bool = True) -> MCPServer:
@@ -54,6 +63,9 @@ def create_server(recommender: Recommender | Service, *, writable: bool = True) 
 def run_app(app: FastAPI, listening: socket.socket) -> None:
     """Answer on a socket until SIGINT or SIGTERM; what is under way then has `GRACE_SECONDS` to finish.
 
+    On SIGTERM, answers tell clients for `DRAIN_SECONDS` that their connections will be closed, so that none
+    is closed while a request is on its way.
+
     Raises
     ------
     ImportError
@@ -71,4 +83,15 @@ def run_app(app: FastAPI, listening: socket.socket) -> None:
         server_header=False,
         timeout_graceful_shutdown=GRACE_SECONDS,
     )
-    uvicorn.Server(settings).run(sockets=[listening])
+
+    class Server(uvicorn.Server):
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            if sig != signal.SIGTERM or app.state.draining:
+                super().handle_exit(sig, frame)
+                return
+            app.state.draining = True
+            later = threading.Timer(DRAIN_SECONDS, super().handle_exit, (sig, frame))
+            later.daemon = True
+            later.start()
+
+    Server(settings).run(sockets=[listening])

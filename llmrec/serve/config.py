@@ -66,7 +66,8 @@ class ServeConfig(BaseModel):
     follow_seconds: float = Field(
         1.0, gt=0, le=3600, description="how often items that other processes changed are taken over"
     )
-    workers: int = Field(2, ge=1, description="threads for what is not batched")
+    threads: int = Field(2, ge=1, description="of each process, for what is not batched")
+    workers: int = Field(1, ge=1, le=1024, description="processes that answer on one socket")
 
     @model_validator(mode="after")
     def _guarded(self) -> ServeConfig:

@@ -63,10 +63,18 @@ class Gate:
         Keys and the largest body.
     on_done
         Told of each answer: scope, status and seconds.
+    draining
+        Says whether the server is about to end, so that clients should connect anew.
     """
 
-    def __init__(self, app: App, config: ServeConfig, on_done: Callable[[Scope, int, float], None]) -> None:
-        self._app, self._config, self._on_done = app, config, on_done
+    def __init__(
+        self,
+        app: App,
+        config: ServeConfig,
+        on_done: Callable[[Scope, int, float], None],
+        draining: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self._app, self._config, self._on_done, self._draining = app, config, on_done, draining
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a request through, or refuse it."""
@@ -86,7 +94,9 @@ class Gate:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message.get("headers", []), (b"x-request-id", request_id.encode())]
+                closes = [(b"connection", b"close")] if self._draining() else []
+                named = (b"x-request-id", request_id.encode())
+                message["headers"] = [*message.get("headers", []), named, *closes]
             await send(message)
 
         try:

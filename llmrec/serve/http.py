@@ -7,6 +7,7 @@ import logging
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from http import HTTPStatus
+from pathlib import Path as FilePath
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, FastAPI, Header, HTTPException, Path, Request, Response
@@ -43,7 +44,9 @@ class _Texts(RootModel[list[m.TextScore]]):
     """Scores of texts, the best first."""
 
 
-def create_app(recommender: Recommender, config: ServeConfig | None = None) -> FastAPI:
+def create_app(
+    recommender: Recommender, config: ServeConfig | None = None, *, counted: FilePath | None = None
+) -> FastAPI:
     """Make the HTTP app of a recommender. It answers once its lifespan has begun; ``/ready`` says when.
 
     The app does not close the recommender.
@@ -54,9 +57,11 @@ def create_app(recommender: Recommender, config: ServeConfig | None = None) -> F
         Fitted or loaded.
     config
         Limits, keys and batching; defaults if None.
+    counted
+        Folder in which the processes of one server leave what they count, so that each can tell of all.
     """
     config = config or ServeConfig()
-    metrics = Metrics()
+    metrics = Metrics(counted)
     service = Service(recommender, config, metrics.on_batch)
     metrics.watch(service)
     mcp = _MCP(service, config)
@@ -66,9 +71,11 @@ def create_app(recommender: Recommender, config: ServeConfig | None = None) -> F
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         async with mcp.running():
             warming = asyncio.create_task(_warm_up(service, state))
+            sharing = asyncio.create_task(metrics.share())
             try:
                 yield
             finally:
+                sharing.cancel()
                 await warming
                 await asyncio.to_thread(service.close)
 
@@ -80,7 +87,7 @@ def create_app(recommender: Recommender, config: ServeConfig | None = None) -> F
         lifespan=lifespan,
         redoc_url=None,
     )
-    app.state.service = service
+    app.state.service, app.state.draining = service, False
     for router in (_asking(service), _reranking(service), _changing(service), _watching(metrics, state)):
         app.include_router(router)
     app.include_router(
@@ -91,7 +98,9 @@ def create_app(recommender: Recommender, config: ServeConfig | None = None) -> F
     app.add_exception_handler(LLMRecError, _on_error)
     app.add_exception_handler(RequestValidationError, _on_invalid)
     app.add_exception_handler(StarletteHTTPException, _on_http)
-    app.add_middleware(Gate, config=config, on_done=metrics.on_done)
+    app.add_middleware(
+        Gate, config=config, on_done=metrics.on_done, draining=lambda: bool(app.state.draining)
+    )
     return app
 
 

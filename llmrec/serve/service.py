@@ -101,7 +101,7 @@ class Service:
         lane = partial(Batcher[_Asked, ItemsResponse], batch=c.batch, wait=c.wait_ms / 1e3, limit=c.queue)
         self.with_lm = lane(partial(self._answer, lm=True))
         self.without_lm = lane(partial(self._answer, lm=False))
-        self.pool = Pool(c.workers, c.queue)
+        self.pool = Pool(c.threads, c.queue)
         # Takes seconds, so that it may not hold up what takes milliseconds.
         self.phrasing = Pool(1, c.queue)
         self._closing = threading.Event()

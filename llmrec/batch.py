@@ -1,0 +1,291 @@
+"""Recommendations for many users, or vectors for many texts: parquet in, parquet out, part by part.
+
+A part is a slice of the rows and a file with the same number, written under another name and renamed. So a
+run that was interrupted goes on with the parts that are missing, on one machine or a cluster, and no process
+ever holds more than a part. With several workers the parts are spread by Ray Data over a pool of actors; one
+that dies is started again, and its part with it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import polars as pl
+
+from llmrec import errors
+from llmrec.catalog import Catalog
+from llmrec.errors import DataError, LLMRecError, RequestError
+from llmrec.persistence import read_manifest
+from llmrec.recommender import Recommender
+from llmrec.types import Request
+
+Task = Literal["recommend", "embed"]
+
+RUN, ROWS = "run.json", "rows.parquet"
+ATTEMPTS = 3
+"""How often a part is tried whose actor died."""
+
+_COLUMNS: Mapping[Task, tuple[str, ...]] = {
+    "recommend": ("user_id", "history", "query"),
+    "embed": ("item_id", "id", "text"),
+}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What is to be done.
+
+    Parameters
+    ----------
+    task
+        `recommend` reads the columns user_id, history (a list of item ids) and query, of which one at least
+        must be there; `embed` reads text, and item_id or id if there is one.
+    model
+        Directory of a saved recommender.
+    out
+        Folder of the parts.
+    source
+        Parquet file, folder or pattern; None for all users with events, or all items of the catalogue.
+    k
+        Items for each row.
+    size
+        Rows of a part.
+    store, index
+        URLs of the servers for events and vectors; see `Recommender.load`.
+    """
+
+    task: Task
+    model: Path
+    out: Path
+    source: str | None = None
+    k: int = 10
+    size: int = 1000
+    store: str | None = None
+    index: str | None = None
+
+    def path(self, part: int) -> Path:
+        """File of a part."""
+        return self.out / f"part-{part:06d}.parquet"
+
+
+class PartWorker:
+    """Does parts, in this process or as an actor."""
+
+    def __init__(self, batch: Batch) -> None:
+        self.batch = batch
+        self.rec = Recommender.load(batch.model, store=batch.store, index=batch.index)
+
+    def __call__(self, asked: Mapping[str, Sequence[int]]) -> dict[str, list[str]]:
+        """Do the parts of these numbers under the key `id`, as Ray Data gives them; return what is wrong."""
+        kinds, words = [], []
+        for part in asked["id"]:
+            kind, message = "", ""
+            try:
+                self.do(int(part))
+            except LLMRecError as error:
+                # Raised here, it would be tried again, and come back as an error of Ray.
+                kind, message = type(error).__name__, str(error)
+            kinds.append(kind)
+            words.append(message)
+        return {"kind": kinds, "words": words}
+
+    def do(self, part: int) -> None:
+        """Do one part and write its file."""
+        batch = self.batch
+        rows = _scan(batch).slice(part * batch.size, batch.size).collect()
+        made = self._recommended(rows) if batch.task == "recommend" else self._embedded(rows)
+        path = batch.path(part)
+        draft = path.with_name(f".{path.name}.{os.getpid()}")
+        made.write_parquet(draft)
+        draft.replace(path)
+
+    def _recommended(self, rows: pl.DataFrame) -> pl.DataFrame:
+        requests = [
+            Request(
+                user=row.get("user_id"), history=row.get("history"), query=row.get("query"), k=self.batch.k
+            )
+            for row in rows.iter_rows(named=True)
+        ]
+        found = self.rec.recommend_many(requests)
+        table = {
+            "rank": [r.rank for answer in found for r in answer],
+            "item_id": [r.item.item_id for answer in found for r in answer],
+            "score": [r.score for answer in found for r in answer],
+        }
+        lengths = pl.Series([len(answer) for answer in found], dtype=pl.UInt32)
+        kept = rows.select(c for c in ("user_id",) if c in rows.columns)
+        if not kept.width:
+            kept = rows.select(pl.int_range(pl.len()).alias("row"))
+        who = kept.select(pl.all().repeat_by(lengths).explode().drop_nulls())
+        schema = {"rank": pl.Int32, "item_id": pl.String, "score": pl.Float64}
+        return who.hstack(pl.DataFrame(table, schema=schema))
+
+    def _embedded(self, rows: pl.DataFrame) -> pl.DataFrame:
+        encoder = self.rec.texts.encoder
+        texts = [text or "" for text in rows["text"].to_list()]
+        vectors = pl.Series("vector", encoder.encode(texts), dtype=pl.Array(pl.Float32, encoder.dim))
+        return rows.select(c for c in ("item_id", "id") if c in rows.columns).with_columns(vectors)
+
+
+def run(
+    batch: Batch,
+    workers: int = 1,
+    address: str | None = None,
+    on_part: Callable[[int, int], None] = lambda done, parts: None,
+) -> int:
+    """Do all parts that are missing; return the number of rows in all.
+
+    Parameters
+    ----------
+    workers
+        Actors of Ray; 1 does everything in this process.
+    address
+        Of a Ray cluster; None starts Ray on this machine.
+    on_part
+        Told how many parts are done, and how many there are.
+
+    Raises
+    ------
+    DataError
+        If the source cannot be read, lacks the columns, or holds a row that cannot be answered; or if the
+        folder holds parts of another run.
+    ImportError
+        If Ray is needed and not installed.
+    """
+    if batch.size < 1 or workers < 1:
+        raise RequestError(f"size and workers must be at least 1, got {batch.size} and {workers}")
+    batch.out.mkdir(parents=True, exist_ok=True)
+    rows = _begin(batch)
+    parts = math.ceil(rows / batch.size)
+    missing = [part for part in range(parts) if not batch.path(part).exists()]
+    done = parts - len(missing)
+    on_part(done, parts)
+    if missing:
+        spread = workers > 1 or address is not None
+        for _ in _spread(batch, missing, workers, address) if spread else _here(batch, missing):
+            done += 1
+            on_part(done, parts)
+    return rows
+
+
+def _here(batch: Batch, missing: Sequence[int]) -> Iterator[None]:
+    worker = PartWorker(batch)
+    try:
+        for part in missing:
+            worker.do(part)
+            yield
+    finally:
+        worker.rec.close()
+
+
+def _spread(batch: Batch, missing: Sequence[int], workers: int, address: str | None) -> Iterator[None]:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        import ray
+        import ray.data
+    except ImportError as absent:
+        raise ImportError('several workers need: pip install "llmrec[batch]"') from absent
+    mine = not ray.is_initialized()
+    if mine and address is None:
+        # One processor more than actors, for Ray's own reading.
+        ray.init(num_cpus=workers + 1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    elif mine:
+        ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+    try:
+        settings = ray.data.DataContext.get_current()
+        settings.enable_progress_bars = False
+        numbers = ray.data.from_items([{"id": part} for part in missing], override_num_blocks=len(missing))
+        done = numbers.map_batches(
+            PartWorker,
+            fn_constructor_args=(batch,),
+            batch_size=1,
+            compute=ray.data.ActorPoolStrategy(size=workers),
+            max_restarts=ATTEMPTS,
+            max_task_retries=ATTEMPTS,
+        )
+        for row in done.iter_rows():
+            if row["kind"]:
+                raise getattr(errors, row["kind"], DataError)(row["words"])
+            yield
+    except ray.exceptions.RayError as failed:
+        raise DataError(f"a part could not be done: {str(failed).strip().splitlines()[-1]}") from failed
+    finally:
+        if mine:
+            ray.shutdown()
+
+
+def _begin(batch: Batch) -> int:
+    """Check the folder and the source, or write down the rows where there is none; return their number."""
+    where = dict.fromkeys(("out", "store", "index"), "")
+    said = {**asdict(batch), **where, "model": read_manifest(batch.model)["state"]}
+    key = hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()
+    path = batch.out / RUN
+    known: dict[str, Any] = {}
+    if path.exists():
+        try:
+            known = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            raise DataError(f"{path} is damaged: remove {batch.out}, or take another folder") from None
+    elif any(batch.out.glob("part-*.parquet")):
+        raise DataError(f"{batch.out} holds parts of something else: take another folder")
+    if known and known.get("key") != key:
+        raise DataError(
+            f"{batch.out} holds parts of another run (model, source, k or size differ): take another folder, "
+            f"or remove it"
+        )
+    if known:
+        return int(known["rows"])
+    if batch.source is None:
+        _write_rows(batch)
+    try:
+        columns = _source(batch).collect_schema()
+        rows = int(_scan(batch).select(pl.len()).collect().item())
+    except (OSError, pl.exceptions.PolarsError) as broken:
+        raise DataError(f"cannot read {batch.source}: {str(broken).splitlines()[0]}") from broken
+    found = [name for name in _COLUMNS[batch.task] if name in columns]
+    if not found or (batch.task == "embed" and "text" not in found):
+        needed = "text" if batch.task == "embed" else "one of user_id, history, query"
+        raise DataError(f"{batch.source} needs the column {needed}, and has {', '.join(columns)}")
+    draft = path.with_suffix(".tmp")
+    draft.write_text(json.dumps({"key": key, "rows": rows, "began": int(time.time())}), encoding="utf-8")
+    draft.replace(path)
+    return rows
+
+
+def _write_rows(batch: Batch) -> None:
+    if batch.task == "embed":
+        catalog = Catalog.read(batch.model / read_manifest(batch.model)["state"] / "items.parquet")
+        table = pl.DataFrame({"item_id": catalog.ids, "text": catalog.lines()}).filter(catalog.active)
+    else:
+        rec = Recommender.load(batch.model, store=batch.store)
+        try:
+            table = pl.DataFrame({"user_id": rec.users(limit=2**31 - 1)}, schema={"user_id": pl.String})
+        finally:
+            rec.close()
+    draft = batch.out / f".{ROWS}"
+    table.write_parquet(draft)
+    draft.replace(batch.out / ROWS)
+
+
+def _scan(batch: Batch) -> pl.LazyFrame:
+    """The rows, in order, with ids as text; nothing is read yet."""
+    frame = _source(batch)
+    known = frame.collect_schema()
+    return frame.select(
+        pl.col(name).cast(pl.List(pl.String) if name == "history" else pl.String)
+        for name in _COLUMNS[batch.task]
+        if name in known
+    )
+
+
+def _source(batch: Batch) -> pl.LazyFrame:
+    place = Path(batch.source) if batch.source is not None else batch.out / ROWS
+    return pl.scan_parquet(place / "*.parquet" if place.is_dir() else str(place))

@@ -1,0 +1,173 @@
+"""Batches: equal to the online path, interrupted, killed, and given what they cannot do."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+
+from llmrec import Recommender, Request, batch
+from llmrec.batch import Batch, run
+from llmrec.errors import DataError, ModelError, RequestError
+from llmrec.testing import toy_data
+
+CONFIG = {"encoder": {"name": "light", "dim": 16}, "retrieval": {"families": ["transitions", "profile"]}}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("batch") / "model"
+    rec = Recommender.fit(*toy_data(users=90), CONFIG)
+    rec.save(folder)
+    rec.close()
+    return folder
+
+
+@pytest.fixture
+def rec(model):
+    with_close = Recommender.load(model)
+    yield with_close
+    with_close.close()
+
+
+def parts(out):
+    return pl.read_parquet(out / "part-*.parquet")
+
+
+def online(rec, requests):
+    return [(r.rank, r.item.item_id, r.score) for found in rec.recommend_many(requests) for r in found]
+
+
+def test_every_user_gets_what_the_online_path_answers(model, rec, tmp_path):
+    told = []
+    users = rec.users(limit=1000)
+    assert run(Batch("recommend", model, tmp_path, k=5, size=40), on_part=lambda *n: told.append(n)) == 90
+    found = parts(tmp_path)
+    assert told == [(0, 3), (1, 3), (2, 3), (3, 3)] and len(list(tmp_path.glob("part-*"))) == 3
+    assert found["user_id"].unique(maintain_order=True).to_list() == users
+    expected = online(rec, [Request(user=user, k=5) for user in users])
+    assert found.select("rank", "item_id", "score").rows() == expected
+
+
+def test_rows_with_histories_and_wishes_and_any_order_of_columns(model, rec, tmp_path):
+    rows = {"query": ["river", None, None], "history": [None, ["i1", "i2"], []], "other": [1, 2, 3]}
+    pl.DataFrame(rows).write_parquet(tmp_path / "asked.parquet")
+    run(Batch("recommend", model, tmp_path / "out", str(tmp_path / "asked.parquet"), k=4))
+    asked = [Request(query="river", k=4), Request(history=["i1", "i2"], k=4), Request(k=4)]
+    found = parts(tmp_path / "out")
+    assert found.select("rank", "item_id", "score").rows() == online(rec, asked)
+    each = [len(answer) for answer in rec.recommend_many(asked)]
+    assert found["row"].to_list() == np.repeat(range(3), each).tolist()
+    # Numbers as ids, and several files.
+    for n in range(2):
+        pl.DataFrame({"user_id": [n, n + 10]}).write_parquet(tmp_path / f"users-{n}.parquet")
+    run(Batch("recommend", model, tmp_path / "ids", str(tmp_path / "users-*.parquet"), k=2, size=3))
+    assert parts(tmp_path / "ids")["user_id"].unique(maintain_order=True).to_list() == ["0", "10", "1", "11"]
+
+
+def test_texts_become_the_encoders_vectors(model, rec, tmp_path):
+    run(Batch("embed", model, tmp_path / "items", size=25))
+    found = parts(tmp_path / "items")
+    assert found["item_id"].to_list() == list(rec.catalog.ids)
+    np.testing.assert_allclose(found["vector"].to_numpy(), rec.texts.vectors, atol=1e-6)
+    table = pl.DataFrame({"text": ["Blue River", None], "id": ["a", "b"]})
+    table.write_parquet(tmp_path / "texts.parquet")
+    run(Batch("embed", model, tmp_path / "texts", str(tmp_path / "texts.parquet")))
+    found = parts(tmp_path / "texts")
+    assert found["id"].to_list() == ["a", "b"]
+    np.testing.assert_allclose(found["vector"].to_numpy(), rec.texts.encoder.encode(["Blue River", ""]))
+
+
+def test_an_interrupted_run_goes_on_with_what_is_missing(model, tmp_path, monkeypatch):
+    whole, job = tmp_path / "whole", Batch("recommend", model, tmp_path / "out", size=20)
+    run(Batch("recommend", model, whole, size=20))
+
+    def interrupted(done, parts):
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(job, on_part=interrupted)
+    before = {path: path.stat().st_mtime_ns for path in job.out.glob("part-*")}
+    assert len(before) == 2
+    assert run(job) == 90
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert parts(job.out).equals(parts(whole)) and not list(job.out.glob(".part*"))
+    monkeypatch.setattr(batch, "_here", None)
+    assert run(job) == 90  # nothing is left to do
+    for other in (
+        Batch("recommend", model, job.out, size=30),
+        Batch("recommend", model, job.out, k=3, size=20),
+        Batch("embed", model, job.out, size=20),
+    ):
+        with pytest.raises(DataError, match="another run"):
+            run(other)
+
+
+def test_what_cannot_be_done_is_said(model, tmp_path):
+    def fails(error, match, rows, task="recommend"):
+        path = tmp_path / "asked.parquet"
+        path.write_bytes(b"no parquet") if rows is None else pl.DataFrame(rows).write_parquet(path)
+        with pytest.raises(error, match=match):
+            run(Batch(task, model, tmp_path / f"out{time.monotonic_ns()}", str(path)))
+
+    fails(DataError, "cannot read", None)
+    fails(DataError, "one of user_id, history, query, and has users", {"users": ["u1"]})
+    fails(DataError, "needs the column text", {"item_id": ["i1"]}, "embed")
+    fails(RequestError, "nope", {"history": [["i1"], ["nope"]]})
+    with pytest.raises(DataError, match="cannot read"):
+        run(Batch("recommend", model, tmp_path / "a", str(tmp_path / "missing.parquet")))
+    with pytest.raises(ModelError, match="not a saved recommender"):
+        run(Batch("recommend", tmp_path, tmp_path / "b"))
+    with pytest.raises(RequestError, match="at least 1"):
+        run(Batch("recommend", model, tmp_path / "c", size=0))
+    assert run(Batch("recommend", model, tmp_path / "d", str(_empty(tmp_path)))) == 0
+
+
+def _empty(tmp_path):
+    pl.DataFrame({"user_id": []}, schema={"user_id": pl.String}).write_parquet(tmp_path / "empty.parquet")
+    return tmp_path / "empty.parquet"
+
+
+def actors():
+    found = []
+    for place in Path("/proc").glob("[0-9]*"):
+        try:
+            if b"ray::MapWorker" in (place / "cmdline").read_bytes():
+                found.append(int(place.name))
+        except OSError:
+            continue
+    return found
+
+
+def test_two_actors_give_the_same_parts_and_one_that_is_killed_is_replaced(model, tmp_path):
+    pytest.importorskip("ray")
+    job = Batch("recommend", model, tmp_path / "spread", k=5, size=3)
+    killed = threading.Event()
+
+    def kill(done, parts):
+        if done >= 2 and not killed.is_set() and actors():
+            os.kill(actors()[0], signal.SIGKILL)
+            killed.set()
+
+    assert run(job, workers=2, on_part=kill) == 90 and killed.is_set()
+    run(Batch("recommend", model, tmp_path / "here", k=5, size=3))
+    assert parts(job.out).equals(parts(tmp_path / "here"))
+    # The error of a row comes through as it is.
+    pl.DataFrame({"history": [["nope"]]}).write_parquet(tmp_path / "bad.parquet")
+    with pytest.raises(RequestError, match="nope"):
+        run(Batch("recommend", model, tmp_path / "bad", str(tmp_path / "bad.parquet")), workers=2)
+
+
+def test_the_command_line_does_a_batch_and_says_what_is_wrong(model, tmp_path):
+    command = [sys.executable, "-m", "llmrec.cli", "batch", "recommend", str(model), "--out"]
+    done = subprocess.run([*command, str(tmp_path / "o"), "-k", "3"], capture_output=True, text=True)
+    assert done.returncode == 0 and "90 rows" in done.stderr and len(parts(tmp_path / "o")) == 270
+    done = subprocess.run([*command, str(tmp_path / "o"), "-k", "4"], capture_output=True, text=True)
+    assert done.returncode == 2 and "another run" in done.stderr and "Traceback" not in done.stderr
