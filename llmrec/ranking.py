@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import scipy.sparse
 
-from llmrec.protocols import Floats, Hits, Mask, Query
+from llmrec.protocols import Codes, Floats, Hits, Mask, Query
 
 NO_HITS = Hits(np.empty(0, dtype=np.int32), np.empty(0, dtype=np.float32))
 
@@ -32,6 +33,37 @@ def top(scores: Floats, k: int, mask: Mask | None = None, floor: float = -np.inf
     order = np.argsort(-scores[codes], kind="stable")[:k]
     best = codes[order]
     return Hits(best.astype(np.int32), scores[best].astype(np.float32))
+
+
+SPARSE = 8
+"""Entries of the rows that are summed, times this, below which their columns are gathered instead of all."""
+
+
+def top_of_rows(
+    rows: scipy.sparse.csr_matrix, weights: Floats, codes: Codes | None, k: int, query: Query
+) -> Hits:
+    """The k best allowed items by a weighted sum of sparse rows, above 0; as `top` of the dense sum.
+
+    Parameters
+    ----------
+    rows
+        Shape (n, m).
+    weights
+        Shape (n,).
+    codes
+        Those of the m columns, ascending; None if they are the codes themselves.
+    """
+    if SPARSE * rows.nnz < rows.shape[1]:
+        columns, place = np.unique(rows.indices, return_inverse=True)
+        entries = np.repeat(weights, np.diff(rows.indptr)) * rows.data
+        scores = np.bincount(place, entries, minlength=len(columns)).astype(np.float32)
+    else:
+        columns = np.arange(rows.shape[1], dtype=np.int32)
+        scores = np.asarray(rows.T @ weights, dtype=np.float32).ravel()
+    if codes is not None:
+        columns = codes[columns]
+    found = top(scores, k, None if query.mask is None else query.mask[columns], floor=0.0)
+    return Hits(columns[found.items].astype(np.int32), found.scores)
 
 
 def age_weights(length: int, decay: float) -> Floats:

@@ -2,6 +2,7 @@
 
 import ast
 import itertools
+import os
 import subprocess
 import sys
 import tomllib
@@ -162,3 +163,32 @@ def test_the_tiny_language_model_loads_and_reads_any_text(tmp_path):
     assert model(torch.tensor([tokens])).logits.shape == (1, len(tokens), len(tokenizer))
     again = tiny_lm(tmp_path / "again", layers=3, hidden=16)
     assert (folder / "model.safetensors").read_bytes() == (again / "model.safetensors").read_bytes()
+
+
+def test_the_container_files_name_what_is_there():
+    yaml = pytest.importorskip("yaml")
+    compose = yaml.safe_load((ROOT / "compose.yaml").read_text())
+    command = compose["services"]["llmrec"]["command"]
+    docker = (ROOT / "Dockerfile").read_text()
+    for line in docker.splitlines():
+        if line.startswith("COPY ") and "--from" not in line:
+            for source in line.split()[1:-1]:
+                assert (ROOT / source).exists(), source
+    with (ROOT / "pyproject.toml").open("rb") as opened:
+        extras = tomllib.load(opened)["project"]["optional-dependencies"]
+    named = docker.split('".[')[1].split("]")[0].split(",")
+    assert set(named) <= set(extras)
+    said = subprocess.run(
+        [sys.executable, "-m", "llmrec.cli", "serve", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "COLUMNS": "200"},
+    ).stdout
+    options = [part.split("=")[0] for part in command if part.startswith("--")]
+    assert options and all(option in said for option in options)
+    assert all(
+        volume.startswith("./") or volume.split(":")[0] in compose["volumes"]
+        for service in compose["services"].values()
+        for volume in service["volumes"]
+    )

@@ -6,15 +6,17 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import scipy.sparse
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.linear_model import Ridge
 
+from llmrec import ranking
 from llmrec.encode.light import LightEncoder
 from llmrec.families import Texts, TrainingLog
 from llmrec.index.faiss_index import FaissIndex
 from llmrec.protocols import Query
-from llmrec.ranking import top
+from llmrec.ranking import top, top_of_rows
 from llmrec.recipe import (
     Recipe,
     RetrievalConfig,
@@ -491,3 +493,22 @@ def test_an_event_of_weight_two_counts_as_two_pairs_and_twice_the_popularity():
     plain = EASERetriever.fit(histories, 3, EASEConfig(l2=1.0))
     ones = EASERetriever.fit(histories, 3, EASEConfig(l2=1.0), same)
     np.testing.assert_allclose(plain.score(histories[0]), ones.score(histories[0]))
+
+
+@pytest.mark.parametrize("sparse", [0, 8, 10**9])
+def test_sums_of_sparse_rows_rank_as_the_dense_sum_does(sparse, monkeypatch):
+    monkeypatch.setattr(ranking, "SPARSE", sparse)
+    rng = np.random.default_rng(sparse)
+    matrix = scipy.sparse.random_array((40, 60), density=0.1, rng=rng, dtype=np.float32).tocsr()
+    # Quarters, so that scores tie and the order of codes decides.
+    matrix.data = np.ceil(matrix.data * 4) / 4 - 0.25
+    codes = np.sort(rng.choice(200, 60, replace=False)).astype(np.int32)
+    for n in (0, 1, 3, 12):
+        rows, weights = rng.choice(40, n, replace=False), rng.choice([0.5, 1.0], n).astype(np.float32)
+        dense = np.zeros(200, np.float32)
+        dense[codes] = matrix[rows].toarray().T @ weights
+        for mask in (None, rng.random(200) < 0.5, np.zeros(200, bool)):
+            found = top_of_rows(matrix[rows], weights, codes, 9, Query(mask=mask))
+            expected = ranking.top(dense, 9, mask, floor=0.0)
+            assert found.items.tolist() == expected.items.tolist() and found.items.dtype == np.int32
+            np.testing.assert_allclose(found.scores, expected.scores)

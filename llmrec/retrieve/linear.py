@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from llmrec.protocols import Codes, Floats, Hits, Query
-from llmrec.ranking import NO_HITS, age_weights, top
+from llmrec.ranking import NO_HITS, age_weights, top_of_rows
 from llmrec.retrieve.sparse_linear import Neighbourhood
 
 logger = logging.getLogger(__name__)
@@ -173,20 +173,23 @@ class EASERetriever:
 
     def score(self, history: Codes) -> Floats:
         """Scores of the whole catalogue, shape (n_items,); 0 for items outside the model."""
-        weights = age_weights(len(history), self.config.decay)
-        rows = self._row[history]
-        inside = rows >= 0
-        x = np.zeros(len(self.items), dtype=np.float32)
-        np.maximum.at(x, rows[inside], weights[inside])
         scores = np.zeros(self.n_items, dtype=np.float32)
-        used = np.flatnonzero(x)
-        scores[self.items] = np.asarray(self.weights[used].T @ x[used]).ravel()
+        rows, weights = self._rows_of(history)
+        scores[self.items] = np.asarray(rows.T @ weights).ravel()
         return scores
+
+    def _rows_of(self, history: Codes) -> tuple[scipy.sparse.csr_matrix, Floats]:
+        """Rows of the items of a history that are in the model, and the weight of the latest of each."""
+        rows, ages = np.unique(self._row[history[::-1]], return_index=True)
+        inside = rows >= 0
+        weights: Floats = self.config.decay ** ages[inside]
+        return self.weights[rows[inside]], weights.astype(np.float32)
 
     def retrieve(self, queries: Sequence[Query], k: int) -> list[Hits]:
         """Return up to k allowed items with a positive score for each query with a history."""
         return [
-            top(self.score(q.history), k, q.mask, floor=0.0) if len(q.history) else NO_HITS for q in queries
+            top_of_rows(*self._rows_of(q.history), self.items, k, q) if len(q.history) else NO_HITS
+            for q in queries
         ]
 
     def grown(self, n_items: int) -> EASERetriever:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from llmrec.protocols import Codes, Floats, Hits, Query
-from llmrec.ranking import NO_HITS, age_weights, top
+from llmrec.ranking import NO_HITS, age_weights, top_of_rows
 
 
 class TransitionsConfig(BaseModel):
@@ -75,16 +75,20 @@ class TransitionsRetriever:
 
     def score(self, history: Codes) -> Floats:
         """Scores of the whole catalogue, shape (n_items,)."""
-        # Below a weight of 1e-4 an item cannot move the order any more.
-        history = history[-_reach(self.config.decay) :]
-        weights = age_weights(len(history), self.config.decay)
-        return np.asarray(self.matrix[history].T @ weights, dtype=np.float32).ravel()
+        rows, weights = self._rows_of(history)
+        return np.asarray(rows.T @ weights, dtype=np.float32).ravel()
 
     def retrieve(self, queries: Sequence[Query], k: int) -> list[Hits]:
         """Return up to k allowed items with a positive score for each query with a history."""
         return [
-            top(self.score(q.history), k, q.mask, floor=0.0) if len(q.history) else NO_HITS for q in queries
+            top_of_rows(*self._rows_of(q.history), None, k, q) if len(q.history) else NO_HITS for q in queries
         ]
+
+    def _rows_of(self, history: Codes) -> tuple[scipy.sparse.csr_matrix, Floats]:
+        """Rows of the items that count, and the weight of each."""
+        # Below a weight of 1e-4 an item cannot move the order any more.
+        history = history[-_reach(self.config.decay) :]
+        return self.matrix[history], age_weights(len(history), self.config.decay)
 
     def grown(self, n_items: int) -> TransitionsRetriever:
         """The same for a catalogue that has grown to `n_items`."""

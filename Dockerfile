@@ -1,0 +1,22 @@
+# Serves a saved model: docker build -t llmrec . && docker run -v ./model:/model -p 8000:8000 llmrec
+# A host that other machines can reach needs keys: mount a serve.toml with [[keys]] at /etc/llmrec/serve.toml.
+FROM python:3.11-slim AS build
+WORKDIR /src
+COPY pyproject.toml constraints.txt README.md LICENSE ./
+COPY llmrec llmrec
+COPY prompts prompts
+RUN python -m venv /venv \
+ && /venv/bin/pip install --no-cache-dir ".[lm,fetch,serve,postgres,milvus,families]" --constraint constraints.txt
+
+FROM python:3.11-slim
+RUN useradd --create-home --uid 10001 llmrec && mkdir -p /model /etc/llmrec && chown llmrec /model
+COPY --from=build /venv /venv
+USER llmrec
+ENV PATH=/venv/bin:$PATH PYTHONUNBUFFERED=1
+VOLUME /model
+EXPOSE 8000
+STOPSIGNAL SIGTERM
+HEALTHCHECK --start-period=120s --interval=10s --timeout=5s \
+  CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/ready', timeout=4)"]
+ENTRYPOINT ["llmrec"]
+CMD ["serve", "/model", "--host", "0.0.0.0", "--config", "/etc/llmrec/serve.toml", "--workers", "2"]
