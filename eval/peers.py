@@ -97,7 +97,8 @@ def main(argv: list[str] | None = None) -> None:
         for text in (True, False):
             own = name if text else f"{name} without texts"
             given: SequenceConfig = getattr(config.retrieval, name)
-            limit = {"minutes": max(seconds[f"cornac {name}"] / 60, 0.05), "text": text}
+            # A quarter of the users is few: what they say of one epoch is noise.
+            limit = {"minutes": max(seconds[f"cornac {name}"] / 60, 0.05), "text": text, "patience": 10}
             kind: Kind = "gru4rec" if name == "gru4rec" else "sasrec"
             begun = time.perf_counter()
             model = SequenceRetriever.fit(

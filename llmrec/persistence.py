@@ -175,7 +175,8 @@ def save_arrays(path: Path, groups: Mapping[str, Arrays]) -> None:
 def load_arrays(path: Path) -> dict[str, dict[str, NDArray[Any]]]:
     """Read what `save_arrays` wrote.
 
-    The arrays are mapped from the file and cannot be written: processes that read the same one share it.
+    The arrays are mapped from the file: processes that read the same one share it. What is written to them is
+    the process's own.
     """
     groups: dict[str, dict[str, NDArray[Any]]] = {}
     try:
@@ -184,7 +185,7 @@ def load_arrays(path: Path) -> dict[str, dict[str, NDArray[Any]]]:
             if not 0 < length <= path.stat().st_size - 8:
                 raise ValueError("it is cut off")
             header = json.loads(opened.read(length))
-        stored = np.asarray(np.memmap(path, np.uint8, mode="r"))[8 + length :]
+        stored = np.asarray(np.memmap(path, np.uint8, mode="c"))[8 + length :]
         for key, found in header.items():
             if key == "__metadata__":
                 continue
@@ -200,7 +201,7 @@ def load_arrays(path: Path) -> dict[str, dict[str, NDArray[Any]]]:
 
 
 def map_array(path: Path) -> NDArray[Any]:
-    """Map an npy file into memory; it cannot be written.
+    """Map an npy file into memory, as `load_arrays` does.
 
     Raises
     ------
@@ -208,7 +209,7 @@ def map_array(path: Path) -> NDArray[Any]:
         If it is missing or damaged.
     """
     try:
-        mapped: NDArray[Any] = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
+        mapped: NDArray[Any] = np.asarray(np.load(path, mmap_mode="c", allow_pickle=False))
     except (OSError, ValueError) as broken:
         raise ModelError(f"{path} is missing or damaged: {broken}") from broken
     return mapped

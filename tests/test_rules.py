@@ -3,7 +3,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from llmrec.catalog import Catalog
@@ -118,7 +118,12 @@ def wheres(depth=2):
 @settings(max_examples=300, deadline=None)
 @given(wheres())
 def test_mask_equals_the_grammar_read_item_by_item(where):
-    assert compile_where(where, CATALOG).tolist() == [meets(item, where) for item in ITEMS]
+    try:
+        mask = compile_where(where, CATALOG)
+    except RequestError as many:
+        assume("conditions; at most" not in str(many))
+        raise
+    assert mask.tolist() == [meets(item, where) for item in ITEMS]
 
 
 @pytest.mark.parametrize(

@@ -517,7 +517,7 @@ def test_without_the_driver_the_error_says_what_to_install():
         "try:\n    PostgresStore('postgresql://h/d', 'x')\nexcept ImportError as e:\n    print(e)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == 'an event store in PostgreSQL needs: pip install "llmrec[postgres]"'
+    assert done.stdout.strip() == 'the event store in PostgreSQL needs: pip install "llmrec[postgres]"'
 
 
 # From one place to another.

@@ -21,7 +21,7 @@ class SequenceConfig(BaseModel):
     window: int = Field(50, ge=1, description="latest items of a history that are read")
     dropout: float = Field(0.3, ge=0, lt=1)
     text: bool = Field(True, description="add a projection of the text vector to each item vector")
-    epochs: int = Field(30, ge=1, description="most passes over the events")
+    epochs: int = Field(60, ge=1, description="most passes over the events")
     patience: int = Field(4, ge=1, description="epochs without a better validation before it stops")
     minutes: float | None = Field(None, gt=0, description="most minutes of training")
     learning_rate: float = Field(3e-3, gt=0)
