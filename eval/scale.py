@@ -5,9 +5,9 @@
 
 Items have a taste each, popularity falls with rank as Zipf's law says, lengths of histories are log-normal,
 and seven of ten events are of the user's three tastes. Texts are words of the item's taste. Prints and
-writes eval/results/scale.json: the second at which each stage began, peak memory, and milliseconds a request on
-one core, single and in batches of 64. Every retriever is asked for 200 candidates; all of them are returned, each
-with its sources, or the ten best.
+writes eval/results/scale.json: the second at which each stage began, peak memory, and milliseconds a
+request on one core, single and in batches of 64. Every retriever is asked for 200 candidates; 200 are
+returned, each with its sources, or the ten best.
 """
 
 from __future__ import annotations

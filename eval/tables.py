@@ -7,6 +7,7 @@ python eval/tables.py --check    # fails if a table is not what the results say
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
 import sys
@@ -256,6 +257,59 @@ def reasons() -> str:
     return "\n".join(lines)
 
 
+def scale() -> str:
+    """How long a large log takes, from scale.json."""
+    path = ROOT / "eval" / "results" / "scale.json"
+    if not path.is_file():
+        return ""
+    found = json.loads(path.read_text(encoding="utf-8"))
+    stages = list(found["started_at_seconds"].items())
+    took = ", ".join(
+        f"{name} {later - begun:.0f} s" for (name, begun), (_, later) in itertools.pairwise(stages)
+    )
+    lines = [
+        "### scale (synthetic)",
+        "",
+        f"`python eval/scale.py`: {found['events']:,} events, {found['items']:,} items, "
+        f"{found['users']:,} users; {found['environment']['machine']}, two cores. Fitted in "
+        f"{found['fit_seconds'] / 60:.1f} minutes with {found['peak_memory_mb'] / 1000:.1f} GB at most: {took}.",
+        "",
+        "| returned | ms a request, single (p95) | ms a request, in batches of 64 |",
+        "|---|---|---|",
+    ]
+    for what, name in (("ten best", "ten_returned"), (f"all {found['candidates']}", "all_returned")):
+        row = found[name]
+        lines.append(
+            f"| {what} | {row['single_ms']:.1f} ({row['single_p95_ms']:.1f}) | {row['batch_ms']:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def compared(pattern: str, words: str) -> str:
+    """Systems and their differences, from results files of other programs."""
+    lines = []
+    for path in sorted((ROOT / "eval" / "results").glob(pattern)):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        lines += [
+            f"### {path.stem} (bring data)",
+            "",
+            f"{words}; {found['part']}, {found['users']:,} users.",
+            "",
+            "| system | " + " | ".join(MEASURES) + " | seconds of training |",
+            "|---|" + "---|" * (len(MEASURES) + 1),
+        ]
+        for name, values in found["systems"].items():
+            seconds = found.get("training_seconds", {}).get(name)
+            cells = " | ".join(f"{values[m]:.4f}" for m in MEASURES)
+            lines.append(f"| {name} | {cells} | {'' if seconds is None else f'{seconds:.0f}'} |")
+        lines += [
+            "",
+            *(f"- {c['a']} - {c['b']}, {c['metric']}: {difference(c)}" for c in found["comparisons"]),
+        ]
+        lines.append("")
+    return "\n".join(lines).strip()
+
+
 def pages() -> dict[Path, str]:
     """What has to stand between the marks of each page."""
     paths = sorted((ROOT / "eval" / "results").glob("*-test-*.json"))
@@ -265,7 +319,17 @@ def pages() -> dict[Path, str]:
     return {
         ROOT / "README.md": f"{short(results)}\n\n{retrieval(results)}",
         ROOT / "eval" / "README.md": "\n\n".join(
-            [*(table(path, found) for path, found in results.items()), load(), reasons()]
+            [
+                *(table(path, found) for path, found in results.items()),
+                scale(),
+                load(),
+                reasons(),
+                compared("*-peers.json", "`eval/peers.py`: sequence models beside Cornac's, full ranking"),
+                compared(
+                    "*-encoder.json",
+                    "`finetune/encoder.py`: items near the one before the target, by text, before and after",
+                ),
+            ]
         ),
     }
 

@@ -207,7 +207,7 @@ def _spread(batch: Batch, missing: Sequence[int], workers: int, address: str | N
             PartWorker,
             fn_constructor_args=(batch,),
             batch_size=1,
-            compute=ray.data.ActorPoolStrategy(size=workers),
+            compute=ray.data.ActorPoolStrategy(size=min(workers, len(missing))),
             max_restarts=ATTEMPTS,
             max_task_retries=ATTEMPTS,
         )
