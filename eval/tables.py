@@ -272,7 +272,8 @@ def scale() -> str:
         "",
         f"`python eval/scale.py`: {found['events']:,} events, {found['items']:,} items, "
         f"{found['users']:,} users; {found['environment']['machine']}, two cores. Fitted in "
-        f"{found['fit_seconds'] / 60:.1f} minutes with {found['peak_memory_mb'] / 1000:.1f} GB at most: {took}.",
+        f"{found['fit_seconds'] / 60:.1f} minutes with {found['peak_memory_mb'] / 1000:.1f} GB at most: "
+        f"{took}.",
         "",
         "| returned | ms a request, single (p95) | ms a request, in batches of 64 |",
         "|---|---|---|",
