@@ -271,7 +271,7 @@ def scale() -> str:
         "### scale (synthetic)",
         "",
         f"`python eval/scale.py`: {found['events']:,} events, {found['items']:,} items, "
-        f"{found['users']:,} users; {found['environment']['machine']}, two cores. Fitted in "
+        f"{found['users']:,} users; {found['environment']['machine']}. Fitted in "
         f"{found['fit_seconds'] / 60:.1f} minutes with {found['peak_memory_mb'] / 1000:.1f} GB at most: "
         f"{took}.",
         "",

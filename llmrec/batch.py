@@ -14,14 +14,14 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import polars as pl
 
 from llmrec import errors
-from llmrec.catalog import Catalog
 from llmrec.errors import DataError, LLMRecError, RequestError
 from llmrec.persistence import read_manifest
 from llmrec.recommender import Recommender
@@ -101,13 +101,13 @@ class PartWorker:
         """Do one part and write its file."""
         batch = self.batch
         rows = _scan(batch).slice(part * batch.size, batch.size).collect()
-        made = self._recommended(rows) if batch.task == "recommend" else self._embedded(rows)
+        made = self._recommended(rows, part) if batch.task == "recommend" else self._embedded(rows)
         path = batch.path(part)
         draft = path.with_name(f".{path.name}.{os.getpid()}")
         made.write_parquet(draft)
         draft.replace(path)
 
-    def _recommended(self, rows: pl.DataFrame) -> pl.DataFrame:
+    def _recommended(self, rows: pl.DataFrame, part: int) -> pl.DataFrame:
         requests = [
             Request(
                 user=row.get("user_id"), history=row.get("history"), query=row.get("query"), k=self.batch.k
@@ -120,11 +120,10 @@ class PartWorker:
             "item_id": [r.item.item_id for answer in found for r in answer],
             "score": [r.score for answer in found for r in answer],
         }
-        lengths = pl.Series([len(answer) for answer in found], dtype=pl.UInt32)
         kept = rows.select(c for c in ("user_id",) if c in rows.columns)
         if not kept.width:
-            kept = rows.select(pl.int_range(pl.len()).alias("row"))
-        who = kept.select(pl.all().repeat_by(lengths).explode().drop_nulls())
+            kept = rows.select((part * self.batch.size + pl.int_range(pl.len())).alias("row"))
+        who = kept[np.repeat(np.arange(len(kept)), [len(answer) for answer in found])]
         schema = {"rank": pl.Int32, "item_id": pl.String, "score": pl.Float64}
         return who.hstack(pl.DataFrame(table, schema=schema))
 
@@ -162,6 +161,9 @@ def run(
     """
     if batch.size < 1 or workers < 1:
         raise RequestError(f"size and workers must be at least 1, got {batch.size} and {workers}")
+    # Actors may run in other folders.
+    source = None if batch.source is None else str(Path(batch.source).absolute())
+    batch = replace(batch, model=batch.model.absolute(), out=batch.out.absolute(), source=source)
     batch.out.mkdir(parents=True, exist_ok=True)
     rows = _begin(batch)
     parts = math.ceil(rows / batch.size)
@@ -225,7 +227,8 @@ def _spread(batch: Batch, missing: Sequence[int], workers: int, address: str | N
 def _begin(batch: Batch) -> int:
     """Check the folder and the source, or write down the rows where there is none; return their number."""
     where = dict.fromkeys(("out", "store", "index"), "")
-    said = {**asdict(batch), **where, "model": read_manifest(batch.model)["state"]}
+    files = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in _files(batch)]
+    said = {**asdict(batch), **where, "model": read_manifest(batch.model)["state"], "files": files}
     key = hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()
     path = batch.out / RUN
     known: dict[str, Any] = {}
@@ -238,8 +241,8 @@ def _begin(batch: Batch) -> int:
         raise DataError(f"{batch.out} holds parts of something else: take another folder")
     if known and known.get("key") != key:
         raise DataError(
-            f"{batch.out} holds parts of another run (model, source, k or size differ): take another folder, "
-            f"or remove it"
+            f"{batch.out} holds parts of another run (model, source or its contents, k or size differ): take "
+            f"another folder, or remove it"
         )
     if known:
         return int(known["rows"])
@@ -261,15 +264,15 @@ def _begin(batch: Batch) -> int:
 
 
 def _write_rows(batch: Batch) -> None:
-    if batch.task == "embed":
-        catalog = Catalog.read(batch.model / read_manifest(batch.model)["state"] / "items.parquet")
-        table = pl.DataFrame({"item_id": catalog.ids, "text": catalog.lines()}).filter(catalog.active)
-    else:
-        rec = Recommender.load(batch.model, store=batch.store)
-        try:
+    rec = Recommender.load(batch.model, store=batch.store)
+    try:
+        if batch.task == "embed":
+            catalog = rec.catalog
+            table = pl.DataFrame({"item_id": catalog.ids, "text": catalog.lines()}).filter(catalog.active)
+        else:
             table = pl.DataFrame({"user_id": rec.users(limit=2**31 - 1)}, schema={"user_id": pl.String})
-        finally:
-            rec.close()
+    finally:
+        rec.close()
     draft = batch.out / f".{ROWS}"
     table.write_parquet(draft)
     draft.replace(batch.out / ROWS)
@@ -284,6 +287,16 @@ def _scan(batch: Batch) -> pl.LazyFrame:
         for name in _COLUMNS[batch.task]
         if name in known
     )
+
+
+def _files(batch: Batch) -> list[Path]:
+    """Files of the source as they are now; none if it is the events or items of the model."""
+    if batch.source is None:
+        return []
+    place = Path(batch.source)
+    if place.is_dir():
+        return sorted(place.glob("*.parquet"))
+    return [place] if place.exists() else sorted(place.parent.glob(place.name))
 
 
 def _source(batch: Batch) -> pl.LazyFrame:

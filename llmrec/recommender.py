@@ -296,12 +296,6 @@ class Recommender(Changing):
                 self._saved.check_model()
             self.follow()
             came_with = self._state.texts.index.name
-            if self._saved is not None and not same and came_with is not None:
-                # A copy is a model of its own: others go on with the vectors of the one that it is of.
-                vectors = self._state.texts.vectors
-                self._state = self._state.with_index(
-                    make_index(vectors, self.config.index, url=self._index_url)
-                )
 
             def write(target: Path) -> None:
                 self._state.write(target, self._adapter)
@@ -309,7 +303,16 @@ class Recommender(Changing):
                     persistence.keep_log([self._run, self._adapter], target / "adapter")
 
             name = persistence.write_state(folder, write)
+            if self._saved is not None and not same and came_with is not None:
+                # A copy is a model of its own: others go on with the vectors of the one that it is of.
+                vectors = self._state.texts.vectors
+                self._state = self._state.with_index(
+                    make_index(vectors, self.config.index, url=self._index_url)
+                )
             manifest = self._manifest(name, (folder / name / "adapter").is_dir())
+            # Processes that serve what is replaced still search its vectors: they go with the next save.
+            if before.get("index") not in (None, came_with, manifest["index"]):
+                manifest["index_before"] = before["index"]
             if self._saved is not None and same:
                 manifest |= {"events": self._saved.events, "changes": self._applied}
                 persistence.replace_manifest(folder, manifest)
@@ -324,14 +327,24 @@ class Recommender(Changing):
             # A reader may have read the old manifest just now: its state stays for one more save.
             kept = [before["state"]] if before else []
             persistence.remove_stale(folder, [name, manifest["events"], *kept])
-            if before.get("events") != came_from:
-                drop_replaced(before, manifest["events"], self._url)
-            if before.get("index") not in (None, came_with, manifest["index"]):
-                known = Config.of(before["config"]).index.known() or self._index_url
-                drop_index(before["index"], known, f" of what was in {folder}")
+            self._forget_replaced(before, manifest, came_from, came_with)
             if self._run is not None:
                 persistence.clear_run(self._run)
                 self._run = None
+
+    def _forget_replaced(
+        self,
+        before: Mapping[str, Any],
+        manifest: Mapping[str, Any],
+        came_from: str | None,
+        came_with: str | None,
+    ) -> None:
+        """Remove from their servers what nobody will open again, unless it is where this one came from."""
+        if before.get("events") != came_from:
+            drop_replaced(before, manifest["events"], self._url)
+        if before.get("index_before") not in (None, came_with, manifest["index"]):
+            known = Config.of(before["config"]).index.known() or self._index_url
+            drop_index(before["index_before"], known, f" of what was in {self.folder}")
 
     def _manifest(self, state: str, language_model: bool) -> dict[str, Any]:
         return {

@@ -172,7 +172,9 @@ def index_of(manifest: Mapping[str, Any], folder: Path, given: str | None) -> tu
             IndexConfig.variable,
         )
         return None, None
-    return url, name or f"llmrec_vectors_{re.sub('[^0-9a-z]', '', model_of(manifest))[:12]}"
+    # The name of the events stays when the model is fitted or fine-tuned again.
+    own = re.sub("[^0-9a-f]", "", str(manifest["events"]).removesuffix(".sqlite").rpartition("llmrec_")[2])
+    return url, name or f"llmrec_vectors_{own[-12:]}"
 
 
 def drop_index(name: str | None, url: str | None, shown: object = "") -> None:

@@ -81,7 +81,7 @@ def cached_texts(
         lambda made, place: np.save(place / "vectors.npy", made),
         lambda place: np.load(place / "vectors.npy", allow_pickle=False),
     )
-    return make_texts(catalog.lines(), encoder, vectors)
+    return make_texts(catalog.lines(), encoder, vectors, config.index)
 
 
 def cached_retrievers(

@@ -63,6 +63,14 @@ def test_rows_with_histories_and_wishes_and_any_order_of_columns(model, rec, tmp
     found = parts(tmp_path / "out")
     assert found.select("rank", "item_id", "score").rows() == online(rec, asked)
     each = [len(answer) for answer in rec.recommend_many(asked)]
+    run(Batch("recommend", model, tmp_path / "small", str(tmp_path / "asked.parquet"), k=4, size=2))
+    assert parts(tmp_path / "small").equals(found)
+    time.sleep(0.01)
+    pl.DataFrame({**rows, "user_id": ["u1", None, None]}).write_parquet(tmp_path / "asked.parquet")
+    with pytest.raises(DataError, match="its contents"):
+        run(Batch("recommend", model, tmp_path / "out", str(tmp_path / "asked.parquet"), k=4))
+    run(Batch("recommend", model, tmp_path / "some", str(tmp_path / "asked.parquet"), k=1))
+    assert parts(tmp_path / "some")["user_id"].to_list() == ["u1", None, None]
     assert found["row"].to_list() == np.repeat(range(3), each).tolist()
     # Numbers as ids, and several files.
     for n in range(2):

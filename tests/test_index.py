@@ -308,6 +308,20 @@ def test_other_processes_open_the_same_collection(make):
         index.close()
 
 
+def test_where_the_graph_of_pgvector_ends_too_early_all_are_compared(database):
+    vectors = VECTORS[:1500]
+    short = f"{database}{'&' if '?' in database else '?'}options=-c%20hnsw.max_scan_tuples%3D50"
+    index = make_index(vectors, IndexConfig(), url=short)
+    mask = np.random.default_rng(0).random(1500) < 0.8
+    assert mask.sum() > 1100
+    (walked, exact) = index.search(QUERIES[:2], 1100, [mask, np.arange(1500) < 900])
+    assert len(walked.items) == 1100 and mask[walked.items].all()
+    np.testing.assert_allclose(walked.scores, -np.sort(-(vectors[mask] @ QUERIES[0]))[:1100], atol=1e-5)
+    np.testing.assert_allclose(exact.scores, -np.sort(-(vectors[:900] @ QUERIES[1])), atol=1e-5)
+    index.drop()
+    index.close()
+
+
 def test_threads_search_any_index_at_once(make):
     index = make(VECTORS[:500])
     one = [hits.items.tolist() for hits in index.search(QUERIES, 10, [None] * 30)]
@@ -342,7 +356,7 @@ def answers(rec):
     return [[r.item.item_id for r in found] for found in rec.recommend_many(ASK)]
 
 
-def test_a_recommender_answers_alike_wherever_its_vectors_are(url, tmp_path):
+def test_a_recommender_answers_alike_wherever_its_vectors_are(url, tmp_path, monkeypatch):
     items, events = toy_data()
     plain = Recommender.fit(items, events, CONFIG)
     rec = Recommender.fit(items, events, CONFIG | {"index": {"url": url}})
@@ -366,14 +380,14 @@ def test_a_recommender_answers_alike_wherever_its_vectors_are(url, tmp_path):
     assert rec.texts.index.name != other.texts.index.name
     rec.add_items([Item("later", "Silver Lake")])
     assert answers(other) == answers(plain)
-    # What is replaced goes from the server too.
-    name = other.texts.index.name
-    Recommender.fit(items, events, CONFIG).save(tmp_path / "model")
-    gone = server_index(url, name, 16)
-    assert gone.stored() > 0  # nothing said on which server it was
-    gone.drop()
-    assert gone.stored() == 0
-    for each in (rec, other, gone):
+    # What is replaced goes from the server too, but not while others may still search it.
+    monkeypatch.setenv("LLMREC_INDEX_URL", url)
+    with server_index(url, other.texts.index.name, 16) as replaced:
+        for left in (len(other.catalog), 0):
+            plain = Recommender.fit(items, events, CONFIG)
+            plain.save(tmp_path / "model")
+            assert replaced.stored() == left
+    for each in (rec, other, plain):
         each.close()
     with server_index(url, rec.texts.index.name, 16) as kept:
         assert kept.stored() == len(rec.catalog)
@@ -407,6 +421,10 @@ def test_a_recommender_that_was_never_saved_leaves_nothing_on_the_server(url):
 
 def test_servers_that_are_not_there_are_named_without_a_password(monkeypatch):
     monkeypatch.setattr("llmrec.index.milvus_index.SECONDS", 1)
+    for wrong in ("http://me:se/cret@127.0.0.1:1", "http://me:secret@127.0.0.1:x", "http://[me:secret@x"):
+        with pytest.raises(StoreError, match="cannot be read") as told:
+            Recommender.fit(*toy_data(), CONFIG | {"index": {"url": wrong}})
+        assert "cret" not in str(told.value)
     for wrong in ("postgresql://me:secret@127.0.0.1:1/x", "http://me:secret@127.0.0.1:1"):
         with pytest.raises(StoreError, match="vector index") as told:
             Recommender.fit(*toy_data(), CONFIG | {"index": {"url": wrong}})

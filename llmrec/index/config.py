@@ -40,7 +40,8 @@ class IndexConfig(UrlConfig):
 
 def of_milvus(url: str) -> bool:
     """Whether a URL is one of Milvus."""
-    return url.startswith(("http://", "https://")) or url.endswith(".db")
+    web = url.startswith(("http://", "https://"))
+    return (web and not url.endswith(".db")) or ("://" not in url and url.endswith(".db"))
 
 
 def check_url(url: str) -> None:

@@ -52,14 +52,23 @@ class MilvusIndex(ServerIndex):
             raise StoreError(f"{name!r} cannot be the name of a {VECTORS}: use letters, digits, underscores")
         super().__init__(name, dim)
         try:
+            import grpc
             import pymilvus
         except ImportError as missing:
             raise ImportError('Milvus needs: pip install "llmrec[milvus]"') from missing
         # It logs every call that fails, which is raised as well.
         logging.getLogger("pymilvus").setLevel(logging.CRITICAL)
-        parts = urlsplit(url)
-        self.shown = f"{parts.scheme}://{parts.hostname}:{parts.port or 19530}" if parts.scheme else url
+        try:
+            parts = urlsplit(url)
+            self.shown = f"{parts.scheme}://{parts.hostname}:{parts.port or 19530}" if parts.scheme else url
+        except ValueError:
+            # Its words repeat the URL.
+            raise StoreError(
+                f"the URL of the {VECTORS} cannot be read; write it as http://user:password@host:19530, "
+                "signs in the password as %XX"
+            ) from None
         self._milvus: Any = pymilvus
+        self._failed: Any = grpc.RpcError
         with self._told():
             # Its own habit of a ping every ten seconds makes servers hang up.
             calm = {"grpc.keepalive_time_ms": 300_000, "grpc.keepalive_permit_without_calls": False}
@@ -68,13 +77,20 @@ class MilvusIndex(ServerIndex):
     def stored(self) -> int:
         """Number of rows on the server; 0 if there is no such collection."""
         with self._told():
-            if not self._client.has_collection(self.collection):
-                return 0
-            self._client.load_collection(self.collection)
-            found = self._client.query(
-                self.collection, filter="", output_fields=["count(*)"], consistency_level="Strong"
-            )
-            return int(found[0]["count(*)"])
+            return self._stored()
+
+    def _stored(self) -> int:
+        if not self._client.has_collection(self.collection):
+            return 0
+        self._client.load_collection(self.collection)
+        found = self._client.query(
+            self.collection,
+            filter="",
+            output_fields=["count(*)"],
+            consistency_level="Strong",
+            timeout=SECONDS,
+        )
+        return int(found[0]["count(*)"])
 
     def drop(self) -> None:
         """Remove the collection; one that is gone already is no error."""
@@ -101,12 +117,16 @@ class MilvusIndex(ServerIndex):
             try:
                 self._send(draft, self._client.insert, np.arange(len(vectors), dtype=np.int32), vectors)
                 self._client.flush(draft)
-                if self._client.has_collection(self.collection):
+                if 0 < self._stored() < len(vectors):
                     self._client.drop_collection(self.collection)
-                self._client.rename_collection(draft, self.collection)
-            except BaseException:
+                if self._stored():
+                    self._client.drop_collection(draft)  # another process has written it meanwhile
+                else:
+                    self._client.rename_collection(draft, self.collection)
+            except BaseException as failed:
                 self._client.drop_collection(draft)
-                raise
+                if not isinstance(failed, self._milvus.MilvusException) or self._stored() < len(vectors):
+                    raise
             self._client.load_collection(self.collection)
 
     def _write(self, codes: Codes, vectors: Floats) -> None:
@@ -118,7 +138,7 @@ class MilvusIndex(ServerIndex):
         for start in range(0, len(codes), step):
             block = np.asarray(vectors[start : start + step], np.float32)
             rows = zip(codes[start : start + step].tolist(), block, strict=True)
-            send(name, [{"code": code, "vector": vector} for code, vector in rows])
+            send(name, [{"code": code, "vector": vector} for code, vector in rows], timeout=10 * SECONDS)
 
     def _search(self, vectors: Floats, k: int, masks: Sequence[Mask | None]) -> list[Hits]:
         hits: list[Hits] = [Hits(np.empty(0, np.int32), np.empty(0, np.float32))] * len(vectors)
@@ -137,6 +157,7 @@ class MilvusIndex(ServerIndex):
                     search_params={"metric_type": "IP", "params": {"ef": max(128, 2 * k)}},
                     output_fields=["code"],
                     consistency_level="Strong",
+                    timeout=SECONDS,
                 )
                 for i, those in zip(rows, found, strict=True):
                     codes = np.array([hit["code"] for hit in those], np.int32)
@@ -153,7 +174,10 @@ class MilvusIndex(ServerIndex):
         found, scores = [], []
         for start in range(0, len(codes), FETCHED):
             rows = self._client.get(
-                self.collection, ids=codes[start : start + FETCHED].tolist(), output_fields=["code", "vector"]
+                self.collection,
+                ids=codes[start : start + FETCHED].tolist(),
+                output_fields=["code", "vector"],
+                timeout=SECONDS,
             )
             found += [row["code"] for row in rows]
             scores += [float(np.dot(np.asarray(row["vector"], np.float32), vector)) for row in rows]
@@ -174,6 +198,6 @@ class MilvusIndex(ServerIndex):
     def _told(self) -> Iterator[None]:
         try:
             yield
-        except self._milvus.MilvusException as error:
-            words = str(getattr(error, "message", error)).splitlines()[0]
+        except (self._milvus.MilvusException, self._failed) as error:
+            words = str(getattr(error, "message", "") or type(error).__name__).splitlines()[0]
             raise StoreError(f"the {VECTORS} {self.shown} cannot be used: {words}") from error

@@ -61,6 +61,8 @@ class PgVectorIndex(ServerIndex):
         import sqlalchemy
 
         def prepare(connection: Any, record: object) -> None:
+            # One at a time: two that find it missing would both make it.
+            connection.execute("SELECT pg_advisory_xact_lock(hashtext('llmrec vector'))")
             connection.execute("CREATE EXTENSION IF NOT EXISTS vector")
             connection.commit()
             register_vector(connection)
@@ -71,16 +73,14 @@ class PgVectorIndex(ServerIndex):
 
     def stored(self) -> int:
         """Number of rows on the server; 0 if there is no such collection."""
+        return self._do(self._count)
 
-        def count(connection: Any) -> int:
-            if connection.execute("SELECT to_regclass(%s)", (self.collection,)).fetchone()[0] is None:
-                return 0
-            # Codes go up from 0 without gaps.
-            return int(
-                connection.execute(f"SELECT coalesce(max(code) + 1, 0) FROM {self.collection}").fetchone()[0]
-            )
-
-        return self._do(count)
+    def _count(self, connection: Any) -> int:
+        if connection.execute("SELECT to_regclass(%s)", (self.collection,)).fetchone()[0] is None:
+            return 0
+        # Codes go up from 0 without gaps.
+        found = connection.execute(f"SELECT coalesce(max(code) + 1, 0) FROM {self.collection}")
+        return int(found.fetchone()[0])
 
     def drop(self) -> None:
         """Remove the table; one that is gone already is no error."""
@@ -94,6 +94,8 @@ class PgVectorIndex(ServerIndex):
         def write(connection: Any) -> None:
             # One transaction: who opens the table meanwhile waits for it.
             connection.execute("SELECT pg_advisory_xact_lock(hashtext(%s))", (self.collection,))
+            if self._count(connection) >= len(vectors):
+                return  # another process has written it meanwhile
             connection.execute(f"DROP TABLE IF EXISTS {self.collection}")
             connection.execute(
                 f"CREATE TABLE {self.collection} (code INT PRIMARY KEY, vector VECTOR({self.dim}))"
@@ -127,6 +129,9 @@ class PgVectorIndex(ServerIndex):
                     copy.write_row((code, vector))
 
     def _search(self, vectors: Floats, k: int, masks: Sequence[Mask | None]) -> list[Hits]:
+        asked = [self._statement(v, k, m) for v, m in zip(vectors, masks, strict=True)]
+        allowed = [self._rows if mask is None else int(np.count_nonzero(mask)) for mask in masks]
+
         def ask(connection: Any) -> list[Hits]:
             wide = min(max(100, 2 * k), _EF_MOST)
             connection.execute(
@@ -134,16 +139,15 @@ class PgVectorIndex(ServerIndex):
                 "set_config('hnsw.iterative_scan', 'strict_order', true)",
                 (str(wide),),
             )
-            asked = [self._statement(v, k, m) for v, m in zip(vectors, masks, strict=True)]
-            found = self._fetch(connection, asked)
-            # The graph may end before enough allowed items were met.
-            least = [min(k, self._rows if mask is None else int(np.count_nonzero(mask))) for mask in masks]
-            short = [i for i, hits in enumerate(found) if len(hits.items) < least[i]]
-            if short:
+            walked = [i for i, count in enumerate(allowed) if count > FEW]
+            found = dict(zip(walked, self._fetch(connection, [asked[i] for i in walked]), strict=True))
+            # Few are compared one by one; and the graph may end before enough allowed items were met.
+            rest = [i for i, n in enumerate(allowed) if i not in found or len(found[i].items) < min(k, n)]
+            if rest:
+                connection.execute("SET LOCAL enable_sort = on")
                 connection.execute("SET LOCAL enable_indexscan = off")
-                for i, hits in zip(short, self._fetch(connection, [asked[i] for i in short]), strict=True):
-                    found[i] = hits
-            return found
+                found |= dict(zip(rest, self._fetch(connection, [asked[i] for i in rest]), strict=True))
+            return [found[i] for i in range(len(asked))]
 
         return self._do(ask)
 
@@ -162,7 +166,7 @@ class PgVectorIndex(ServerIndex):
     @staticmethod
     def _fetch(connection: Any, asked: Sequence[tuple[str, dict[str, Any]]]) -> list[Hits]:
         with connection.pipeline():
-            cursors = [connection.execute(text, values, binary=True) for text, values in asked]
+            cursors = [connection.execute(text, values, binary=True, prepare=False) for text, values in asked]
         found = []
         for cursor in cursors:
             rows = cursor.fetchall()

@@ -117,7 +117,10 @@ class _Sums(Collector):
                     if sample.name.endswith("_created") or (family.type == "gauge" and not alive):
                         continue
                     key = (family.name, sample.name, tuple(sample.labels.items()))
-                    sums[key] = sums.get(key, 0.0) + sample.value
+                    old = sums.get(key, 0.0)
+                    # How long a request would take is no sum.
+                    longest = family.name == "llmrec_expected_seconds"
+                    sums[key] = max(old, sample.value) if longest else old + sample.value
         for (family_name, name, labels), value in sums.items():
             families[family_name].add_sample(name, dict(labels), value)
         yield from families.values()
@@ -126,7 +129,7 @@ class _Sums(Collector):
 def _alive(process: int) -> bool:
     try:
         os.kill(process, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, PermissionError):
         return False
     return True
 

@@ -72,6 +72,8 @@ def load(job: Job) -> Recommender:
 
 def work(job: Job, listening: socket.socket, told: Connection) -> None:
     """Serve in this process; send "" once the first request is answered, or what is wrong."""
+    # Ctrl-C reaches all processes; the parent passes its wish on.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         rec = load(job)
         app = create_app(rec, job.settings, counted=job.counted)
@@ -165,6 +167,9 @@ class Workers:
         with tempfile.TemporaryDirectory(prefix="llmrec-serve-") as folder:
             self._job = replace(self._job, counted=Path(folder))
             try:
+                if self._job.store or self._job.index:
+                    # What is moved or written there first is moved once.
+                    load(self._job).close()
                 self._model = model_of(manifest_of(self._job.model))
                 self._workers = [self._start() for _ in range(self._job.settings.workers)]
                 for worker in self._workers:
