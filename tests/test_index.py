@@ -308,7 +308,8 @@ def test_other_processes_open_the_same_collection(make):
         index.close()
 
 
-def test_where_the_graph_of_pgvector_ends_too_early_all_are_compared(database):
+def test_where_the_graph_of_pgvector_ends_too_early_all_are_compared(database, monkeypatch):
+    monkeypatch.setattr("llmrec.index.pgvector_index._EF_MOST", 100)
     vectors = VECTORS[:1500]
     short = f"{database}{'&' if '?' in database else '?'}options=-c%20hnsw.max_scan_tuples%3D50"
     index = make_index(vectors, IndexConfig(), url=short)
