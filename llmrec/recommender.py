@@ -22,7 +22,7 @@ from llmrec.evaluation.run import Systems, run_systems
 from llmrec.evaluation.split import Part, tail
 from llmrec.events import EventLog
 from llmrec.families import Texts
-from llmrec.index.making import make_index
+from llmrec.index.making import dropped_on_error, make_index
 from llmrec.index.server import ServerIndex
 from llmrec.protocols import Retriever
 from llmrec.recipe import Recipe
@@ -133,16 +133,17 @@ class Recommender(Changing):
         log = read_log(events, catalog, config.data)
         index_url = config.index.wanted()
         texts = encode(catalog.lines(), config, on_stage, index_url)
-        train, part = tail(log)
-        repeats = config.retrieval.has_repeats(log.repeat_share())
-        search = config.retrieval.for_repeats(repeats)
-        held_out = part.sample(search.search_users, search.seed).held_out(catalog.active, not repeats)
-        recipe, _ = choose_recipe(train, held_out, texts, search, lambda s: on_stage(f"choosing {s}"))
-        on_stage("fitting on all events")
-        store = SQLiteStore(":memory:")
-        store.append(log.to_events(catalog))
-        state = State(catalog, texts, recipe, {}, repeats, search.depth)
-        return cls(config, state.refitted(log), store, url=url, index_url=index_url)
+        with dropped_on_error(texts.index):
+            train, part = tail(log)
+            repeats = config.retrieval.has_repeats(log.repeat_share())
+            search = config.retrieval.for_repeats(repeats)
+            held_out = part.sample(search.search_users, search.seed).held_out(catalog.active, not repeats)
+            recipe, _ = choose_recipe(train, held_out, texts, search, lambda s: on_stage(f"choosing {s}"))
+            on_stage("fitting on all events")
+            store = SQLiteStore(":memory:")
+            store.append(log.to_events(catalog))
+            state = State(catalog, texts, recipe, {}, repeats, search.depth)
+            return cls(config, state.refitted(log), store, url=url, index_url=index_url)
 
     def finetune(
         self,

@@ -420,6 +420,20 @@ def test_a_recommender_that_was_never_saved_leaves_nothing_on_the_server(url):
         assert index.stored() == 0
 
 
+def test_a_fit_that_fails_leaves_nothing_on_the_server(url, monkeypatch):
+    made = []
+
+    def failing(train, held_out, texts, *others):
+        made.append(texts.index.name)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("llmrec.recommender.choose_recipe", failing)
+    with pytest.raises(KeyboardInterrupt):
+        Recommender.fit(*toy_data(), CONFIG | {"index": {"url": url}})
+    with server_index(url, made[0], 16) as index:
+        assert index.stored() == 0
+
+
 def test_servers_that_are_not_there_are_named_without_a_password(monkeypatch):
     monkeypatch.setattr("llmrec.index.milvus_index.SECONDS", 1)
     for wrong in ("http://me:se/cret@127.0.0.1:1", "http://me:secret@127.0.0.1:x", "http://[me:secret@x"):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 
@@ -80,6 +81,18 @@ def make_index(
         share = recall(made, vectors)
         on_stage(f"vector index: finds {share:.1%} of the {NEAREST} nearest that exact search finds")
     return made
+
+
+@contextmanager
+def dropped_on_error(index: VectorIndex) -> Iterator[None]:
+    """Remove a new collection from its server if what it was made for fails: nobody knows its name."""
+    try:
+        yield
+    except BaseException:
+        if isinstance(index, ServerIndex):
+            index.drop()
+            index.close()
+        raise
 
 
 def recall(index: VectorIndex, vectors: Floats, k: int = NEAREST, judged: int = JUDGED) -> float:
