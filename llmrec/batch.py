@@ -12,7 +12,6 @@ import hashlib
 import json
 import math
 import os
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -258,7 +257,7 @@ def _begin(batch: Batch) -> int:
         needed = "text" if batch.task == "embed" else "one of user_id, history, query"
         raise DataError(f"{batch.source} needs the column {needed}, and has {', '.join(columns)}")
     draft = path.with_suffix(".tmp")
-    draft.write_text(json.dumps({"key": key, "rows": rows, "began": int(time.time())}), encoding="utf-8")
+    draft.write_text(json.dumps({"key": key, "rows": rows}), encoding="utf-8")
     draft.replace(path)
     return rows
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 import socket
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -68,7 +67,7 @@ def serve(
     SHA-256 of the key, and a role, read or write.
     """
     from llmrec.serve import ServeConfig, create_app, run_app
-    from llmrec.serve.workers import Job, Workers, load
+    from llmrec.serve.workers import Job, Workers, end, load
 
     settings = ServeConfig.of(config, host=host, port=port, workers=workers)
     job = Job(model, settings, store, index)
@@ -82,8 +81,7 @@ def serve(
         app = create_app(rec, settings)
         with listen(settings.host, settings.port) as listening:
             _say_where(settings, listening)
-            # As Ctrl-C does, so that what follows is done.
-            signal.signal(signal.SIGTERM, _end)
+            signal.signal(signal.SIGTERM, end)
             run_app(app, listening)
     finally:
         if app is not None and app.state.service.changed:
@@ -117,7 +115,3 @@ def mcp(model: Model, config: Settings = None, store: Store = None) -> None:
     finally:
         service.close()
         rec.close()
-
-
-def _end(number: int, frame: FrameType | None) -> None:
-    raise SystemExit(0)

@@ -182,19 +182,24 @@ def load_arrays(path: Path) -> dict[str, dict[str, NDArray[Any]]]:
     try:
         with path.open("rb") as opened:
             length = int.from_bytes(opened.read(8), "little")
-            if not 0 < length <= path.stat().st_size - 8:
+            size = path.stat().st_size - 8 - length
+            if length == 0 or size < 0:
                 raise ValueError("it is cut off")
             header = json.loads(opened.read(length))
-        stored = np.asarray(np.memmap(path, np.uint8, mode="c"))[8 + length :]
         for key, found in header.items():
             if key == "__metadata__":
                 continue
             start, end = found["data_offsets"]
-            if end > len(stored):
+            if end > size:
                 raise ValueError("it is cut off")
             group, _, name = key.partition("/")
-            array = stored[start:end].view(_TYPES[found["dtype"]]).reshape(found["shape"])
-            groups.setdefault(group, {})[name] = array
+            kind, shape = _TYPES[found["dtype"]], tuple(found["shape"])
+            # A map of its own each: scipy copies what is a view of something much larger.
+            groups.setdefault(group, {})[name] = (
+                np.asarray(np.memmap(path, kind, "c", 8 + length + start, shape))
+                if end > start
+                else np.empty(shape, kind)
+            )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as broken:
         raise ModelError(f"{path} is missing or damaged: {broken}") from broken
     return groups

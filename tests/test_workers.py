@@ -207,6 +207,19 @@ def test_values_of_several_processes_are_summed_and_nothing_is_under_way_in_one_
     assert 'llmrec_batch_size_bucket{le="8.0"} 1.0' in text
 
 
+def is_mapped(array):
+    while isinstance(array, np.ndarray) and array.base is not None:
+        array = array.base
+    return isinstance(array, mmap.mmap)
+
+
+def test_what_was_fitted_is_mapped_by_whoever_loads_it(model):
+    rec = Recommender.load(model)
+    matrix = rec._state.retrievers["transitions"].matrix
+    assert is_mapped(matrix.data) and is_mapped(matrix.indices) and is_mapped(rec.texts.vectors)
+    rec.close()
+
+
 def test_arrays_of_a_saved_model_are_mapped_not_read(tmp_path):
     rng = np.random.default_rng(0)
     groups = {
@@ -224,10 +237,7 @@ def test_arrays_of_a_saved_model_are_mapped_not_read(tmp_path):
             found = loaded[group][name]
             np.testing.assert_array_equal(found, array)
             assert found.dtype == array.dtype and found.shape == array.shape and found.flags.aligned
-            base = found
-            while isinstance(base, np.ndarray) and base.base is not None:
-                base = base.base
-            assert isinstance(base, mmap.mmap) or not found.size
+            assert is_mapped(found) or not found.size
     np.save(tmp_path / "v.npy", groups["ease"]["data"])
     mapped = map_array(tmp_path / "v.npy")
     np.testing.assert_array_equal(mapped, groups["ease"]["data"])

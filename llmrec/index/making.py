@@ -9,11 +9,10 @@ from contextlib import contextmanager
 import numpy as np
 
 from llmrec.index.config import IndexConfig, of_milvus
-from llmrec.index.faiss_index import FaissIndex
+from llmrec.index.faiss_index import CHUNK, FaissIndex
 from llmrec.index.server import ServerIndex
 from llmrec.protocols import Floats, VectorIndex
 
-CHUNK = 65_536
 JUDGED, NEAREST = 100, 10
 
 
@@ -44,7 +43,7 @@ def server_index(url: str, name: str, dim: int) -> ServerIndex:
 def make_index(
     vectors: Floats,
     config: IndexConfig,
-    on_stage: Callable[[str], None] = lambda stage: None,
+    on_stage: Callable[[str], None] | None = None,
     *,
     url: str | None = None,
     name: str | None = None,
@@ -56,7 +55,7 @@ def make_index(
     vectors
         Shape (n, dim); may be mapped from a file.
     on_stage
-        Told how many of the nearest are found, where a new index is not exact.
+        Told how many of the nearest are found, where a new index is not exact; not measured if None.
     url
         Of a server; None for FAISS.
 
@@ -75,9 +74,10 @@ def make_index(
         made = server_index(url, name or new_name(), vectors.shape[1])
         if made.open(vectors):
             return made
-        on_stage(f"writing {len(vectors):,} vectors to {made.shown}")
+        if on_stage is not None:
+            on_stage(f"writing {len(vectors):,} vectors to {made.shown}")
         made.build(vectors)
-    if not made.exact and len(vectors):
+    if on_stage is not None and not made.exact and len(vectors):
         share = recall(made, vectors)
         on_stage(f"vector index: finds {share:.1%} of the {NEAREST} nearest that exact search finds")
     return made

@@ -59,12 +59,6 @@ class ServerIndex(ABC):
         self._replace(vectors)
         self._rows = len(vectors)
 
-    def add(self, vectors: Floats) -> None:
-        """Append vectors, shape (n, dim); their codes go on from the last one."""
-        codes = np.arange(self._rows, self._rows + len(vectors), dtype=np.int32)
-        self._write(codes, vectors)
-        self._rows += len(vectors)
-
     def grown(self, vectors: Floats, changed: Codes) -> Self:
         """Write what is new or changed; the index that is returned knows the new rows, this one does not."""
         codes = altered(self._rows, vectors, changed)

@@ -85,7 +85,7 @@ def work(job: Job, listening: socket.socket, told: Connection) -> None:
         told.send(f"{type(error).__name__}: {error}")
         raise
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    signal.signal(signal.SIGTERM, _end)
+    signal.signal(signal.SIGTERM, end)
     told.send("")
     try:
         run_app(app, listening)
@@ -93,7 +93,8 @@ def work(job: Job, listening: socket.socket, told: Connection) -> None:
         rec.close()
 
 
-def _end(number: int, frame: FrameType | None) -> None:
+def end(number: int, frame: FrameType | None) -> None:
+    """As a handler of a signal: end this process so that what is to be done last is done."""
     raise SystemExit(0)
 
 
@@ -169,7 +170,7 @@ class Workers:
             try:
                 if self._job.store or self._job.index:
                     # What is moved or written there first is moved once.
-                    load(self._job).close()
+                    Recommender.load(self._job.model, store=self._job.store, index=self._job.index).close()
                 self._model = model_of(manifest_of(self._job.model))
                 self._workers = [self._start() for _ in range(self._job.settings.workers)]
                 for worker in self._workers:
