@@ -57,11 +57,9 @@ from llmrec.retrieve.sequence import SequenceRetriever
 from llmrec.score.config import ItemTokensConfig, TrainingConfig
 from llmrec.score.item_tokens import ItemTokenScorer
 from llmrec.score.likelihood import LikelihoodScorer
-from llmrec.score.packed import forward, row_of
-from llmrec.score.tasks import ROW, Choice, ItemTokensTask, LikelihoodTask, ListwiseTask, Task
-from llmrec.score.trie import Tree
+from llmrec.score.tasks import Choice, ItemTokensTask, ListwiseTask, Task, lines_task
+from llmrec.score.wordwise import VocabularyScorer
 from llmrec.search import known_item_queries, quality
-from llmrec.sequences import Window, rows_of, weighted_mean
 from llmrec.stages import cached_retrievers, cached_texts
 from llmrec.state import State
 from llmrec.word_model import WordLanguageModel
@@ -138,40 +136,6 @@ def random_base(base: Path, folder: Path) -> Path:
     return folder
 
 
-class NextToken(LikelihoodTask):
-    """The lines of a history by the usual loss: every word among all words, forced or not."""
-
-    def loss(self, batch: Any) -> Any:
-        """Mean nats a word, each with the weight of its event."""
-        words, lead = self.model, len(self.model.start)
-        rows, states, targets, of_word, read = [], [], [], [], 0
-        for number, row in enumerate(rows_of(self._lengths(batch), ROW)):
-            windows = [batch[i] for i in row]
-            tree, starts = Tree.beside([words.chain(window.items) for window in windows])
-            rows.append(row_of(words.start, tree))
-            for window, start in zip(windows, starts.tolist(), strict=True):
-                at = start
-                for code in window.items.tolist():
-                    for token in words.chain([code]):
-                        states.append((number, lead - 1 if at == start else lead + at - 1))
-                        targets.append(token)
-                        of_word.append(read)
-                        at += 1
-                    read += 1
-        hidden, _ = forward(words.body, rows, keep=False)
-        places = torch.tensor(states, device=hidden.device).T
-        logits = words.logits(
-            hidden[places[0], places[1]], torch.arange(len(words.head), device=hidden.device)
-        )
-        nats = torch.nn.functional.cross_entropy(
-            logits, torch.tensor(targets, device=hidden.device), reduction="none"
-        )
-        lines = torch.tensor(of_word, device=hidden.device)
-        summed = torch.zeros(read, device=hidden.device).index_add(0, lines, nats)
-        in_rows: list[Window] = [batch[i] for row in rows_of(self._lengths(batch), ROW) for i in row]
-        return weighted_mean(summed, in_rows)
-
-
 def random_choices(p: Prepared, listed: int, limit: int, seed: int) -> list[Choice]:
     """What came next among items drawn at random."""
     rng, items, choices = np.random.default_rng(seed), len(p.state.catalog), []
@@ -222,9 +186,8 @@ def trained(
     else:
         lm = WordLanguageModel.new(lm_config, base, texts.lines, counts, seed)
         training = lasting(training, trial["events"] * trial.get("tokens", 1))
-        if isinstance(lm.scorer, LikelihoodScorer):
-            kind = NextToken if trial.get("loss") == "next-token" else LikelihoodTask
-            task = kind(lm.scorer.model, log.histories, training, log.weights)
+        if isinstance(lm.scorer, LikelihoodScorer | VocabularyScorer):
+            task = lines_task(lm.scorer, log.histories, training, log.weights)
         elif trial.get("negatives") == "random":
             task = ListwiseTask(
                 lm.scorer, random_choices(p, lm_config.listed, lm_config.mined, seed), training
@@ -367,7 +330,7 @@ def described(path: Path, events: int, words: int) -> dict[str, dict[str, Any]]:
         stored: dict[str, dict[str, Any]] = tomllib.load(opened)
     for name, trial in stored.items():
         known = ("lm", "training", "weights", "full", "texts", "events", "against", "detail", "typed")
-        unknown = set(trial) - {*known, "loss", "negatives", "retriever", "says", "tokens"}
+        unknown = set(trial) - {*known, "negatives", "retriever", "says", "tokens"}
         if unknown:
             raise ConfigError(f"{path}, trial {name}: unknown {', '.join(sorted(unknown))}")
         reads_words = trial.get("lm", {}).get("mode", "item_tokens") != "item_tokens"

@@ -35,7 +35,8 @@ from llmrec.processes import Processes
 from llmrec.recipe import ranks_in
 from llmrec.score.config import WORDS, WordsConfig
 from llmrec.score.likelihood import LikelihoodScorer
-from llmrec.score.tasks import LikelihoodTask, ListwiseTask, Task
+from llmrec.score.tasks import ListwiseTask, Task, lines_task
+from llmrec.score.wordwise import VocabularyScorer
 from llmrec.selection import choose_recipe
 from llmrec.state import State
 from llmrec.word_model import WordLanguageModel
@@ -80,8 +81,8 @@ def main(argv: list[str] | None = None) -> None:
     base = resolve(shape.base, allow_hub=config.allow_hub)
     lm = WordLanguageModel.new(shape, base, texts.lines, counts_of(train, len(catalog)), training.seed)
     task: Task[Any]
-    if isinstance(lm.scorer, LikelihoodScorer):
-        task = LikelihoodTask(lm.scorer.model, train.histories, training, train.weights)
+    if isinstance(lm.scorer, LikelihoodScorer | VocabularyScorer):
+        task = lines_task(lm.scorer, train.histories, training, train.weights)
     else:
         choices = mined_choices(state, train, shape.listed, shape.mined, training.seed)
         task = ListwiseTask(lm.scorer, choices, training)

@@ -38,8 +38,8 @@ from llmrec.progress import Progress, TrainingReport
 from llmrec.protocols import Codes
 from llmrec.recipe import HeldOut, fit_retrievers, ranks_in
 from llmrec.score.config import TrainingConfig
-from llmrec.score.likelihood import LikelihoodScorer
-from llmrec.score.tasks import ItemTokensTask, LikelihoodTask, ListwiseTask, Task
+from llmrec.score.labels import LettersScorer, YesNoScorer
+from llmrec.score.tasks import ItemTokensTask, ListwiseTask, Task, lines_task
 from llmrec.sequences import Replay
 from llmrec.state import State
 from llmrec.tuning import JUDGED, Continued, FinetuneReport, gain_of, note
@@ -258,7 +258,7 @@ def _task(
     """New events in the context of the old ones, and old ones drawn anew in each epoch."""
     log, ends = news.log, news.old.tolist()
     old = first_parts(log, ends)
-    if isinstance(lm, WordLanguageModel) and not isinstance(lm.scorer, LikelihoodScorer):
+    if isinstance(lm.scorer, YesNoScorer | LettersScorer):
         mined = lm.config.listed, lm.config.mined, training.seed
         return ListwiseTask(
             lm.scorer,
@@ -286,8 +286,7 @@ def _task(
             typed=lm.typing(state.texts.lines),
             wishes=lm.config.wishes,
         )
-    assert isinstance(lm.scorer, LikelihoodScorer)
-    return LikelihoodTask(lm.scorer.model, histories, training, weights, replay)
+    return lines_task(lm.scorer, histories, training, weights, replay)
 
 
 def _candidates(lm: TunedModel, state: State, held_out: HeldOut) -> list[Codes]:

@@ -26,7 +26,8 @@ from llmrec.recipe import HeldOut, Recipe, hash_histories, ranks_in
 from llmrec.score.config import ItemTokensConfig, TrainingConfig, WordsConfig
 from llmrec.score.item_tokens import ItemTokenScorer
 from llmrec.score.likelihood import LikelihoodScorer
-from llmrec.score.tasks import ItemTokensTask, LikelihoodTask, ListwiseTask, Task
+from llmrec.score.tasks import ItemTokensTask, ListwiseTask, Task, lines_task
+from llmrec.score.wordwise import VocabularyScorer
 from llmrec.search import with_language_model
 from llmrec.state import State
 from llmrec.training import LoRATrainer
@@ -155,8 +156,8 @@ def train_words_model(
     texts = state.texts
     lm = WordLanguageModel.new(config, base, texts.lines, counts_of(log, len(texts.lines)), training.seed)
     task: Task[Any]
-    if isinstance(lm.scorer, LikelihoodScorer):
-        task = LikelihoodTask(lm.scorer.model, log.histories, training, log.weights)
+    if isinstance(lm.scorer, LikelihoodScorer | VocabularyScorer):
+        task = lines_task(lm.scorer, log.histories, training, log.weights)
     else:
         choices = mined_choices(state, log, config.listed, config.mined, training.seed)
         task = ListwiseTask(lm.scorer, choices, training)

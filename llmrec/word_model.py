@@ -22,6 +22,7 @@ from llmrec.score.loading import body_dtype, load_causal, shared_causal
 from llmrec.score.packed import PackedReader
 from llmrec.score.trie import ItemTrie
 from llmrec.score.words import Layout, Vocabulary, WordsModel
+from llmrec.score.wordwise import VocabularyScorer
 
 SLOTS = {"likelihood": None, "generate": None, "yes_no": "candidate", "letters": "candidates"}
 """What a mode's prompt needs beside the history."""
@@ -64,12 +65,14 @@ class WordLanguageModel:
         # The tree of all lines is not grown for one request.
         self.reads_unlisted = SLOTS[config.mode] is not None
 
-    def _scorer(self) -> LikelihoodScorer | YesNoScorer | LettersScorer:
+    def _scorer(self) -> LikelihoodScorer | VocabularyScorer | YesNoScorer | LettersScorer:
         reader = PackedReader(self.words.body, memory=self.config.memory_mb * 2**20)
         if self.config.mode == "yes_no":
             return YesNoScorer(self.words, reader)
         if self.config.mode == "letters":
             return LettersScorer(self.words, reader, window=self.config.listed)
+        if self.config.normalise == "vocabulary":
+            return VocabularyScorer(self.words, reader)
         trie = ItemTrie(self.words.lines, self.words.vocabulary.end, self.counts, self.config.smoothing)
         return LikelihoodScorer(LikelihoodModel(self.words, trie), reader, self.config.beam)
 

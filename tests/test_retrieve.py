@@ -512,3 +512,34 @@ def test_sums_of_sparse_rows_rank_as_the_dense_sum_does(sparse, monkeypatch):
             expected = ranking.top(dense, 9, mask, floor=0.0)
             assert found.items.tolist() == expected.items.tolist() and found.items.dtype == np.int32
             np.testing.assert_allclose(found.scores, expected.scores)
+
+
+def test_the_largest_entries_of_each_row_are_kept_and_the_rest_of_the_matrix_stays():
+    rng = np.random.default_rng(0)
+    matrix = scipy.sparse.random(30, 40, 0.4, "csr", np.float32, rng=rng, data_rvs=rng.standard_normal)
+    found = ranking.largest_of_rows(matrix, 5).toarray()
+    for row, own in zip(matrix.toarray(), found, strict=True):
+        expected = np.zeros_like(row)
+        largest = np.argsort(-np.abs(row), kind="stable")[:5]
+        expected[largest] = row[largest]
+        np.testing.assert_array_equal(own, expected)
+
+
+@given(
+    st.integers(1, 400),
+    st.integers(1, 30),
+    st.integers(0, 60),
+    st.integers(1, 50),
+    st.sampled_from([-np.inf, 0.0]),
+    st.randoms(use_true_random=False),
+)
+def test_the_best_of_many_are_those_of_a_full_sort(n, k, ruled_out, values, floor, random):
+    scores = np.array([random.randint(-5, values) for _ in range(n)], np.float32)
+    mask = np.ones(n, bool)
+    mask[[random.randrange(n) for _ in range(ruled_out)]] = False
+    expected = [i for i in sorted(range(n), key=lambda i: (-scores[i], i)) if mask[i] and scores[i] > floor][
+        :k
+    ]
+    found = top(scores, k, mask, floor)
+    assert found.items.tolist() == expected
+    np.testing.assert_array_equal(found.scores, scores[expected])

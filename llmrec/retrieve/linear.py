@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from llmrec.protocols import Codes, Floats, Hits, Query
-from llmrec.ranking import NO_HITS, age_weights, top_of_rows
+from llmrec.ranking import NO_HITS, age_weights, largest_of_rows, top_of_rows
 from llmrec.retrieve.sparse_linear import Neighbourhood
 
 logger = logging.getLogger(__name__)
@@ -111,7 +111,7 @@ class CoOccurrence:
     def solve(self, config: EASEConfig) -> EASERetriever:
         """Item-item weights under the penalty and the text weight of `config`."""
         if self.near is not None:
-            weights = self.near.solve(config.l2, config.text, self.texts)
+            weights = largest_of_rows(self.near.solve(config.l2, config.text, self.texts), config.keep)
         else:
             gram = np.asarray((self.events.T @ self.events).toarray(), dtype=np.float32)
             for start in range(0, len(gram) if config.text else 0, BLOCK):

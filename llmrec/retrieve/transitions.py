@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from llmrec.protocols import Codes, Floats, Hits, Query
-from llmrec.ranking import NO_HITS, age_weights, top_of_rows
+from llmrec.ranking import NO_HITS, age_weights, largest_of_rows, top_of_rows
 
 
 class TransitionsConfig(BaseModel):
@@ -24,6 +24,7 @@ class TransitionsConfig(BaseModel):
     backward: float = Field(0.3, ge=0, description="weight of a pair read in the other direction")
     smoothing: float = Field(5.0, ge=0, description="pseudo-events of an item that lead nowhere")
     decay: float = Field(0.7, gt=0, le=1, description="weight of a history item, per step of age")
+    keep: int = Field(2000, ge=1, description="largest transitions kept of each item")
 
 
 class TransitionsRetriever:
@@ -67,7 +68,7 @@ class TransitionsRetriever:
             counts = counts + config.backward * counts.T
         out = np.asarray(counts.sum(axis=1)).ravel() + config.smoothing
         scale = scipy.sparse.diags_array((1.0 / np.where(out > 0, out, 1.0)).astype(np.float32))
-        return cls(scipy.sparse.csr_matrix(scale @ counts), config)
+        return cls(largest_of_rows(scipy.sparse.csr_matrix(scale @ counts), config.keep), config)
 
     def with_decay(self, decay: float) -> TransitionsRetriever:
         """The same transitions with another decay of the history; costs nothing."""

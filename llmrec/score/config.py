@@ -61,10 +61,19 @@ class WordsConfig(BaseModel):
     candidates: int = Field(20, ge=2, description="first candidates of the merge that the model scores")
     listed: int = Field(20, ge=2, le=26, description="candidates in a list of yes_no and letters")
     mined: int = Field(20_000, ge=1, description="events that yes_no and letters learn from, at most")
+    normalise: Literal["trie", "vocabulary"] = Field(
+        "trie",
+        description="of likelihood: a word is one among those that lead to items, or one among all words",
+    )
     smoothing: float = Field(1.0, gt=0, description="added to each item's count in the trie of likelihood")
     beam: int = Field(20, ge=1, description="ways that generate follows at once; it proposes about as many")
     judged: int = Field(500, ge=2, description="held-out users that choose its weight")
     memory_mb: int = Field(512, ge=0, description="memory for what was read of histories")
+
+    def model_post_init(self, _context: Any) -> None:
+        """Refuse a search along the trie without it."""
+        if self.normalise == "vocabulary" and self.mode != "likelihood":
+            raise ConfigError(f"normalise = 'vocabulary' is for the mode likelihood, not for {self.mode}")
 
     @property
     def prompt_name(self) -> str:

@@ -60,7 +60,7 @@ class YesNoScorer:
     def __init__(self, words: WordsModel, reader: PackedReader) -> None:
         self.words, self.reader = words, reader
         self._labels = torch.tensor(yes_no_labels(words.vocabulary))
-        self.last = words.vocabulary.tokens(words.layout.last)
+        self.last = words.last
 
     def forget(self) -> None:
         """Drop what was read of histories."""
@@ -127,7 +127,7 @@ class LettersScorer:
             raise ConfigError(f"window must be 2 to 26 candidates, got {window}")
         self.words, self.reader, self.window, self.orders = words, reader, window, orders
         self._labels = torch.tensor(letter_labels(words.vocabulary))
-        self.last = words.vocabulary.tokens(words.layout.last)
+        self.last = words.last
 
     def forget(self) -> None:
         """Drop what was read of histories."""

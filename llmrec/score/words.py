@@ -23,6 +23,9 @@ from llmrec.quiet import quiet_transformers
 STEP = 10
 """The window of a history moves by so many items, so that what was read of it can mostly be extended."""
 
+ROWS = 256
+"""States whose logits of all words are held at once."""
+
 LINE_ENDS = ("\n", " ")
 """What may end a line; the end-of-text token where a tokenizer has neither."""
 
@@ -114,15 +117,11 @@ class Layout:
         )
 
 
-class WordsModel(nn.Module):
-    """A causal LM that reads items as lines of words.
+class WordsPrompt:
+    """Histories, wishes and candidates in tokens.
 
     Parameters
     ----------
-    body
-        Inner transformer.
-    head
-        Output vectors of the vocabulary, shape (words, hidden), frozen.
     vocabulary, layout
         Tokenizer and prompt.
     lines
@@ -131,24 +130,12 @@ class WordsModel(nn.Module):
         Latest items of a history that are read, at most.
     """
 
-    head: Tensor
-
     def __init__(
-        self,
-        body: nn.Module,
-        head: Tensor,
-        vocabulary: Vocabulary,
-        layout: Layout,
-        lines: Sequence[list[int]],
-        window: int,
+        self, vocabulary: Vocabulary, layout: Layout, lines: Sequence[list[int]], window: int
     ) -> None:
-        super().__init__()
-        self.body = body
-        self.register_buffer("head", head, persistent=False)
         self.vocabulary, self.layout, self.lines, self.window = vocabulary, layout, lines, window
         self.start = [*vocabulary.first(layout.first), vocabulary.end]
-        # Scale of the logits: the learned one of `likelihood`, 1 to begin with elsewhere.
-        self.scale = nn.Parameter(torch.tensor(1.0))
+        self.last = vocabulary.tokens(layout.last) if layout.last else []
 
     def beginning(self, history: Codes) -> list[int]:
         """Instruction and history in tokens."""
@@ -173,10 +160,54 @@ class WordsModel(nn.Module):
             tokens += [*self.vocabulary.tokens(line), self.vocabulary.end]
         return tokens
 
+
+class WordsModel(nn.Module, WordsPrompt):
+    """A causal LM that reads items as lines of words.
+
+    Parameters
+    ----------
+    body
+        Inner transformer.
+    head
+        Output vectors of the vocabulary, shape (words, hidden), frozen.
+    vocabulary, layout, lines, window
+        As in `WordsPrompt`.
+    """
+
+    head: Tensor
+
+    def __init__(
+        self,
+        body: nn.Module,
+        head: Tensor,
+        vocabulary: Vocabulary,
+        layout: Layout,
+        lines: Sequence[list[int]],
+        window: int,
+    ) -> None:
+        nn.Module.__init__(self)
+        WordsPrompt.__init__(self, vocabulary, layout, lines, window)
+        self.body = body
+        self.register_buffer("head", head, persistent=False)
+        # Scale of the logits: the learned one of `likelihood`, 1 to begin with elsewhere.
+        self.scale = nn.Parameter(torch.tensor(1.0))
+
     def logits(self, states: Tensor, tokens: Tensor) -> Tensor:
         """Scaled logits of some words: (n, hidden) and (m,) -> (n, m), in float32."""
         with torch.autocast(states.device.type, enabled=False):
             return states.float() @ self.head[tokens].float().T * self.scale
+
+    def log_probs(self, states: Tensor, tokens: Tensor) -> Tensor:
+        """Log-probability of one word a state among all words: (n, hidden) and (n,) -> (n,), in float32."""
+        with torch.autocast(states.device.type, enabled=False):
+            head = self.head.float()
+            parts = [
+                torch.log_softmax(part @ head.T, dim=-1).gather(1, own[:, None])[:, 0]
+                for part, own in zip(
+                    torch.split(states.float(), ROWS), torch.split(tokens, ROWS), strict=True
+                )
+            ]
+        return torch.cat(parts) if parts else states.new_zeros(0, dtype=torch.float32)
 
     @property
     def head_names(self) -> list[str]:
