@@ -5,7 +5,7 @@ PY ?= python3.11
 MINUTES ?= 5
 BIN := .venv/bin
 
-.PHONY: demo test test-full lint docs wheel clean
+.PHONY: demo test test-full test-engines lint docs wheel clean
 .DEFAULT_GOAL := test
 
 .venv: .venv/.installed
@@ -23,6 +23,11 @@ test: .venv/.installed
 
 test-full: .venv/.installed
 	$(BIN)/python -m pytest
+
+# Installs vLLM into runs/engines and compares its scores with ours.
+test-engines: .venv/.installed
+	$(BIN)/python -c "import sys; sys.path.insert(0, 'eval'); import engine; engine.environment()"
+	LLMREC_ENGINES=1 $(BIN)/python -m pytest tests/test_remote.py
 
 lint: .venv/.installed
 	$(BIN)/ruff check .

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -20,6 +21,7 @@ from llmrec.score.config import ItemTokensConfig, LMConfig, WordsConfig
 from llmrec.tensors import read_tensors, write_tensors
 
 CARD, PAGE, HEAD, LORA = "card.json", "README.md", "head.safetensors", "adapter_model.safetensors"
+SETTINGS = "adapter_config.json"
 
 
 def fresh_adapter(body: Any, config: LMConfig) -> Any:
@@ -59,6 +61,31 @@ def write_adapter(
     write_tensors(folder / HEAD, head, {})
     written = {"config": config.model_dump(), "card": asdict(card)}
     (folder / CARD).write_text(json.dumps(written, indent=1), encoding="utf-8")
+
+
+def export_adapter(folder: Path, base: Path, out: Path) -> None:
+    """Write the LoRA matrices as an inference server loads them: named from the whole causal LM.
+
+    Ours are named from its inner transformer, which is all that is trained.
+
+    Raises
+    ------
+    ModelError
+        If the folder holds no complete adapter, or one of fewer layers than the server would run.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config, _, _ = read_adapter(folder)
+    if config.layers is not None:
+        raise ModelError(f"{folder} was tuned on the first {config.layers} layers; a server runs all of them")
+    with torch.device("meta"):
+        inner = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base)).base_model_prefix
+    tensors, _ = read_tensors(folder / LORA)
+    start = "base_model.model."
+    named = {name.replace(start, f"{start}{inner}.", 1): tensor for name, tensor in tensors.items()}
+    out.mkdir(parents=True, exist_ok=True)
+    write_tensors(out / LORA, named, {})
+    shutil.copyfile(folder / SETTINGS, out / SETTINGS)
 
 
 def read_adapter(folder: Path) -> tuple[ItemTokensConfig | WordsConfig, Card, dict[str, Tensor]]:

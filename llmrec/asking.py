@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +14,7 @@ import numpy as np
 
 from llmrec.answering import Asked, answer, ask, only, recommendations, units_of
 from llmrec.config import Config
-from llmrec.errors import RequestError
+from llmrec.errors import EngineError, RequestError
 from llmrec.fetch import resolve
 from llmrec.pipeline import Pipeline, Weights
 from llmrec.protocols import Codes, Retriever
@@ -27,6 +28,8 @@ from llmrec.types import Event, Item, Recommendation, Request
 
 if TYPE_CHECKING:
     from llmrec.explain.wording import Writer
+
+logger = logging.getLogger(__name__)
 
 E = TypeVar("E", str, Event, str | Event)
 
@@ -65,13 +68,22 @@ class Asking:
             return self._state
         try:
             from llmrec.language_model import load_language_model
+            from llmrec.score.engine import engine_of
         except ImportError as missing:
             raise ImportError('the language model needs: pip install "llmrec[lm]"') from missing
 
         with self._changing:
             if self._state.lm is None and self._adapter is not None:
                 base = resolve(self.config.lm.base, allow_hub=self.config.allow_hub)
-                loaded = load_language_model(self._adapter, base, self._state.texts, self._state.log)
+                settings = self.config.engine
+                loaded = load_language_model(
+                    self._adapter,
+                    base,
+                    self._state.texts,
+                    self._state.log,
+                    engine=engine_of(settings),
+                    served=settings.model,
+                )
                 self._state = replace(self._state, lm=loaded)
         return self._state
 
@@ -89,10 +101,17 @@ class Asking:
         """Answer many requests; those of a chunk go through each component as one batch.
 
         With ``lm=False`` the language model is neither loaded nor run: the answers are in retrieval order,
-        as are those to requests whose budget it would overrun, which are marked `degraded`.
+        as are those to requests whose budget it would overrun, or whose inference server gives no scores;
+        these are marked `degraded`.
         """
         late = self._late(requests) if lm else [False] * len(requests)
-        kept = iter(self._answers([r for r, out in zip(requests, late, strict=True) if not out], lm))
+        try:
+            answers = self._answers([r for r, out in zip(requests, late, strict=True) if not out], lm)
+        except EngineError as gone:
+            logger.warning("answering without the language model: %s", gone)
+            late = [self.asks_lm(request) for request in requests]
+            answers = self._answers([r for r, out in zip(requests, late, strict=True) if not out], False)
+        kept = iter(answers)
         plain = iter(self._answers([r for r, out in zip(requests, late, strict=True) if out], False))
         return [[replace(item, degraded=True) for item in next(plain)] if out else next(kept) for out in late]
 

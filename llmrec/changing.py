@@ -172,10 +172,13 @@ class Changing(Asking):
             )
         try:
             from llmrec.language_model import load_language_model
+            from llmrec.score.engine import engine_of
         except ImportError as missing:
             raise ImportError('the language model needs: pip install "llmrec[lm]"') from missing
         base = resolve(self.config.lm.base, allow_hub=self.config.allow_hub)
-        model = load_language_model(adapter_in(Path(folder)), base, self._state.texts, None)
+        engine = engine_of(self.config.engine)
+        place = adapter_in(Path(folder))
+        model = load_language_model(place, base, self._state.texts, None, engine=engine, served=name)
         with self._changing:
             # Items may have been added meanwhile.
             named = Named(model.grown(self._state.texts), weight)

@@ -17,6 +17,7 @@ from llmrec.index.config import IndexConfig
 from llmrec.recipe import RetrievalConfig
 from llmrec.rows import Policy
 from llmrec.score.config import TAG, ItemTokensConfig, LMConfig, TrainingConfig
+from llmrec.score.engine import EngineConfig
 from llmrec.store.config import StoreConfig
 
 
@@ -51,6 +52,7 @@ class Config(BaseModel):
     protocol: ProtocolConfig = ProtocolConfig()
     store: StoreConfig = StoreConfig()
     index: IndexConfig = IndexConfig()
+    engine: EngineConfig = EngineConfig()
     allow_hub: bool = Field(False, description="models may be fetched from a model hub")
 
     @model_validator(mode="after")
@@ -93,7 +95,7 @@ class Config(BaseModel):
             With every problem at once.
         """
         values = self.model_dump()
-        for section in ("store", "index"):
+        for section in ("store", "index", "engine"):
             values[section]["url"] = getattr(self, section).url  # which no dump holds
         for section, flags in sections.items():
             values[section] |= {name: value for name, value in flags.items() if value is not None}

@@ -30,6 +30,10 @@ class ModelError(LLMRecError):
     """A saved model or adapter does not fit: other version, other base weights, missing file."""
 
 
+class EngineError(ModelError):
+    """An inference server gave no scores: it is not there, too slow, or refuses."""
+
+
 class StoreError(ModelError):
     """An event store cannot be reached, opened or used as it is."""
 

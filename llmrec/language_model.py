@@ -22,6 +22,7 @@ from llmrec.families import Texts
 from llmrec.prompt import Prompt
 from llmrec.protocols import Floats, Scorer
 from llmrec.score.config import ItemTokensConfig, LMConfig
+from llmrec.score.engine import Engine
 from llmrec.score.item_tokens import ItemTokenModel, ItemTokenScorer, Wish, instruction_tokens
 from llmrec.score.loading import body_dtype, load_body, shared_body
 from llmrec.score.words import Vocabulary
@@ -88,7 +89,14 @@ class TunedModel(Protocol):
 
 
 def load_language_model(
-    folder: Path, base: Path, texts: Texts, data: str | None, *, trainable: bool = False
+    folder: Path,
+    base: Path,
+    texts: Texts,
+    data: str | None,
+    *,
+    trainable: bool = False,
+    engine: Engine | None = None,
+    served: str = "",
 ) -> TunedModel:
     """Load what `save` wrote, of whatever mode.
 
@@ -102,17 +110,22 @@ def load_language_model(
         Fingerprint of the log; another one than it was trained on is a warning. None for any log.
     trainable
         Whether its LoRA matrices can be trained further.
+    engine, served
+        Inference server that runs it, and its name there; None where it runs in this process.
 
     Raises
     ------
     ModelError
-        If anything is missing, or anything that the adapter depends on is another.
+        If anything is missing, anything that the adapter depends on is another, or the server cannot run it.
     """
+    from llmrec.remote_model import RemoteLanguageModel
     from llmrec.word_model import WordLanguageModel
 
     config, card, head = read_adapter(folder)
     log = card.data_sha256 if data is None else data
     card.check(make_card(config.prompt_name, base, texts.encoder.fingerprint, log, {}))
+    if engine is not None:
+        return RemoteLanguageModel.restored(folder, base, texts, config, card, head, engine, served)
     if isinstance(config, ItemTokensConfig):
         return LanguageModel.restored(folder, base, texts, config, card, head, trainable=trainable)
     return WordLanguageModel.restored(folder, base, texts, config, card, head, trainable=trainable)

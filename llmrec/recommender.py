@@ -376,7 +376,14 @@ class Recommender(Changing):
         self._applied = 0
 
     @classmethod
-    def load(cls, folder: str | Path, *, store: str | None = None, index: str | None = None) -> Self:
+    def load(
+        cls,
+        folder: str | Path,
+        *,
+        store: str | None = None,
+        index: str | None = None,
+        engine: str | None = None,
+    ) -> Self:
         """Load a saved recommender. The language model is loaded when a request first needs it.
 
         Parameters
@@ -389,6 +396,9 @@ class Recommender(Changing):
             URL of the server that searches the vectors (see `IndexConfig`), written there first where they
             are not yet. If None, one that the model was saved with is looked for by the variable that the
             configuration names, or LLMREC_INDEX_URL.
+        engine
+            URL of the inference server that runs the language model (see `EngineConfig`). If None, the
+            variable that the configuration names, or LLMREC_ENGINE_URL, says where; else it runs here.
 
         Raises
         ------
@@ -399,6 +409,8 @@ class Recommender(Changing):
         """
         folder = Path(folder).resolve()
         config = Config.of(persistence.read_manifest(folder)["config"])
+        if engine is not None:
+            config = config.with_flags(engine={"url": engine})
         manifest, opened, url = open_events(folder, store)
         try:
             index_url, name = index_of(manifest, folder, index)

@@ -21,7 +21,7 @@ from llmrec.score.likelihood import LikelihoodModel, LikelihoodScorer
 from llmrec.score.loading import body_dtype, load_causal, shared_causal
 from llmrec.score.packed import PackedReader
 from llmrec.score.trie import ItemTrie
-from llmrec.score.words import Layout, Vocabulary, WordsModel
+from llmrec.score.words import Layout, Vocabulary, WordsModel, WordsPrompt
 from llmrec.score.wordwise import VocabularyScorer
 
 SLOTS = {"likelihood": None, "generate": None, "yes_no": "candidate", "letters": "candidates"}
@@ -122,22 +122,16 @@ class WordLanguageModel:
         with torch.no_grad():
             words.scale.copy_(head["scale"])
         on_device(words)
-        counts = _padded(head["counts"].numpy(), len(texts.lines))
+        counts = padded(head["counts"].numpy(), len(texts.lines))
         return cls(words, config, texts.lines, counts, card)
 
     def grown(self, texts: Texts) -> WordLanguageModel:
         """The same for a catalogue whose texts changed or grew: new items have no events."""
         old, lines = self.words, texts.lines
-        changed = changed_lines(self.lines, lines)
-        tokens = [*old.lines, *([] for _ in range(len(lines) - len(old.lines)))]
-        read = old.vocabulary.lines([lines[code] for code in changed], self.config.line_tokens)
-        for code, line in zip(changed, read, strict=True):
-            tokens[code] = line
+        tokens = tokens_of(old, self.lines, lines, self.config.line_tokens)
         words = WordsModel(old.body, old.head, old.vocabulary, old.layout, tokens, old.window)
         words.scale = old.scale
-        return WordLanguageModel(
-            words.eval(), self.config, lines, _padded(self.counts, len(lines)), self.card
-        )
+        return WordLanguageModel(words.eval(), self.config, lines, padded(self.counts, len(lines)), self.card)
 
     def recounted(self, counts: NDArray[Any]) -> WordLanguageModel:
         """The same model after other training events, whose weight for each item has shape (items,)."""
@@ -148,10 +142,24 @@ def _assemble(
     body: Any, head: torch.Tensor, config: WordsConfig, base: Path, lines: Sequence[str]
 ) -> WordsModel:
     vocabulary = Vocabulary(base)
-    layout = Layout.of(Prompt.load(config.prompt_name), SLOTS[config.mode])
     tokens = vocabulary.lines(lines, config.line_tokens)
-    return WordsModel(body, head, vocabulary, layout, tokens, config.window)
+    return WordsModel(body, head, vocabulary, layout_of(config), tokens, config.window)
 
 
-def _padded(counts: NDArray[Any], items: int) -> NDArray[Any]:
+def layout_of(config: WordsConfig) -> Layout:
+    """The prompt of a mode in pieces."""
+    return Layout.of(Prompt.load(config.prompt_name), SLOTS[config.mode])
+
+
+def tokens_of(old: WordsPrompt, lines: Sequence[str], grown: Sequence[str], limit: int) -> list[list[int]]:
+    """Tokens of the lines of a catalogue that changed or grew; the others' are those there were."""
+    changed = changed_lines(lines, grown)
+    tokens = [*old.lines, *([] for _ in range(len(grown) - len(old.lines)))]
+    for code, line in zip(changed, old.vocabulary.lines([grown[c] for c in changed], limit), strict=True):
+        tokens[code] = line
+    return tokens
+
+
+def padded(counts: NDArray[Any], items: int) -> NDArray[Any]:
+    """Counts of a catalogue that has grown: new items have none."""
     return np.pad(counts, (0, items - len(counts)))

@@ -1,0 +1,130 @@
+"""A tuned model of the word modes whose language model runs on an inference server."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmrec.adapter import CARD, HEAD, LORA, PAGE, SETTINGS
+from llmrec.card import Card
+from llmrec.errors import ModelError
+from llmrec.families import Texts
+from llmrec.score.config import LMConfig, WordsConfig
+from llmrec.score.engine import Engine
+from llmrec.score.remote import RemoteScorer, RemoteVocabularyScorer, RemoteYesNoScorer
+from llmrec.score.words import Vocabulary, WordsPrompt
+from llmrec.word_model import layout_of, padded, tokens_of
+
+KINDS = {("yes_no", "trie"): RemoteYesNoScorer, ("likelihood", "vocabulary"): RemoteVocabularyScorer}
+"""Modes that a server can run, with their normalisation."""
+
+FILES = (CARD, PAGE, HEAD, LORA, SETTINGS)
+"""Of an adapter's folder."""
+
+
+class RemoteLanguageModel:
+    """The adapter's settings and prompts here, its weights on the server. To train it, load it locally.
+
+    Parameters
+    ----------
+    folder
+        Of the adapter.
+    model
+        Name that the server gives to it.
+    lines
+        The catalogue in words, by code.
+    counts
+        Weight of the training events of each item, shape (items,).
+    """
+
+    scorer: RemoteScorer
+    proposes = False
+
+    def __init__(
+        self,
+        prompt: WordsPrompt,
+        config: WordsConfig,
+        engine: Engine,
+        model: str,
+        scale: float,
+        folder: Path,
+        lines: Sequence[str],
+        counts: NDArray[Any],
+        card: Card,
+    ) -> None:
+        self.config: LMConfig = config
+        self._words, self._prompt, self._folder = config, prompt, folder
+        self._served = engine, model, scale
+        self.lines, self.counts = lines, counts
+        self.card: Card | None = card
+        self.scored: int | None = config.candidates
+        self.judged: int | None = config.judged
+        self.reads_unlisted = config.mode == "yes_no"
+        self.scorer = KINDS[config.mode, config.normalise](prompt, engine, model, scale)
+
+    @classmethod
+    def restored(
+        cls,
+        folder: Path,
+        base: Path,
+        texts: Texts,
+        config: LMConfig,
+        card: Card,
+        head: Mapping[str, Any],
+        engine: Engine,
+        model: str,
+    ) -> RemoteLanguageModel:
+        """Put together what `read_adapter` read from a folder; see `load_language_model`.
+
+        Raises
+        ------
+        ModelError
+            If a server cannot run it.
+        """
+        if not isinstance(config, WordsConfig) or (config.mode, config.normalise) not in KINDS:
+            raise ModelError(
+                f"an inference server cannot run the mode {config.mode}, which needs hidden states or the "
+                f"tree of the catalogue: unset engine.url and LLMREC_ENGINE_URL, or tune yes_no, or "
+                f"likelihood with normalise = 'vocabulary'"
+            )
+        if config.layers is not None:
+            raise ModelError(
+                f"{folder} was tuned on the first {config.layers} layers, and an inference server runs them "
+                f"all; tune it with layers not set"
+            )
+        vocabulary = Vocabulary(base)
+        prompt = WordsPrompt(
+            vocabulary, layout_of(config), vocabulary.lines(texts.lines, config.line_tokens), config.window
+        )
+        counts = padded(head["counts"].numpy(), len(texts.lines))
+        scale = float(head["scale"])
+        return cls(prompt, config, engine, model, scale, folder, texts.lines, counts, card)
+
+    def save(self, folder: Path) -> None:
+        """Copy the adapter into a folder."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in FILES:
+            shutil.copyfile(self._folder / name, folder / name)
+
+    def grown(self, texts: Texts) -> RemoteLanguageModel:
+        """The same for a catalogue whose texts changed or grew: new items have no events."""
+        old = self._prompt
+        tokens = tokens_of(old, self.lines, texts.lines, self._words.line_tokens)
+        return self._with(
+            WordsPrompt(old.vocabulary, old.layout, tokens, old.window),
+            texts.lines,
+            padded(self.counts, len(texts.lines)),
+        )
+
+    def recounted(self, counts: NDArray[Any]) -> RemoteLanguageModel:
+        """The same model after other training events, whose weight for each item has shape (items,)."""
+        return self._with(self._prompt, self.lines, np.asarray(counts))
+
+    def _with(self, prompt: WordsPrompt, lines: Sequence[str], counts: NDArray[Any]) -> RemoteLanguageModel:
+        assert self.card is not None
+        return RemoteLanguageModel(prompt, self._words, *self._served, self._folder, lines, counts, self.card)
