@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ ROOT = Path(__file__).parent.parent
 def program(name):
     spec = importlib.util.spec_from_file_location(name.replace("/", "_"), ROOT / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look there
     spec.loader.exec_module(module)
     return module
 
@@ -179,6 +181,71 @@ def test_amazon_files_are_read_and_a_smaller_log_is_refused(tmp_path):
     arguments = ["amazon-beauty", str(tmp_path / "reviews.json"), str(tmp_path / "meta.json")]
     with pytest.raises(DataError, match="users 1, expected 22363"):
         prepare.main([*arguments, "--out", str(tmp_path / "out")])
+
+
+TRIALS = """
+[default]
+detail = true
+[zero-shot]
+events = 0
+against = "default"
+[random-lora]
+weights = "random"
+against = "default"
+[vocabulary]
+lm = { mode = "likelihood", normalise = "vocabulary", window = 4 }
+tokens = 12
+against = "default"
+[yes-no]
+lm = { mode = "yes_no", window = 4, listed = 4, mined = 20 }
+negatives = "random"
+tokens = 100
+[sasrec]
+retriever = "sasrec"
+against = "default"
+"""
+
+
+def test_ablations_hold_each_trial_against_another_and_are_not_repeated(
+    folder, tmp_path, capsys, monkeypatch
+):
+    ablations = program("eval/ablations")
+    monkeypatch.setattr(ablations, "HERE", tmp_path / "eval")
+    monkeypatch.setattr(ablations, "RUNS", tmp_path / "runs")
+    (tmp_path / "trials.toml").write_text(TRIALS)
+    sizes = ["--events", "900", "--words", "60", "--users", "30", "--few", "10", "--out", str(tmp_path)]
+    given = [
+        "--data",
+        str(folder),
+        "--config",
+        str(folder / "c.toml"),
+        "--trials",
+        str(tmp_path / "trials.toml"),
+    ]
+    ablations.main([*given, *sizes, "--name", "toy"])
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs" / "toy").glob("*.json")}
+    assert len(kept) == 6
+    ablations.main([*given, *sizes, "--name", "toy"])
+    assert kept == {path: path.stat().st_mtime_ns for path in kept}
+    ablations.main([*given, *sizes, "--name", "toy", "--gather"])
+    result = json.loads((tmp_path / "toy-ablations.json").read_text())
+    found = result["trials"]
+    assert found["zero-shot"]["training"]["events"] == 0 < found["default"]["training"]["events"]
+    assert {"alone", "first 20", "last 5"} < set(found["default"]["systems"])
+    assert set(found["yes-no"]["systems"]) == {"first 20"} and set(found["sasrec"]["systems"]) == {"alone"}
+    pairs = {(c["a"], c["b"], c["of"]) for c in result["comparisons"]}
+    assert ("random-lora", "default", "alone") in pairs and ("vocabulary", "default", "first 20") in pairs
+    for c in result["comparisons"]:
+        own, other = (found[c[side]]["systems"][c["of"]]["ndcg@10"] for side in "ab")
+        assert c["difference"] == pytest.approx(own - other)
+
+
+def test_the_trials_that_are_shipped_are_valid_and_held_against_trials_that_there_are():
+    ablations = program("eval/ablations")
+    trials = ablations.described(ROOT / "eval" / "ablations" / "trials.toml", 900, 60)
+    for trial in trials.values():
+        ablations.settings(Config(), trial)
+        assert trial.get("against", "default") in trials
 
 
 def test_the_memory_program_writes_what_it_found(folder, tmp_path, capsys):
