@@ -281,7 +281,7 @@ def scale() -> str:
     for what, name in (("ten best", "ten_returned"), (f"all {found['candidates']}", "all_returned")):
         row = found[name]
         lines.append(
-            f"| {what} | {row['single_ms']:.1f} ({row['single_p95_ms']:.1f}) | {row['batch_ms']:.1f} |"
+            f"| {what} | {row['single_ms']:.1f} ({row['single_p95_ms']:.1f}) | {row['batch_ms']:.2f} |"
         )
     return "\n".join(lines)
 
