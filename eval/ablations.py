@@ -400,12 +400,15 @@ def main(argv: list[str] | None = None) -> None:
     wanted = [t for t in trials if not args.only or t in args.only][k - 1 :: n]
     for trial in wanted:
         path = folder / f"{trial}.json"
+        described_by = {k: v for k, v in trials[trial].items() if k != "says"}
+        whose = {"users_sha256": p.asked.sha256(), "log_sha256": p.split.log.fingerprint}
         if path.is_file():
-            continue
+            there = json.loads(path.read_text(encoding="utf-8"))
+            if {k: there[k] for k in ("trial", *whose)} == {"trial": described_by, **whose}:
+                continue
         begun = time.perf_counter()
         found, ranks = run(p, trial, trials[trial], folder / f"{trial}.run")
         measures = {kind: summary(r, SHOWN) for kind, r in ranks.items()}
-        described_by = {k: v for k, v in trials[trial].items() if k != "says"}
         columns: dict[str, Any] = {kind: r.astype(np.int32) for kind, r in ranks.items()}
         np.savez_compressed(folder / f"{trial}.npz", **columns)
         users = {"asked": len(p.asked.targets), "few": len(p.few.targets)}
@@ -416,8 +419,7 @@ def main(argv: list[str] | None = None) -> None:
                     "says": trials[trial].get("says", ""),
                     "trial": described_by,
                     "users": users,
-                    "users_sha256": p.asked.sha256(),
-                    "log_sha256": p.split.log.fingerprint,
+                    **whose,
                     **found,
                     "systems": measures,
                     "seconds": round(time.perf_counter() - begun, 1),

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -102,7 +103,8 @@ def served(
             try:
                 running.wait(30)
             except subprocess.TimeoutExpired:
-                running.kill()
+                os.killpg(running.pid, signal.SIGKILL)
+                running.wait()
 
 
 def wait(url: str, running: subprocess.Popen[bytes], log: Path) -> None:

@@ -105,10 +105,13 @@ class Asking:
         these are marked `degraded`.
         """
         late = self._late(requests) if lm else [False] * len(requests)
+        begun = time.monotonic()
         try:
             answers = self._answers([r for r, out in zip(requests, late, strict=True) if not out], lm)
         except EngineError as gone:
             logger.warning("answering without the language model: %s", gone)
+            # So that who has a budget does not wait for it again.
+            self._timing.note(sum(map(units_of, requests)), time.monotonic() - begun)
             late = [self.asks_lm(request) for request in requests]
             answers = self._answers([r for r, out in zip(requests, late, strict=True) if not out], False)
         kept = iter(answers)

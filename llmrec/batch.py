@@ -21,7 +21,7 @@ import numpy as np
 import polars as pl
 
 from llmrec import errors
-from llmrec.errors import DataError, LLMRecError, RequestError
+from llmrec.errors import DataError, EngineError, LLMRecError, RequestError
 from llmrec.persistence import read_manifest
 from llmrec.recommender import Recommender
 from llmrec.types import Request
@@ -114,6 +114,9 @@ class PartWorker:
             for row in rows.iter_rows(named=True)
         ]
         found = self.rec.recommend_many(requests)
+        if any(r.degraded for answer in found for r in answer):
+            # A part that is written is not done again.
+            raise EngineError("the inference server gave no scores; the same command goes on from here")
         table = {
             "rank": [r.rank for answer in found for r in answer],
             "item_id": [r.item.item_id for answer in found for r in answer],

@@ -271,8 +271,8 @@ def in_order(candidates: Sequence[Codes], scores: Sequence[Floats]) -> list[Code
 def measure_words(lm: WordLanguageModel, held_out: HeldOut, candidates: Sequence[Codes]) -> dict[str, float]:
     """NDCG@10 and Recall@10 of the model's own order of each user's candidates, and nats per held-out item.
 
-    Nats are over the whole catalogue for `likelihood`, and over the candidates, where the item is among
-    them, for the modes that answer with a label; not there if it never is.
+    Nats are over the whole catalogue for `likelihood` on the trie, and elsewhere over the candidates, where
+    the item is among them; not there if it never is.
     """
     lm.scorer.forget()
     scores = lm.scorer.score(held_out.queries, candidates)

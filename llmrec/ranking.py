@@ -47,7 +47,9 @@ def _ahead(scores: Floats, k: int, floor: float) -> NDArray[np.int64]:
     k blocks have a best score that is at least the k-th largest of these, so k items do.
     """
     blocks = BLOCKS * k
-    best = scores[: len(scores) // blocks * blocks].reshape(-1, blocks).max(axis=0)
+    best = np.fmax.reduce(scores[: len(scores) // blocks * blocks].reshape(-1, blocks), axis=0)
+    # What is no number is never returned.
+    best = np.where(np.isnan(best), -np.inf, best)
     bound = np.partition(best, blocks - k)[blocks - k]
     return np.flatnonzero(scores >= bound if bound > floor else scores > floor)
 

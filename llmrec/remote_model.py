@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,8 +31,8 @@ class RemoteLanguageModel:
 
     Parameters
     ----------
-    folder
-        Of the adapter.
+    files
+        Of the adapter's folder, by name: it may be gone when the model is saved.
     model
         Name that the server gives to it.
     lines
@@ -52,13 +51,13 @@ class RemoteLanguageModel:
         engine: Engine,
         model: str,
         scale: float,
-        folder: Path,
+        files: Mapping[str, bytes],
         lines: Sequence[str],
         counts: NDArray[Any],
         card: Card,
     ) -> None:
         self.config: LMConfig = config
-        self._words, self._prompt, self._folder = config, prompt, folder
+        self._words, self._prompt, self._files = config, prompt, files
         self._served = engine, model, scale
         self.lines, self.counts = lines, counts
         self.card: Card | None = card
@@ -103,13 +102,14 @@ class RemoteLanguageModel:
         )
         counts = padded(head["counts"].numpy(), len(texts.lines))
         scale = float(head["scale"])
-        return cls(prompt, config, engine, model, scale, folder, texts.lines, counts, card)
+        files = {name: (folder / name).read_bytes() for name in FILES}
+        return cls(prompt, config, engine, model, scale, files, texts.lines, counts, card)
 
     def save(self, folder: Path) -> None:
-        """Copy the adapter into a folder."""
+        """Write the adapter as it was read into a folder."""
         folder.mkdir(parents=True, exist_ok=True)
-        for name in FILES:
-            shutil.copyfile(self._folder / name, folder / name)
+        for name, content in self._files.items():
+            (folder / name).write_bytes(content)
 
     def grown(self, texts: Texts) -> RemoteLanguageModel:
         """The same for a catalogue whose texts changed or grew: new items have no events."""
@@ -127,4 +127,4 @@ class RemoteLanguageModel:
 
     def _with(self, prompt: WordsPrompt, lines: Sequence[str], counts: NDArray[Any]) -> RemoteLanguageModel:
         assert self.card is not None
-        return RemoteLanguageModel(prompt, self._words, *self._served, self._folder, lines, counts, self.card)
+        return RemoteLanguageModel(prompt, self._words, *self._served, self._files, lines, counts, self.card)

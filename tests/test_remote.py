@@ -7,6 +7,7 @@ import shutil
 import socket
 import threading
 import time
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +21,9 @@ from llmrec.config import Config
 from llmrec.errors import ConfigError, EngineError, ModelError
 from llmrec.protocols import Query
 from llmrec.score.engine import Engine, EngineConfig
+from llmrec.serve.config import ServeConfig
+from llmrec.serve.models import RecommendRequest
+from llmrec.serve.service import Service
 from llmrec.testing import tiny_lm, toy_data
 
 ITEMS, EVENTS = toy_data(users=80, items=30, seed=1)
@@ -127,9 +131,11 @@ def test_it_is_saved_and_grows_and_forgets(saved, monkeypatch, tmp_path):
     remote._state.lm.scorer.forget()
     remote.recommend(REQUESTS[0])
     assert sent[-1][1]["cache_salt"] != before, "what the server keeps of a history is found no more"
-    remote.save(tmp_path / "copy")
+    for _ in range(4):  # the state that it was loaded from is removed meanwhile
+        remote.save(tmp_path / "own")
     monkeypatch.undo()
-    again = Recommender.load(tmp_path / "copy")
+    again = Recommender.load(tmp_path / "own")
+    again.remove_items(["new"])
     own, other = rec.recommend(REQUESTS[0]), again.recommend(REQUESTS[0])
     assert [one.item_id for one in own] == [one.item_id for one in other]
 
@@ -151,6 +157,8 @@ def test_a_server_that_is_not_there_leaves_the_answers_of_retrieval_marked(saved
         assert all(one.degraded for one in other)
     with pytest.raises(EngineError, match=r"engine\.test gave no scores"):
         remote.rank(["i1", "i2"], history=["i3"])
+    with closing(Service(remote, ServeConfig())) as service:
+        assert service.recommend(RecommendRequest(history=["i3", "i4"], k=3)).degraded
 
 
 def test_modes_that_need_more_than_a_server_gives_are_errors(base, tmp_path, monkeypatch):
@@ -163,8 +171,8 @@ def test_modes_that_need_more_than_a_server_gives_are_errors(base, tmp_path, mon
         Recommender.load(tmp_path).recommend(REQUESTS[0])
 
 
-def engine(answer, who="", **config):
-    return Engine(f"http://{who}engine.test", EngineConfig(**config), httpx2.MockTransport(answer))
+def engine(answer, **config):
+    return Engine("http://engine.test", EngineConfig(**config), httpx2.MockTransport(answer))
 
 
 def test_a_busy_server_is_asked_again_and_a_refusal_is_not():
@@ -181,9 +189,12 @@ def test_a_busy_server_is_asked_again_and_a_refusal_is_not():
         counted["bad"] += 1
         return httpx2.Response(404, text="no such adapter")
 
-    with pytest.raises(EngineError, match="404: no such adapter") as caught:
-        engine(bad, "secret:word@").ask("/x", [{}])
-    assert counted["bad"] == 1 and "word" not in str(caught.value)
+    with pytest.raises(ModelError, match="404: no such adapter") as caught:
+        engine(bad).ask("/x", [{}])
+    assert counted["bad"] == 1 and not isinstance(caught.value, EngineError)
+
+    with pytest.raises(EngineError, match="not vLLM's"):
+        engine(lambda request: httpx2.Response(200, text="<html>")).ask("/x", [{}])
 
 
 def test_the_time_is_for_all_attempts_and_requests_go_side_by_side():
@@ -222,11 +233,13 @@ def test_the_key_is_sent_and_settings_are_checked(monkeypatch):
     monkeypatch.setenv("ENGINE_KEY", "open sesame")
     engine(answer, key_env="ENGINE_KEY").ask("/x", [{}])
     assert seen == ["Bearer open sesame"]
-    with pytest.raises(EngineError, match="NOWHERE, which is not set"):
+    with pytest.raises(ConfigError, match="NOWHERE, which is not set"):
         engine(answer, key_env="NOWHERE")
-    with pytest.raises(ConfigError, match="http://host:port") as caught:
-        Config.of({"engine": {"url": "ftp://user:word@host"}})
-    assert "word" not in str(caught.value)
+    for url in ("ftp://host", "http://user:word@host", "http://user:wo/rd@host", "http://host?x=word"):
+        for make in (lambda u: Config.of({"engine": {"url": u}}), lambda u: Engine(u, EngineConfig())):
+            with pytest.raises(ConfigError, match="http://host:port") as caught:
+                make(url)
+            assert "wo" not in str(caught.value).replace("without", "")
     with pytest.raises(ConfigError, match="normalise"):
         Config.of({"lm": {"mode": "yes_no", "normalise": "vocabulary"}})
 

@@ -542,4 +542,12 @@ def test_the_best_of_many_are_those_of_a_full_sort(n, k, ruled_out, values, floo
     ]
     found = top(scores, k, mask, floor)
     assert found.items.tolist() == expected
+    if not ruled_out:
+        assert top(scores, k, None, floor).items.tolist() == expected
     np.testing.assert_array_equal(found.scores, scores[expected])
+
+
+def test_a_score_that_is_no_number_is_not_returned_and_hides_no_other():
+    scores = np.zeros(96, np.float32)
+    scores[:3] = [np.nan, 5, 4]
+    assert top(scores, 2).items.tolist() == [1, 2]

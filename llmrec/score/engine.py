@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import time
@@ -13,7 +14,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, SecretStr, field_validator
 
 from llmrec.database import UrlConfig
-from llmrec.errors import EngineError
+from llmrec.errors import ConfigError, EngineError, ModelError
 
 BUSY = frozenset({408, 425, 429, 500, 502, 503, 504})
 """Answers after which it is worth asking again."""
@@ -50,9 +51,18 @@ def check_web(url: str) -> None:
     ValueError
         If it is not. The message does not repeat it: it may hold a password.
     """
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError("an inference server is named by http://host:port or https://host")
+    try:
+        parts = urlsplit(url)
+        known = (
+            parts.scheme in ("http", "https") and parts.hostname and (parts.port is None or parts.port > 0)
+        )
+    except ValueError:
+        known = False
+    if not known or parts.username is not None or parts.query or parts.fragment:
+        raise ValueError(
+            "an inference server is named by http://host:port or https://host, without user or query; a key "
+            "is named by engine.key_env"
+        )
 
 
 class Engine:
@@ -68,7 +78,7 @@ class Engine:
 
     Raises
     ------
-    EngineError
+    ConfigError
         If the URL is of no web server, or the variable of the key is not set.
     ImportError
         If httpx2 is not there.
@@ -82,12 +92,14 @@ class Engine:
         try:
             check_web(url)
         except ValueError as wrong:
-            raise EngineError(str(wrong)) from None
+            raise ConfigError(str(wrong)) from None
         headers = {}
         if config.key_env is not None:
             key = os.environ.get(config.key_env)
             if not key:
-                raise EngineError(f"engine.key_env names the variable {config.key_env}, which is not set")
+                raise ConfigError(f"engine.key_env names the variable {config.key_env}, which is not set")
+            if not key.isascii():
+                raise ConfigError(f"the key in {config.key_env} has letters that no header can carry")
             headers = {"Authorization": f"Bearer {key}"}
         limits = httpx2.Limits(max_connections=config.connections)
         self._failures: Any = httpx2.HTTPError
@@ -101,7 +113,9 @@ class Engine:
         Raises
         ------
         EngineError
-            If one is not answered in time, or refused.
+            If one is not answered in time.
+        ModelError
+            If one is refused: the adapter is not there, or the key is wrong.
         """
         end = time.monotonic() + self.config.timeout_seconds
         waiting = [self._pool.submit(self._one, path, body, end) for body in bodies]
@@ -123,14 +137,22 @@ class Engine:
                 said = type(failed).__name__
             else:
                 if answer.is_success:
-                    found: dict[str, Any] = answer.json()
-                    return found
+                    return self._content(answer.content, path)
                 said = f"status {answer.status_code}: {answer.text[:200]}"
                 if answer.status_code not in BUSY:
-                    break
+                    raise ModelError(f"the inference server on {self.where} refuses {path}: {said}")
             pause = PAUSE_SECONDS * 2**attempt * random.uniform(0.5, 1.5)
             time.sleep(max(0.0, min(pause, end - time.monotonic())))
         raise EngineError(f"the inference server on {self.where} gave no scores for {path}: {said}")
+
+    def _content(self, content: bytes, path: str) -> dict[str, Any]:
+        try:
+            found = json.loads(content)
+        except ValueError:
+            found = None
+        if not isinstance(found, dict):
+            raise EngineError(f"what {self.where} answers to {path} is not vLLM's: {content[:100]!r}")
+        return found
 
     def close(self) -> None:
         """Let go of the connections."""

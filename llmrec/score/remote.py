@@ -18,6 +18,7 @@ from llmrec.errors import EngineError
 from llmrec.protocols import Codes, Floats, Query
 from llmrec.score.engine import Engine
 from llmrec.score.labels import yes_no_labels
+from llmrec.score.packed import TOGETHER
 from llmrec.score.words import WordsPrompt
 
 SURE = 1e-12
@@ -54,7 +55,11 @@ class RemoteScorer:
             If the server gives none in time.
         """
         lines = [[self.prompt.lines[code] for code in items] for items in candidates]
-        return self._scores(queries, lines)
+        scores: list[Floats] = []
+        for start in range(0, len(queries), TOGETHER):
+            # Each batch has the whole time.
+            scores += self._scores(queries[start : start + TOGETHER], lines[start : start + TOGETHER])
+        return scores
 
     def _scores(self, queries: Sequence[Query], lines: Sequence[Sequence[Sequence[int]]]) -> list[Floats]:
         asked = [i for i, own in enumerate(lines) if own]

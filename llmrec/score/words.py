@@ -24,7 +24,7 @@ STEP = 10
 """The window of a history moves by so many items, so that what was read of it can mostly be extended."""
 
 ROWS = 256
-"""States whose logits of all words are held at once."""
+"""States whose logits of all words are computed at once; in training all are kept for the gradients."""
 
 LINE_ENDS = ("\n", " ")
 """What may end a line; the end-of-text token where a tokenizer has neither."""

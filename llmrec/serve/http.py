@@ -19,7 +19,15 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.routing import Route
 
 from llmrec import __version__
-from llmrec.errors import DataError, LLMRecError, NotFoundError, OverloadError, RequestError, StoreError
+from llmrec.errors import (
+    DataError,
+    EngineError,
+    LLMRecError,
+    NotFoundError,
+    OverloadError,
+    RequestError,
+    StoreError,
+)
 from llmrec.explain.meanings import MEANINGS
 from llmrec.recommender import Recommender
 from llmrec.serve import models as m
@@ -302,6 +310,10 @@ async def _on_error(request: Request, error: Exception) -> Response:
             # Where the store is concerns nobody outside.
             logger.error("request %s: %s", request.state.request_id, error)
             detail = "the event store cannot be used just now; the log of the server says why"
+            return _problem(request, 503, detail, code, {"Retry-After": "1"})
+        case EngineError():
+            logger.error("request %s: %s", request.state.request_id, error)
+            detail = "the language model cannot be used just now; the log of the server says why"
             return _problem(request, 503, detail, code, {"Retry-After": "1"})
     # The rest is about this server's own files and models.
     raise error

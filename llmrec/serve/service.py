@@ -160,10 +160,12 @@ class Service:
 
     def _answer(self, asked: Sequence[_Asked], *, lm: bool) -> list[ItemsResponse]:
         found = self.recommender.recommend_many([request for request, _ in asked], lm=lm)
-        self.on_batch(len(asked), sum(degraded for _, degraded in asked))
+        # By the budget, or since the language model's server gave no scores.
+        late = [out or any(r.degraded for r in items) for items, (_, out) in zip(found, asked, strict=True)]
+        self.on_batch(len(asked), sum(late))
         return [
-            ItemsResponse.model_construct(items=[Recommended.of(r) for r in items], degraded=degraded)
-            for items, (_, degraded) in zip(found, asked, strict=True)
+            ItemsResponse.model_construct(items=[Recommended.of(r) for r in items], degraded=out)
+            for items, out in zip(found, late, strict=True)
         ]
 
     def recommend(self, body: RecommendRequest) -> ItemsResponse:
