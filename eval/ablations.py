@@ -57,7 +57,8 @@ from llmrec.retrieve.sequence import SequenceRetriever
 from llmrec.score.config import ItemTokensConfig, TrainingConfig
 from llmrec.score.item_tokens import ItemTokenScorer
 from llmrec.score.likelihood import LikelihoodScorer
-from llmrec.score.tasks import Choice, ItemTokensTask, ListwiseTask, Task, lines_task
+from llmrec.score.line_tasks import lines_task
+from llmrec.score.tasks import Choice, ItemTokensTask, ListwiseTask, Task
 from llmrec.score.wordwise import VocabularyScorer
 from llmrec.search import known_item_queries, quality
 from llmrec.stages import cached_retrievers, cached_texts

@@ -35,7 +35,8 @@ from llmrec.processes import Processes
 from llmrec.recipe import ranks_in
 from llmrec.score.config import WORDS, WordsConfig
 from llmrec.score.likelihood import LikelihoodScorer
-from llmrec.score.tasks import ListwiseTask, Task, lines_task
+from llmrec.score.line_tasks import lines_task
+from llmrec.score.tasks import ListwiseTask, Task
 from llmrec.score.wordwise import VocabularyScorer
 from llmrec.selection import choose_recipe
 from llmrec.state import State

@@ -19,6 +19,7 @@ from llmrec.fetch import resolve
 from llmrec.pipeline import Pipeline, Weights
 from llmrec.protocols import Codes, Retriever
 from llmrec.rules import allowed_items
+from llmrec.saved import load_tuned
 from llmrec.seeds import seeds
 from llmrec.state import State
 from llmrec.store.places import Slot
@@ -66,24 +67,10 @@ class Asking:
             return self._state.for_adapter(adapter)
         if not lm or self._state.lm is not None or self._adapter is None:
             return self._state
-        try:
-            from llmrec.language_model import load_language_model
-            from llmrec.score.engine import engine_of
-        except ImportError as missing:
-            raise ImportError('the language model needs: pip install "llmrec[lm]"') from missing
-
         with self._changing:
             if self._state.lm is None and self._adapter is not None:
-                base = resolve(self.config.lm.base, allow_hub=self.config.allow_hub)
-                settings = self.config.engine
-                loaded = load_language_model(
-                    self._adapter,
-                    base,
-                    self._state.texts,
-                    self._state.log,
-                    engine=engine_of(settings),
-                    served=settings.model,
-                )
+                texts, log, served = self._state.texts, self._state.log, self.config.engine.model
+                loaded = load_tuned(self.config, self._adapter, texts, log, served)
                 self._state = replace(self._state, lm=loaded)
         return self._state
 

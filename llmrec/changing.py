@@ -10,9 +10,8 @@ from pathlib import Path
 from llmrec.asking import Asking
 from llmrec.errors import RequestError
 from llmrec.events import live_events
-from llmrec.fetch import resolve
 from llmrec.protocols import ItemChange
-from llmrec.saved import Saved, adapter_in
+from llmrec.saved import Saved, adapter_in, load_tuned
 from llmrec.state import Named
 from llmrec.types import Event, Item
 
@@ -170,15 +169,7 @@ class Changing(Asking):
             raise RequestError(
                 f"the weight of an adapter must be a number of at least 0, got {weight!r:.100}"
             )
-        try:
-            from llmrec.language_model import load_language_model
-            from llmrec.score.engine import engine_of
-        except ImportError as missing:
-            raise ImportError('the language model needs: pip install "llmrec[lm]"') from missing
-        base = resolve(self.config.lm.base, allow_hub=self.config.allow_hub)
-        engine = engine_of(self.config.engine)
-        place = adapter_in(Path(folder))
-        model = load_language_model(place, base, self._state.texts, None, engine=engine, served=name)
+        model = load_tuned(self.config, adapter_in(Path(folder)), self._state.texts, None, name)
         with self._changing:
             # Items may have been added meanwhile.
             named = Named(model.grown(self._state.texts), weight)

@@ -39,7 +39,8 @@ from llmrec.protocols import Codes
 from llmrec.recipe import HeldOut, fit_retrievers, ranks_in
 from llmrec.score.config import TrainingConfig
 from llmrec.score.labels import LettersScorer, YesNoScorer
-from llmrec.score.tasks import ItemTokensTask, ListwiseTask, Task, lines_task
+from llmrec.score.line_tasks import lines_task
+from llmrec.score.tasks import ItemTokensTask, ListwiseTask, Task
 from llmrec.sequences import Replay
 from llmrec.state import State
 from llmrec.tuning import JUDGED, Continued, FinetuneReport, gain_of, note

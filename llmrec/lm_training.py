@@ -26,7 +26,8 @@ from llmrec.recipe import HeldOut, Recipe, hash_histories, ranks_in
 from llmrec.score.config import ItemTokensConfig, TrainingConfig, WordsConfig
 from llmrec.score.item_tokens import ItemTokenScorer
 from llmrec.score.likelihood import LikelihoodScorer
-from llmrec.score.tasks import ItemTokensTask, ListwiseTask, Task, lines_task
+from llmrec.score.line_tasks import lines_task
+from llmrec.score.tasks import ItemTokensTask, ListwiseTask, Task
 from llmrec.score.wordwise import VocabularyScorer
 from llmrec.search import with_language_model
 from llmrec.state import State

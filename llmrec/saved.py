@@ -6,16 +6,21 @@ import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmrec import persistence
 from llmrec.config import Config
 from llmrec.errors import ConfigError, ConflictError, ModelError, StoreError
+from llmrec.families import Texts
+from llmrec.fetch import resolve
 from llmrec.index.config import IndexConfig, check_url
 from llmrec.index.making import server_index
 from llmrec.store.places import Store, copied, in_database, new_name, open_store, remove
 from llmrec.store.postgres import PostgresStore
 from llmrec.store.sqlite import SQLiteStore
+
+if TYPE_CHECKING:
+    from llmrec.language_model import TunedModel
 
 logger = logging.getLogger(__name__)
 
@@ -191,6 +196,30 @@ def drop_index(name: str | None, url: str | None, shown: object = "") -> None:
         else:
             return
     logger.warning("the vectors %s%s are still there: %s", name, shown, said)
+
+
+def load_tuned(config: Config, folder: Path, texts: Texts, data: str | None, served: str) -> TunedModel:
+    """Load the language model of an adapter's folder, run here or on the server that is configured.
+
+    Parameters
+    ----------
+    data
+        Fingerprint of the log that it should have been trained on; None for any.
+    served
+        Its name on the server.
+
+    Raises
+    ------
+    ModelError, FetchError, ImportError
+        If it does not fit, or the base model or its packages cannot be had.
+    """
+    try:
+        from llmrec.language_model import load_language_model
+        from llmrec.score.engine import engine_of
+    except ImportError as missing:
+        raise ImportError('the language model needs: pip install "llmrec[lm]"') from missing
+    base = resolve(config.lm.base, allow_hub=config.allow_hub)
+    return load_language_model(folder, base, texts, data, engine=engine_of(config.engine), served=served)
 
 
 def adapter_in(folder: Path) -> Path:

@@ -26,7 +26,8 @@ from llmrec.protocols import Query
 from llmrec.recipe import HeldOut, ranks_in
 from llmrec.run_log import RunLog, read_lines
 from llmrec.score.config import ItemTokensConfig, TrainingConfig, WordsConfig
-from llmrec.score.tasks import Choice, ItemTokensTask, LikelihoodTask, ListwiseTask
+from llmrec.score.line_tasks import LikelihoodTask
+from llmrec.score.tasks import Choice, ItemTokensTask, ListwiseTask
 from llmrec.sequences import Replay, Source, shares
 from llmrec.tensors import random_state, read_tensors, set_random_state
 from llmrec.testing import tiny_lm, toy_data

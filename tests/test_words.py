@@ -12,11 +12,13 @@ from llmrec.protocols import Query
 from llmrec.score.config import TrainingConfig
 from llmrec.score.labels import LettersScorer, YesNoScorer, yes_no_labels
 from llmrec.score.likelihood import LikelihoodModel, LikelihoodScorer
+from llmrec.score.line_tasks import lines_task
 from llmrec.score.loading import load_causal
 from llmrec.score.packed import PackedReader
-from llmrec.score.tasks import Choice, LikelihoodTask, ListwiseTask
+from llmrec.score.tasks import Choice, ListwiseTask
 from llmrec.score.trie import ROOT, ItemTrie, Tree
 from llmrec.score.words import Layout, Vocabulary, WordsModel, read
+from llmrec.score.wordwise import VocabularyScorer
 from llmrec.testing import tiny_lm, toy_data
 
 TITLES = [item.title for item in toy_data(items=36)[0]] + ["Amber", "Amber Anchor", "Amber Anchor 2"]
@@ -100,6 +102,21 @@ def test_likelihood_equals_one_prompt_an_item_and_sums_to_one(base):
     for query, found, whole in zip(QUERIES, scorer.score(QUERIES, [some] * 4), scores, strict=True):
         assert query.history is not None
         np.testing.assert_allclose(found, whole[some], atol=1e-4)
+
+
+def test_likelihood_over_the_vocabulary_equals_one_prompt_an_item(base):
+    words = words_of(base)
+    scorer = VocabularyScorer(words, PackedReader(words.body))
+    everything = np.arange(ITEMS, dtype=np.int32)
+    for query, found in zip(QUERIES, scorer.score(QUERIES, [everything] * len(QUERIES)), strict=True):
+        start = words.beginning(query.history) + words.stem(query)
+        for code, line in enumerate(words.lines):
+            tokens = [*line, words.vocabulary.end]
+            states = plain_states(words, [*start, *tokens])[len(start) - 1 : -1]
+            with torch.inference_mode():
+                values = torch.log_softmax(states.double() @ words.head.double().T, dim=-1)
+            expected = float(values[range(len(tokens)), tokens].sum())
+            assert found[code] == pytest.approx(expected, abs=1e-4)
 
 
 def test_a_beam_as_wide_as_the_catalogue_is_the_full_ranking(base):
@@ -274,12 +291,15 @@ def test_a_tokenizer_without_labels_is_an_error(base):
 HISTORIES = [codes(0, 5, 9), codes(7), codes(*range(12, 36)), codes(36, 37, 38, 36)]
 
 
-def test_the_loss_of_likelihood_is_the_mean_nats_of_its_scores(base):
+@pytest.mark.parametrize("normalise", ["trie", "vocabulary"])
+def test_the_loss_of_likelihood_is_the_mean_nats_of_its_scores(base, normalise):
     scorer = likelihood(base)
+    if normalise == "vocabulary":
+        scorer = VocabularyScorer(scorer.model.words, scorer.reader)
     rng = np.random.default_rng(2)
     weights = [rng.uniform(0.1, 3, len(h)).astype(np.float32) for h in HISTORIES]
     config = TrainingConfig(tokens_per_step=10**6)
-    task = LikelihoodTask(scorer.model, HISTORIES, config, weights)
+    task = lines_task(scorer, HISTORIES, config, weights)
     (batch,) = task.epoch(rng)
     assert task.events(batch) == sum(map(len, HISTORIES))
     nats = []

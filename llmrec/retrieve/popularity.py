@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -35,11 +36,16 @@ class PopularityRetriever:
 
     def __init__(self, scores: Floats, fresh: Floats | None = None) -> None:
         self.scores, self.fresh = scores, fresh
-        # All items, best first: everybody gets the first of them.
-        self._order, self._fresh_order = (
-            None if values is None else np.argsort(-values, kind="stable").astype(np.int32)
-            for values in (scores, fresh)
-        )
+
+    @cached_property
+    def _order(self) -> Codes:
+        """All items, best first: everybody gets the first of them."""
+        return _best_first(self.scores)
+
+    @cached_property
+    def _fresh_order(self) -> Codes:
+        """The same of late."""
+        return _best_first(self.scores if self.fresh is None else self.fresh)
 
     @classmethod
     def fit(
@@ -72,7 +78,6 @@ class PopularityRetriever:
         scores, order = self.scores, self._order
         if self.fresh is not None and not asks:
             scores, order = self.fresh, self._fresh_order
-        assert order is not None
         if query.mask is not None:
             some = order[: 4 * k]
             codes = some[query.mask[some]]
@@ -94,6 +99,11 @@ class PopularityRetriever:
     def from_arrays(cls, arrays: Mapping[str, NDArray[Any]]) -> PopularityRetriever:
         """Make the retriever from `arrays()`."""
         return cls(arrays["scores"], arrays.get("fresh"))
+
+
+def _best_first(scores: Floats) -> Codes:
+    order: Codes = np.argsort(-scores, kind="stable").astype(np.int32)
+    return order
 
 
 def fresh_scores(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llmrec.errors import ConfigError, ModelError
 from llmrec.protocols import Codes, Floats, Query
-from llmrec.score.packed import NOTHING, TOGETHER, PackedReader
+from llmrec.score.packed import NOTHING, PackedReader, in_turn
 from llmrec.score.trie import Ints, Tree
 from llmrec.score.words import Vocabulary, WordsModel
 
@@ -77,13 +77,12 @@ class YesNoScorer:
 
     def score(self, queries: Sequence[Query], candidates: Sequence[Codes]) -> list[Floats]:
         """Log-odds of yes for each candidate of each query."""
-        scores: list[Floats] = []
-        for start in range(0, len(queries), TOGETHER):
-            some = queries[start : start + TOGETHER]
-            given = candidates[start : start + TOGETHER]
-            asked = [self.asks(query, items) for query, items in zip(some, given, strict=True)]
-            scores += self._read(some, asked)
-        return scores
+        return in_turn(self._score, queries, candidates)
+
+    def _score(self, queries: Sequence[Query], candidates: Sequence[Codes]) -> list[Floats]:
+        return self._read(
+            queries, [self.asks(q, items) for q, items in zip(queries, candidates, strict=True)]
+        )
 
     def score_texts(self, query: Query, texts: Sequence[str], limit: int) -> Floats:
         """The same for texts that need not be items, of which the first `limit` tokens are read."""

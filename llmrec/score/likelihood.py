@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from llmrec.protocols import Codes, Floats, Hits, Query
-from llmrec.score.packed import TOGETHER, PackedReader, Row, forward
+from llmrec.score.packed import PackedReader, Row, forward, in_turn
 from llmrec.score.trie import ROOT, ItemTrie
 from llmrec.score.words import WordsModel
 
@@ -61,11 +61,7 @@ class LikelihoodScorer:
 
     def score(self, queries: Sequence[Query], candidates: Sequence[Codes]) -> list[Floats]:
         """Log-probability over the whole catalogue of each candidate of each query."""
-        scores: list[Floats] = []
-        for start in range(0, len(queries), TOGETHER):
-            rows = slice(start, start + TOGETHER)
-            scores += self._score(queries[rows], candidates[rows])
-        return scores
+        return in_turn(self._score, queries, candidates)
 
     def _score(self, queries: Sequence[Query], candidates: Sequence[Codes]) -> list[Floats]:
         words, trie = self.model.words, self.model.trie

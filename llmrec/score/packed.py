@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from llmrec.protocols import Codes, Floats, Query
 from llmrec.score.trie import Ints, Tree
 
 logger = logging.getLogger(__name__)
@@ -27,6 +28,18 @@ TOGETHER = 64
 
 NOTHING = Tree(np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64))
 """No tokens."""
+
+
+Score = Callable[[Sequence[Query], Sequence[Codes]], list[Floats]]
+
+
+def in_turn(score: Score, queries: Sequence[Query], candidates: Sequence[Codes]) -> list[Floats]:
+    """Score the candidates of each query, `TOGETHER` queries at once."""
+    scores: list[Floats] = []
+    for start in range(0, len(queries), TOGETHER):
+        rows = slice(start, start + TOGETHER)
+        scores += score(queries[rows], candidates[rows])
+    return scores
 
 
 @dataclass(frozen=True, slots=True)

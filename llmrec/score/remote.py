@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 import secrets
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -18,14 +19,14 @@ from llmrec.errors import EngineError
 from llmrec.protocols import Codes, Floats, Query
 from llmrec.score.engine import Engine
 from llmrec.score.labels import yes_no_labels
-from llmrec.score.packed import TOGETHER
+from llmrec.score.packed import in_turn
 from llmrec.score.words import WordsPrompt
 
 SURE = 1e-12
 """A probability that is nearer to 0 or 1 is taken for this much."""
 
 
-class RemoteScorer:
+class RemoteScorer(ABC):
     """What both share.
 
     Parameters
@@ -37,6 +38,8 @@ class RemoteScorer:
     """
 
     name = "lm"
+    path: ClassVar[str]
+    """Where the server answers."""
 
     def __init__(self, prompt: WordsPrompt, engine: Engine, model: str, scale: float = 1.0) -> None:
         self.prompt, self.engine, self.model, self.scale = prompt, engine, model, scale
@@ -54,12 +57,11 @@ class RemoteScorer:
         EngineError
             If the server gives none in time.
         """
-        lines = [[self.prompt.lines[code] for code in items] for items in candidates]
-        scores: list[Floats] = []
-        for start in range(0, len(queries), TOGETHER):
-            # Each batch has the whole time.
-            scores += self._scores(queries[start : start + TOGETHER], lines[start : start + TOGETHER])
-        return scores
+        # Those that are asked at once have the whole time.
+        return in_turn(self._of_items, queries, candidates)
+
+    def _of_items(self, queries: Sequence[Query], candidates: Sequence[Codes]) -> list[Floats]:
+        return self._scores(queries, [[self.prompt.lines[code] for code in own] for own in candidates])
 
     def _scores(self, queries: Sequence[Query], lines: Sequence[Sequence[Sequence[int]]]) -> list[Floats]:
         asked = [i for i, own in enumerate(lines) if own]
@@ -79,13 +81,13 @@ class RemoteScorer:
             scores[i] = np.array(values, np.float32)
         return scores
 
-    path: str
-
+    @abstractmethod
     def _body(self, start: Sequence[int], lines: Sequence[Sequence[int]]) -> dict[str, Any]:
-        raise NotImplementedError
+        """What is sent for one query: its prompt in tokens, and the lines of its candidates."""
 
+    @abstractmethod
     def _read(self, answer: dict[str, Any], start: int) -> list[float]:
-        raise NotImplementedError
+        """The scores in what came back; `start` is the number of tokens before the candidates."""
 
 
 class RemoteYesNoScorer(RemoteScorer):

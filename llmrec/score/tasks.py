@@ -16,18 +16,13 @@ from llmrec.protocols import Codes, Floats, Query
 from llmrec.score.config import TrainingConfig
 from llmrec.score.item_tokens import ItemTokenModel, Stretch
 from llmrec.score.labels import LettersScorer, YesNoScorer
-from llmrec.score.likelihood import LikelihoodModel, LikelihoodScorer
-from llmrec.score.packed import Row, forward, row_of
-from llmrec.score.trie import ROOT, Tree
-from llmrec.score.words import WordsModel
-from llmrec.score.wordwise import VocabularyScorer
+from llmrec.score.packed import forward, row_of
 from llmrec.sequences import (
     Replay,
     Source,
     Window,
     item_nats,
     packs,
-    rows_of,
     shares,
     weight_of,
     weighted_mean,
@@ -146,167 +141,6 @@ class ItemTokensTask:
     def events(self, batch: Sequence[Window]) -> int:
         """Items of a batch."""
         return sum(map(len, batch))
-
-
-class LinesTask:
-    """The line of the next item at each place of a history, word by word.
-
-    All is learned from one forward over the history's own tokens. Histories lie side by side behind one
-    instruction.
-
-    Parameters
-    ----------
-    histories, weights, replay
-        As in `ItemTokensTask`.
-
-    Raises
-    ------
-    DataError
-        If there are no events.
-    """
-
-    def __init__(
-        self,
-        model: WordsModel,
-        histories: Sequence[Codes],
-        config: TrainingConfig,
-        weights: Sequence[Floats] | None = None,
-        replay: Replay | None = None,
-    ) -> None:
-        self.model, self.config, self.source = model, config, Source(histories, weights, replay)
-        self._sizes = np.array([len(line) + 1 for line in model.lines])
-
-    def epoch(self, rng: np.random.Generator, parts: int = 1) -> list[list[Window]]:
-        """Windows that hold every event once, grouped at random."""
-        pieces = self.source(rng, self.model.window)
-        grouped = packs(self._lengths(pieces), parts * self.config.tokens_per_step, rng)
-        return [[pieces[i] for i in group] for group in grouped]
-
-    def split(self, batch: Sequence[Window], parts: int) -> list[list[Window]]:
-        """Parts with about as many words each."""
-        return [[batch[i] for i in part] for part in shares(self._lengths(batch), parts)]
-
-    def weight(self, batch: Sequence[Window]) -> float:
-        """Weight of the events of a batch."""
-        return weight_of(batch)
-
-    def _lengths(self, batch: Sequence[Window]) -> list[int]:
-        """Words of each window."""
-        return [int(self._sizes[window.items].sum()) for window in batch]
-
-    def loss(self, batch: Sequence[Window]) -> Tensor:
-        """Mean nats an item, each with the weight of its event."""
-        words, lead = self.model, len(self.model.start)
-        rows: list[Row] = []
-        lines: list[Line] = []
-        in_order: list[Window] = []
-        for number, row in enumerate(rows_of(self._lengths(batch), ROW)):
-            windows = [batch[i] for i in row]
-            in_order += windows
-            tree, starts = Tree.beside([words.chain(window.items) for window in windows])
-            rows.append(row_of(words.start, tree))
-            for window, start in zip(windows, starts.tolist(), strict=True):
-                place = start
-                for code in window.items.tolist():
-                    # The state before a chain's first word is that of the instruction's last.
-                    lines.append(
-                        Line(code, number, lead - 1 if place == start else lead + place - 1, lead + place)
-                    )
-                    place += int(self._sizes[code])
-        hidden, _ = forward(words.body, rows, keep=False)
-        return weighted_mean(self._nats(hidden, lines), in_order)
-
-    def _nats(self, hidden: Tensor, lines: Sequence[Line]) -> Tensor:
-        """Nats of each line, from the states of all rows: shape (lines,)."""
-        raise NotImplementedError
-
-    def events(self, batch: Sequence[Window]) -> int:
-        """Items of a batch."""
-        return sum(map(len, batch))
-
-
-@dataclass(frozen=True, slots=True)
-class Line:
-    """Where the line of an item stands: its row, the place before its first word, and that of its first."""
-
-    code: int
-    row: int
-    before: int
-    first: int
-
-    def state(self, depth: int) -> int:
-        """Place of the state before the word number `depth` of the line."""
-        return self.before if depth == 0 else self.first + depth - 1
-
-
-class LikelihoodTask(LinesTask):
-    """Lines as `likelihood` scores them: the choices on the trie. Forced words cost and give no loss."""
-
-    def __init__(
-        self,
-        model: LikelihoodModel,
-        histories: Sequence[Codes],
-        config: TrainingConfig,
-        weights: Sequence[Floats] | None = None,
-        replay: Replay | None = None,
-    ) -> None:
-        super().__init__(model.words, histories, config, weights, replay)
-        self.likelihood = model
-        self._choices: dict[int, list[tuple[int, int, int]]] = {}
-
-    def _nats(self, hidden: Tensor, lines: Sequence[Line]) -> Tensor:
-        codes = np.array([line.code for line in lines], np.int32)
-        # By node: row, place of the state before the choice, child taken, and line that it belongs to.
-        asked: dict[int, list[tuple[int, int, int, int]]] = {}
-        for number, line in enumerate(lines):
-            for depth, node, child in self._on_the_way(line.code):
-                asked.setdefault(node, []).append((line.row, line.state(depth), child, number))
-        nats = -torch.from_numpy(np.log(self.likelihood.trie.share(codes))).float().to(hidden.device)
-        for node, places in asked.items():
-            row, place, child, of = torch.tensor(places, device=hidden.device).T
-            values = self.likelihood.children(hidden[row, place], node)
-            nats = nats.index_add(0, of, -values.gather(1, child[:, None])[:, 0])
-        return nats
-
-    def _on_the_way(self, code: int) -> list[tuple[int, int, int]]:
-        """Choices on the way to an item: words before it, the node, and the number of the child taken."""
-        if code not in self._choices:
-            trie = self.likelihood.trie
-            path = trie.path(int(trie.leaf[code]))
-            steps = enumerate(zip([ROOT, *path[:-1]], path, strict=True))
-            self._choices[code] = [
-                (depth, node, int(child - trie.first[node]))
-                for depth, (node, child) in steps
-                if trie.last[node] - trie.first[node] > 1
-            ]
-        return self._choices[code]
-
-
-class NextTokenTask(LinesTask):
-    """Lines by the usual loss: every word is one among all words, as `VocabularyScorer` scores them."""
-
-    def _nats(self, hidden: Tensor, lines: Sequence[Line]) -> Tensor:
-        asked = [
-            (line.row, line.state(depth), token, number)
-            for number, line in enumerate(lines)
-            for depth, token in enumerate(self.model.chain([line.code]))
-        ]
-        row, place, token, of = torch.tensor(asked, device=hidden.device).T
-        values = self.model.log_probs(hidden[row, place], token)
-        return torch.zeros(len(lines), device=hidden.device).index_add(0, of, -values)
-
-
-def lines_task(
-    scorer: LikelihoodScorer | VocabularyScorer,
-    histories: Sequence[Codes],
-    config: TrainingConfig,
-    weights: Sequence[Floats] | None = None,
-    replay: Replay | None = None,
-) -> LinesTask:
-    """What a model is trained by that scores items by their lines."""
-    if isinstance(scorer, VocabularyScorer):
-        return NextTokenTask(scorer.words, histories, config, weights, replay)
-    return LikelihoodTask(scorer.model, histories, config, weights, replay)
 
 
 @dataclass(frozen=True, slots=True)

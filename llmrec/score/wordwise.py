@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from llmrec.protocols import Codes, Floats, Query
-from llmrec.score.packed import TOGETHER, PackedReader
+from llmrec.score.packed import PackedReader, in_turn
 from llmrec.score.trie import Tree
 from llmrec.score.words import WordsModel
 
@@ -31,11 +31,7 @@ class VocabularyScorer:
 
     def score(self, queries: Sequence[Query], candidates: Sequence[Codes]) -> list[Floats]:
         """Log-probability of the line of each candidate of each query."""
-        scores: list[Floats] = []
-        for start in range(0, len(queries), TOGETHER):
-            rows = slice(start, start + TOGETHER)
-            scores += self._score(queries[rows], candidates[rows])
-        return scores
+        return in_turn(self._score, queries, candidates)
 
     def _score(self, queries: Sequence[Query], candidates: Sequence[Codes]) -> list[Floats]:
         words = self.words

@@ -306,14 +306,10 @@ async def _on_error(request: Request, error: Exception) -> Response:
             return _problem(request, 404, str(error), code)
         case RequestError() | DataError():
             return _problem(request, 422, str(error), code)
-        case StoreError():
-            # Where the store is concerns nobody outside.
+        case StoreError() | EngineError():  # where they are concerns nobody outside
             logger.error("request %s: %s", request.state.request_id, error)
-            detail = "the event store cannot be used just now; the log of the server says why"
-            return _problem(request, 503, detail, code, {"Retry-After": "1"})
-        case EngineError():
-            logger.error("request %s: %s", request.state.request_id, error)
-            detail = "the language model cannot be used just now; the log of the server says why"
+            what = "event store" if isinstance(error, StoreError) else "language model"
+            detail = f"the {what} cannot be used just now; the log of the server says why"
             return _problem(request, 503, detail, code, {"Retry-After": "1"})
     # The rest is about this server's own files and models.
     raise error
