@@ -234,8 +234,15 @@ def weight_of(batch: Sequence[Window]) -> float:
 
 
 def item_nats(model: NextItemModel, states: Tensor, targets: Tensor, negatives: int) -> Tensor:
-    """Nats of each target after its state: (n, dim) and (n,) -> (n,); the softmax of `next_item_loss`."""
+    """Nats of each target after its state: (n, dim) and (n,) -> (n,); the softmax of `next_item_loss`.
+
+    It is over the items with training events and the targets. Items without events are never chosen in
+    training: as alternatives they would teach that what is new is never chosen, whatever its text.
+    """
     popularity = model.popularity()
+    chosen = model.counts > 0
+    chosen[targets] = True
+    popularity = popularity.masked_fill(~chosen, -torch.inf)
     if len(popularity) > FULL_SOFTMAX_UP_TO:
         return _sampled_nats(model, states, targets, popularity, negatives)
     logits = model.logits(states, model.item_outputs(), popularity)
@@ -246,6 +253,7 @@ def _sampled_nats(
     model: NextItemModel, states: Tensor, targets: Tensor, popularity: Tensor, negatives: int
 ) -> Tensor:
     """Estimate the nats of each target, shape (targets,), from items drawn by popularity."""
+    popularity = torch.log_softmax(popularity, dim=0)
     drawn = torch.multinomial(popularity.exp(), negatives, replacement=True)
     shared = model.logits(states, model.outputs_of(drawn), popularity[drawn])
     # Draws repeat, so dividing by their expected number, negatives * q, makes the sum of exponentials an

@@ -275,12 +275,19 @@ def test_the_scale_program_fits_a_skewed_log_and_times_requests(tmp_path, capsys
     again = scale.synthetic(events=4000, items=120, users=150, seed=1)
     assert items.equals(again[0]) and events.equals(again[1])
     out = tmp_path / "scale.json"
-    scale.main(["--events", "4000", "--items", "120", "--users", "150", "--out", str(out)])
+    sizes = ["--events", "4000", "--items", "120", "--users", "150", "--batch", "100"]
+    scale.main([*sizes, "--out", str(out)])
     found = json.loads(out.read_text())
+    assert found["batch"]["users"] == 100 and found["batch"]["seconds"] > 0
     for row in (found["all_returned"], found["ten_returned"]):
         assert row["batch_ms"] > 0 and row["single_ms"] <= row["single_p95_ms"]
     assert found["fit_seconds"] > 0
     assert "fitting on all events" in capsys.readouterr().out
+    twice = {**found, "items": 240, "fit_seconds": 4 * found["fit_seconds"]}
+    rows = scale.growth([found, twice], "items")["rows"]
+    assert rows["fit, s"]["exponent"] == pytest.approx(2) and rows["fit, MB"]["exponent"] == 0
+    stages = {"reading": 0.0, "encoding, 1 of 2": 1.0, "encoding, 2 of 2": 3.0, "fitted": 7.0}
+    assert scale.durations(stages) == {"reading": 1.0, "encoding": 6.0}
 
 
 def test_the_encoder_program_trains_and_judges_similar_items(folder, tmp_path, capsys):

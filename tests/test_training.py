@@ -193,6 +193,24 @@ def test_events_of_little_weight_change_little(base, tmp_path):
     assert set(best[1]) == {10}
 
 
+def test_items_without_events_are_no_alternatives_in_training(base, monkeypatch):
+    counts = np.full(ITEMS, 3)
+    counts[5:25] = 0
+    lm = LanguageModel.new(config(base), base, VECTORS, counts)
+    lm.model.eval()
+    history = RULE[2]
+    chosen = np.union1d(np.flatnonzero(counts), history)
+    rows = [lm.scorer.log_probs([history[:t]])[0] for t in range(len(history))]
+    nats = [np.log(np.exp(row[chosen]).sum()) - row[i] for row, i in zip(rows, history, strict=True)]
+    batch = [Window(history, np.ones(len(history), np.float32))]
+    with torch.inference_mode():
+        assert float(next_item_loss(lm.model, batch, negatives=0)) == pytest.approx(np.mean(nats), abs=1e-4)
+        monkeypatch.setattr(sequences, "FULL_SOFTMAX_UP_TO", 1)
+        torch.manual_seed(0)
+        sampled = next_item_loss(lm.model, batch, negatives=200_000)
+    assert float(sampled) == pytest.approx(np.mean(nats), abs=0.01)
+
+
 def test_sampled_softmax_approaches_the_full_one(base, monkeypatch):
     counts = np.arange(1, ITEMS + 1)
     lm = LanguageModel.new(config(base), base, VECTORS, counts)
