@@ -17,7 +17,7 @@ from llmrec.score.config import LMConfig, WordsConfig
 from llmrec.score.engine import Engine
 from llmrec.score.remote import RemoteScorer, RemoteVocabularyScorer, RemoteYesNoScorer
 from llmrec.score.words import Vocabulary, WordsPrompt
-from llmrec.word_model import layout_of, padded, tokens_of
+from llmrec.word_model import layout_of, lines_in, padded, tokens_of
 
 KINDS = {("yes_no", "trie"): RemoteYesNoScorer, ("likelihood", "vocabulary"): RemoteVocabularyScorer}
 """Modes that a server can run, with their normalisation."""
@@ -97,9 +97,8 @@ class RemoteLanguageModel:
                 f"all; tune it with layers not set"
             )
         vocabulary = Vocabulary(base)
-        prompt = WordsPrompt(
-            vocabulary, layout_of(config), vocabulary.lines(texts.lines, config.line_tokens), config.window
-        )
+        lines, _ = lines_in(folder, texts.lines, config, vocabulary)
+        prompt = WordsPrompt(vocabulary, layout_of(config), lines, config.window)
         counts = padded(head["counts"].numpy(), len(texts.lines))
         scale = float(head["scale"])
         files = {name: (folder / name).read_bytes() for name in FILES}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,12 @@ from torch import Tensor
 from llmrec.adapter import fresh_adapter, kept_adapter, on_device, write_adapter
 from llmrec.card import Card
 from llmrec.families import Texts, changed_lines
+from llmrec.persistence import Arrays, load_arrays, save_arrays
 from llmrec.prompt import Prompt
 from llmrec.score.config import WordsConfig
 from llmrec.score.labels import LettersScorer, YesNoScorer
 from llmrec.score.likelihood import LikelihoodModel, LikelihoodScorer
+from llmrec.score.lines import TokenLines
 from llmrec.score.loading import body_dtype, load_causal, shared_causal
 from llmrec.score.packed import PackedReader
 from llmrec.score.trie import ItemTrie
@@ -26,6 +30,9 @@ from llmrec.score.wordwise import VocabularyScorer
 
 SLOTS = {"likelihood": None, "generate": None, "yes_no": "candidate", "letters": "candidates"}
 """What a mode's prompt needs beside the history."""
+
+LINES, LINES_FORMAT = "lines.safetensors", 1
+"""File of the lines in tokens and of their tree beside an adapter, and what its arrays mean."""
 
 FIRST_SCALE = 0.3
 """Scale of the logits of `likelihood` before training: the prior over the lines leads at first."""
@@ -46,6 +53,8 @@ class WordLanguageModel:
         Weight of the training events of each item, shape (items,).
     card
         What it belongs to; None before it is trained.
+    shape
+        That of the trie of the lines (`ItemTrie.arrays`), if it is known; built where it is needed if not.
     """
 
     def __init__(
@@ -55,8 +64,10 @@ class WordLanguageModel:
         lines: Sequence[str],
         counts: NDArray[Any],
         card: Card | None = None,
+        shape: Mapping[str, NDArray[Any]] | None = None,
     ) -> None:
         self.words, self.config, self.lines, self.counts, self.card = words, config, lines, counts, card
+        self._shape = shape
         self.dtype = body_dtype(config.precision)
         self.scorer = self._scorer()
         self.scored: int | None = config.candidates
@@ -73,7 +84,12 @@ class WordLanguageModel:
             return LettersScorer(self.words, reader, window=self.config.listed)
         if self.config.normalise == "vocabulary":
             return VocabularyScorer(self.words, reader)
-        trie = ItemTrie(self.words.lines, self.words.vocabulary.end, self.counts, self.config.smoothing)
+        end, smoothing = self.words.vocabulary.end, self.config.smoothing
+        if self._shape is None:
+            trie = ItemTrie.of(self.words.lines, end, self.counts, smoothing)
+        else:
+            trie = ItemTrie(self._shape, self.counts, smoothing)
+        self._shape = trie.arrays()
         return LikelihoodScorer(LikelihoodModel(self.words, trie), reader, self.config.beam)
 
     @classmethod
@@ -93,7 +109,10 @@ class WordLanguageModel:
         """
         torch.manual_seed(seed)
         body, head = load_causal(base, config.layers, body_dtype(config.precision))
-        words = _assemble(fresh_adapter(body, config), head, config, base, lines)
+        vocabulary = Vocabulary(base)
+        tokens = vocabulary.lines(lines, config.line_tokens)
+        adapted = fresh_adapter(body, config)
+        words = WordsModel(adapted, head, vocabulary, layout_of(config), tokens, config.window)
         if SLOTS[config.mode] is None:
             torch.nn.init.constant_(words.scale, FIRST_SCALE)
         return cls(words, config, lines, counts)
@@ -103,6 +122,16 @@ class WordLanguageModel:
         counts = torch.from_numpy(np.asarray(self.counts, dtype=np.float32))
         head = {"scale": self.words.scale, "counts": counts}
         write_adapter(folder, self.words.body, head, self.config, self.card)
+        lines = self.words.lines
+        # Who loads it with the same lines maps them and their tree instead of making them again.
+        key = _key(self.lines, self.config, self.words.vocabulary)
+        arrays: dict[str, Arrays] = {
+            "lines": {"tokens": lines.tokens, "offsets": lines.offsets},
+            "key": {"sha256": key},
+        }
+        if self._shape is not None:
+            arrays["trie"] = self._shape
+        save_arrays(folder / LINES, arrays)
 
     @classmethod
     def restored(
@@ -118,12 +147,15 @@ class WordLanguageModel:
     ) -> WordLanguageModel:
         """Put together what `read_adapter` read from a folder; see `load_language_model`."""
         body, vectors = shared_causal(base, config.layers, body_dtype(config.precision))
-        words = _assemble(kept_adapter(body, folder, trainable=trainable), vectors, config, base, texts.lines)
+        vocabulary = Vocabulary(base)
+        lines, shape = lines_in(folder, texts.lines, config, vocabulary)
+        adapted = kept_adapter(body, folder, trainable=trainable)
+        words = WordsModel(adapted, vectors, vocabulary, layout_of(config), lines, config.window)
         with torch.no_grad():
             words.scale.copy_(head["scale"])
         on_device(words)
         counts = padded(head["counts"].numpy(), len(texts.lines))
-        return cls(words, config, texts.lines, counts, card)
+        return cls(words, config, texts.lines, counts, card, shape)
 
     def grown(self, texts: Texts) -> WordLanguageModel:
         """The same for a catalogue whose texts changed or grew: new items have no events."""
@@ -135,15 +167,30 @@ class WordLanguageModel:
 
     def recounted(self, counts: NDArray[Any]) -> WordLanguageModel:
         """The same model after other training events, whose weight for each item has shape (items,)."""
-        return WordLanguageModel(self.words, self.config, self.lines, counts, self.card)
+        return WordLanguageModel(self.words, self.config, self.lines, counts, self.card, self._shape)
 
 
-def _assemble(
-    body: Any, head: torch.Tensor, config: WordsConfig, base: Path, lines: Sequence[str]
-) -> WordsModel:
-    vocabulary = Vocabulary(base)
-    tokens = vocabulary.lines(lines, config.line_tokens)
-    return WordsModel(body, head, vocabulary, layout_of(config), tokens, config.window)
+def lines_in(
+    folder: Path, lines: Sequence[str], config: WordsConfig, vocabulary: Vocabulary
+) -> tuple[TokenLines, Mapping[str, NDArray[Any]] | None]:
+    """Tokens of the lines of a catalogue, and the shape of their trie if the folder has it.
+
+    They are mapped from the file that `WordLanguageModel.save` wrote, if that is of the same lines.
+    """
+    path = folder / LINES
+    kept = load_arrays(path) if path.is_file() else {}
+    if kept and np.array_equal(kept["key"]["sha256"], _key(lines, config, vocabulary)):
+        return TokenLines(**kept["lines"]), kept.get("trie")
+    return vocabulary.lines(lines, config.line_tokens), None
+
+
+def _key(lines: Sequence[str], config: WordsConfig, vocabulary: Vocabulary) -> NDArray[np.uint8]:
+    """Hash of what the tokens of lines depend on; that the tokenizer is the same one, the card says."""
+    said = json.dumps([LINES_FORMAT, config.line_tokens, vocabulary.end])
+    digest = hashlib.sha256(said.encode())
+    for line in lines:
+        digest.update(f"\n{len(line)} {line}".encode(errors="surrogatepass"))
+    return np.frombuffer(digest.digest(), np.uint8)
 
 
 def layout_of(config: WordsConfig) -> Layout:
@@ -151,13 +198,11 @@ def layout_of(config: WordsConfig) -> Layout:
     return Layout.of(Prompt.load(config.prompt_name), SLOTS[config.mode])
 
 
-def tokens_of(old: WordsPrompt, lines: Sequence[str], grown: Sequence[str], limit: int) -> list[list[int]]:
+def tokens_of(old: WordsPrompt, lines: Sequence[str], grown: Sequence[str], limit: int) -> TokenLines:
     """Tokens of the lines of a catalogue that changed or grew; the others' are those there were."""
     changed = changed_lines(lines, grown)
-    tokens = [*old.lines, *([] for _ in range(len(grown) - len(old.lines)))]
-    for code, line in zip(changed, old.vocabulary.lines([grown[c] for c in changed], limit), strict=True):
-        tokens[code] = line
-    return tokens
+    fresh = old.vocabulary.lines([grown[code] for code in changed], limit)
+    return old.lines.changed(changed, fresh, len(grown))
 
 
 def padded(counts: NDArray[Any], items: int) -> NDArray[Any]:

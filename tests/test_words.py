@@ -13,6 +13,7 @@ from llmrec.score.config import TrainingConfig
 from llmrec.score.labels import LettersScorer, YesNoScorer, yes_no_labels
 from llmrec.score.likelihood import LikelihoodModel, LikelihoodScorer
 from llmrec.score.line_tasks import lines_task
+from llmrec.score.lines import TokenLines
 from llmrec.score.loading import load_causal
 from llmrec.score.packed import PackedReader
 from llmrec.score.tasks import Choice, ListwiseTask
@@ -49,7 +50,7 @@ def words_of(base, prompt="likelihood", slot=None, window=20):
 
 def likelihood(base, beam=50, **reader):
     words = words_of(base)
-    model = LikelihoodModel(words, ItemTrie(words.lines, words.vocabulary.end, COUNTS))
+    model = LikelihoodModel(words, ItemTrie.of(words.lines, words.vocabulary.end, COUNTS))
     return LikelihoodScorer(model, PackedReader(words.body, **reader), beam)
 
 
@@ -228,7 +229,7 @@ def test_memory_is_bounded(base):
 def test_the_trie_holds_every_line_its_items_and_their_mass(lines, seed):
     rng = np.random.default_rng(seed)
     counts = rng.integers(0, 5, len(lines))
-    trie = ItemTrie(lines, 9, counts)
+    trie = ItemTrie.of(lines, 9, counts)
     under = {(): set()}
     for code, line in enumerate(lines):
         for n in range(len(line) + 2):
@@ -238,12 +239,12 @@ def test_the_trie_holds_every_line_its_items_and_their_mass(lines, seed):
     mask = rng.random(len(lines)) < 0.5
     for path, node in nodes.items():
         items = trie.items[trie.low[node] : trie.high[node]].tolist()
-        assert set(items) == under[path] and trie.mass[node] == pytest.approx(
+        assert set(items) == under[path] and trie.mass(np.array([node]))[0] == pytest.approx(
             counts[items].sum() + len(items)
         )
         children = {other for other in under if len(other) == len(path) + 1 and other[: len(path)] == path}
         assert {(*path, token) for token in trie.tokens[trie.children(node)].tolist()} == children
-        assert trie.allowed(mask)[node] == mask[items].any()
+        assert trie.allowed(mask)(node) == mask[items].any()
     for code, line in enumerate(lines):
         assert trie.leaf[code] == nodes[(*line, 9)]
         same = under[(*line, 9)]
@@ -254,6 +255,22 @@ def test_the_trie_holds_every_line_its_items_and_their_mass(lines, seed):
     forks = {n for n in range(len(trie)) if len(trie.children(n)) > 1} - {ROOT}
     assert forks <= set(wanted.tolist())
     assert all(set(trie.path(node)) <= set(wanted.tolist()) for node in wanted)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.lists(st.integers(0, 9), max_size=3), max_size=12), st.integers(0, 3), st.integers(0, 99))
+def test_packed_lines_are_the_lines_before_and_after_a_change(lines, more, seed):
+    rng = np.random.default_rng(seed)
+    packed = TokenLines.of(lines)
+    assert list(packed) == lines and packed[1:] == lines[1:]
+    assert packed.lengths().tolist() == list(map(len, lines))
+    total = len(lines) + more
+    wanted = {*rng.permutation(len(lines))[:3].tolist(), *range(len(lines), total)}
+    fresh = {code: rng.integers(0, 9, rng.integers(0, 4)).tolist() for code in sorted(wanted)}
+    expected = [fresh[code] if code in fresh else lines[code] for code in range(total)]
+    assert list(packed.changed(list(fresh), fresh.values(), total)) == expected
+    with pytest.raises(IndexError):
+        packed[len(lines)]
 
 
 def test_a_tree_joins_common_beginnings():

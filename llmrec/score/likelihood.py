@@ -30,15 +30,14 @@ class LikelihoodModel:
 
     def __init__(self, words: WordsModel, trie: ItemTrie) -> None:
         self.words, self.trie = words, trie
-        self._mass = torch.from_numpy(np.log(trie.mass)).float()
-        self._tokens = torch.from_numpy(trie.tokens)
 
     def children(self, states: Tensor, node: int) -> Tensor:
         """Log-probability of each child of a node: states (n, hidden) -> (n, children)."""
-        first, last = int(self.trie.first[node]), int(self.trie.last[node])
-        device = states.device
-        logits = self.words.logits(states, self._tokens[first:last].to(device))
-        return torch.log_softmax(logits + self._mass[first:last].to(device), dim=-1)
+        children = slice(int(self.trie.first[node]), int(self.trie.last[node]))
+        tokens = torch.from_numpy(self.trie.tokens[children].astype(np.int64))
+        prior = torch.from_numpy(np.log(self.trie.mass(children)).astype(np.float32))
+        logits = self.words.logits(states, tokens.to(states.device))
+        return torch.log_softmax(logits + prior.to(states.device), dim=-1)
 
 
 class LikelihoodScorer:
@@ -152,7 +151,7 @@ class _Search:
         if stem:
             self.unread = [(token, place - 1) for place, token in enumerate(stem)]
             self._open = [_Open(0.0, ROOT, len(stem) - 1)]
-        elif self.allowed[ROOT]:
+        elif self.allowed(ROOT):
             self._open = [_Open(0.0, ROOT, -1)]
             self._choose({-1: past.end})
 
@@ -191,7 +190,7 @@ class _Search:
             pool += [
                 (float(value), child, opened.place)
                 for child, value in zip(range(first, last), values, strict=True)
-                if self.allowed[child]
+                if self.allowed(child)
             ]
         best = sorted(pool, key=lambda entry: (-entry[0], entry[1]))[: self.beam]
         self.done, self._open, self.unread = [], [], []

@@ -47,7 +47,7 @@ class LinesTask(ABC):
         replay: Replay | None = None,
     ) -> None:
         self.model, self.config, self.source = model, config, Source(histories, weights, replay)
-        self._sizes = np.array([len(line) + 1 for line in model.lines])
+        self._sizes = model.lines.lengths() + 1
 
     def epoch(self, rng: np.random.Generator, parts: int = 1) -> list[list[Window]]:
         """Windows that hold every event once, grouped at random."""

@@ -6,13 +6,15 @@ Nodes are numbered by depth, the children of a node one after another; identical
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from llmrec.protocols import Codes, Mask
+from llmrec.score.lines import TokenLines
 
 Ints = NDArray[np.int64]
 
@@ -102,10 +104,8 @@ class ItemTrie:
 
     Parameters
     ----------
-    lines
-        Tokens of each item's line by code, without the end.
-    end
-        The token that ends a line.
+    arrays
+        Its shape, as `arrays` gives it; int32, may be mapped from a file.
     counts
         Weight of the training events of each item, shape (items,).
     smoothing
@@ -119,63 +119,51 @@ class ItemTrie:
         The children of node i are ``first[i]:last[i]``, shape (nodes,).
     low, high
         The items under node i are ``items[low[i]:high[i]]``, shape (nodes,).
+    items
+        All items in the order of their lines, shape (items,).
     leaf
         Leaf of each item by code, shape (items,).
-    mass
-        Smoothed count under each node, shape (nodes,).
     """
 
     def __init__(
-        self, lines: Sequence[Sequence[int]], end: int, counts: NDArray[np.floating], smoothing: float = 1.0
+        self, arrays: Mapping[str, NDArray[Any]], counts: NDArray[np.floating], smoothing: float = 1.0
     ) -> None:
-        longest = max((len(line) for line in lines), default=0) + 1
-        table = np.full((len(lines), longest), -1, dtype=np.int64)
-        for code, line in enumerate(lines):
-            table[code, : len(line)] = line
-            table[code, len(line)] = end
-        order = np.lexsort(table.T[::-1]) if len(lines) else np.empty(0, np.int64)
-        self.items: Codes = order.astype(np.int32)
-        self.leaf = np.zeros(len(lines), dtype=np.int64)
-        self._number(table[order])
-        smoothed = counts.astype(np.float64)[order] + smoothing
-        self._cumulative = np.append(0.0, np.cumsum(smoothed))
-        self.mass = self._cumulative[self.high] - self._cumulative[self.low]
-        self._share = np.empty(len(lines))
-        self._share[order] = smoothed
-        self._share /= self.mass[self.leaf]
-
-    def _number(self, table: Ints) -> None:
-        rows, longest = table.shape
-        nodes = np.zeros(rows, dtype=np.int64)
-        tokens, parents, low, high = [[-1]], [[-1]], [[0]], [[rows]]
-        total = 1
-        new = np.zeros(rows, dtype=np.bool_)
-        for depth in range(longest):
-            column = table[:, depth]
-            inside = np.flatnonzero(column >= 0)
-            if not len(inside):
-                break
-            # A row starts a node if it, or what precedes it on its way, differs from the row above.
-            new[1:] |= column[1:] != column[:-1]
-            new[0] = True
-            starts = inside[new[inside]]
-            number = total + np.cumsum(new[inside]) - 1
-            ends = np.append(starts[1:], inside[-1] + 1)
-            gaps = np.searchsorted(inside, ends - 1, side="right")
-            tokens.append(column[starts].tolist())
-            parents.append(nodes[starts].tolist())
-            low.append(starts.tolist())
-            high.append((inside[gaps - 1] + 1).tolist())
-            nodes[inside] = number
-            total += len(starts)
-        self.leaf[self.items] = nodes
-        self.tokens, self.parents, self.low, self.high = (
-            np.array([value for level in levels for value in level], dtype=np.int64)
-            for levels in (tokens, parents, low, high)
+        self._arrays = dict(arrays)
+        self.tokens, self.parents, self.low, self.high, self.items, self.leaf = (
+            self._arrays[name] for name in ("tokens", "parents", "low", "high", "items", "leaf")
         )
-        # Parents are numbered in ascending order, so the children of one lie together.
-        self.first = np.searchsorted(self.parents[1:], np.arange(total), side="left") + 1
-        self.last = np.searchsorted(self.parents[1:], np.arange(total), side="right") + 1
+        # The children of a node lie together, and before those of the next one.
+        self.first, self.last = self._arrays["first"][:-1], self._arrays["first"][1:]
+        smoothed = counts.astype(np.float64)[self.items] + smoothing
+        self._cumulative = np.append(0.0, np.cumsum(smoothed))
+        self._share = np.empty(len(self.items))
+        self._share[self.items] = smoothed
+        self._share /= self.mass(self.leaf)
+
+    @classmethod
+    def of(
+        cls, lines: Sequence[Sequence[int]], end: int, counts: NDArray[np.floating], smoothing: float = 1.0
+    ) -> ItemTrie:
+        """Build it; at most the tokens of all lines, padded to the longest, are held besides the result.
+
+        Parameters
+        ----------
+        lines
+            Tokens of each item's line by code, without the end.
+        end
+            The token that ends a line.
+        """
+        packed = lines if isinstance(lines, TokenLines) else TokenLines.of(lines)
+        return cls(_shape(packed.table(end)), counts, smoothing)
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """Its shape, which is the same whatever was chosen how often."""
+        return self._arrays
+
+    def mass(self, nodes: Ints | slice) -> NDArray[np.float64]:
+        """Smoothed count under some nodes."""
+        mass: NDArray[np.float64] = self._cumulative[self.high[nodes]] - self._cumulative[self.low[nodes]]
+        return mass
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -202,13 +190,12 @@ class ItemTrie:
         share: NDArray[np.float64] = self._share[items]
         return share
 
-    def allowed(self, mask: Mask | None) -> NDArray[np.bool_]:
-        """Which nodes lead to an allowed item, shape (nodes,)."""
+    def allowed(self, mask: Mask | None) -> Callable[[int], bool]:
+        """Tells of a node whether it leads to an allowed item."""
         if mask is None:
-            return np.ones(len(self), dtype=np.bool_)
+            return lambda node: True
         cumulative = np.append(0, np.cumsum(mask[self.items]))
-        found: NDArray[np.bool_] = cumulative[self.high] > cumulative[self.low]
-        return found
+        return lambda node: bool(cumulative[self.high[node]] > cumulative[self.low[node]])
 
     def to_score(self, items: Codes) -> Ints:
         """Nodes whose state the scores of these items need, ascending; the root is not among them.
@@ -230,3 +217,40 @@ class ItemTrie:
         """The tree of some nodes, ascending; with each node comes the one before it."""
         parents = np.searchsorted(nodes, self.parents[nodes])
         return Tree(self.tokens[nodes], np.where(self.parents[nodes] == ROOT, -1, parents))
+
+
+def _shape(table: NDArray[np.int32]) -> dict[str, NDArray[np.int32]]:
+    """Arrays of the trie of lines that are the rows of a table, each with its end and padded with -1."""
+    rows, longest = table.shape
+    order = np.lexsort(table.T[::-1]) if rows else np.empty(0, np.int64)
+    nodes = np.zeros(rows, np.int32)
+    levels: dict[str, list[NDArray[np.int32]]] = {"tokens": [], "parents": [], "low": [], "high": []}
+
+    def add(**values: NDArray[Any] | list[int]) -> None:
+        for name, part in values.items():
+            levels[name].append(np.asarray(part, np.int32))
+
+    add(tokens=[-1], parents=[-1], low=[0], high=[rows])
+    total = 1
+    new = np.zeros(rows, dtype=np.bool_)
+    for depth in range(longest):
+        column = table[order, depth]
+        inside = np.flatnonzero(column >= 0)
+        if not len(inside):
+            break
+        # A row starts a node if it, or what precedes it on its way, differs from the row above.
+        new[1:] |= column[1:] != column[:-1]
+        new[0] = True
+        starts = inside[new[inside]]
+        number = total + np.cumsum(new[inside]) - 1
+        ends = np.append(starts[1:], inside[-1] + 1)
+        gaps = np.searchsorted(inside, ends - 1, side="right")
+        add(tokens=column[starts], parents=nodes[starts], low=starts, high=inside[gaps - 1] + 1)
+        nodes[inside] = number
+        total += len(starts)
+    leaf = np.zeros(rows, np.int32)
+    leaf[order] = nodes
+    made = {name: np.concatenate(parts) for name, parts in levels.items()}
+    # Parents are numbered in ascending order, so the children of one lie together.
+    first = np.searchsorted(made["parents"][1:], np.arange(total + 1, dtype=np.int32)) + 1
+    return {**made, "first": first.astype(np.int32), "items": order.astype(np.int32), "leaf": leaf}

@@ -7,7 +7,7 @@ tokens whatever follows it, in training and in serving.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,16 @@ from llmrec.errors import ConfigError, ModelError
 from llmrec.prompt import Prompt
 from llmrec.protocols import Codes, Query
 from llmrec.quiet import quiet_transformers
+from llmrec.score.lines import TokenLines
 
 STEP = 10
 """The window of a history moves by so many items, so that what was read of it can mostly be extended."""
 
 ROWS = 256
 """States whose logits of all words are computed at once; in training all are kept for the gradients."""
+
+CHUNK = 1000
+"""Lines that are tokenised at once."""
 
 LINE_ENDS = ("\n", " ")
 """What may end a line; the end-of-text token where a tokenizer has neither."""
@@ -61,9 +65,16 @@ class Vocabulary:
         begin = self._tokenizer.bos_token_id
         return ([] if begin is None else [begin]) + self.tokens(words)
 
-    def lines(self, texts: Sequence[str], limit: int) -> list[list[int]]:
+    def lines(self, texts: Sequence[str], limit: int) -> TokenLines:
         """Tokens of the lines of items, at most `limit` each, without the line end."""
-        return [[token for token in self.tokens(text)[:limit] if token != self.end] for text in texts]
+        return TokenLines.of(self._lines(texts, limit))
+
+    def _lines(self, texts: Sequence[str], limit: int) -> Iterator[list[int]]:
+        for start in range(0, len(texts), CHUNK):
+            chunk = list(texts[start : start + CHUNK])
+            encoded = self._tokenizer(chunk, add_special_tokens=False, split_special_tokens=True)
+            for tokens in encoded["input_ids"]:
+                yield [token for token in tokens[:limit] if token != self.end]
 
     def label(self, *words: str) -> int | None:
         """The token of the first of these that is one known token."""
@@ -130,9 +141,7 @@ class WordsPrompt:
         Latest items of a history that are read, at most.
     """
 
-    def __init__(
-        self, vocabulary: Vocabulary, layout: Layout, lines: Sequence[list[int]], window: int
-    ) -> None:
+    def __init__(self, vocabulary: Vocabulary, layout: Layout, lines: TokenLines, window: int) -> None:
         self.vocabulary, self.layout, self.lines, self.window = vocabulary, layout, lines, window
         self.start = [*vocabulary.first(layout.first), vocabulary.end]
         self.last = vocabulary.tokens(layout.last) if layout.last else []
@@ -182,7 +191,7 @@ class WordsModel(nn.Module, WordsPrompt):
         head: Tensor,
         vocabulary: Vocabulary,
         layout: Layout,
-        lines: Sequence[list[int]],
+        lines: TokenLines,
         window: int,
     ) -> None:
         nn.Module.__init__(self)
