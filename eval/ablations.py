@@ -42,7 +42,6 @@ from llmrec.language_model import LanguageModel, TunedModel
 from llmrec.lm_training import (
     VALIDATION_USERS,
     WORDS_VALIDATION_USERS,
-    counts_of,
     in_order,
     measure,
     measure_words,
@@ -163,7 +162,7 @@ def trained(
     if trial.get("weights") == "random":
         base = random_base(base, RUNS / "random-base")
     log, seed = p.split.training, config.training.seed
-    counts = counts_of(log, len(texts.lines))
+    counts = log.counts(len(texts.lines))
     lm: LanguageModel | WordLanguageModel
     task: Task[Any]
     training = config.training
@@ -175,10 +174,9 @@ def trained(
         training = lasting(training, trial["events"])
         task = ItemTokensTask(
             lm.model,
-            log.histories,
+            log.source(),
             lm_config.window,
             training,
-            log.weights,
             typed=typed,
             wishes=lm_config.wishes,
         )
@@ -188,7 +186,7 @@ def trained(
         lm = WordLanguageModel.new(lm_config, base, texts.lines, counts, seed)
         training = lasting(training, trial["events"] * trial.get("tokens", 1))
         if isinstance(lm.scorer, LikelihoodScorer | VocabularyScorer):
-            task = lines_task(lm.scorer, log.histories, training, log.weights)
+            task = lines_task(lm.scorer, log.source(), training)
         elif trial.get("negatives") == "random":
             task = ListwiseTask(
                 lm.scorer, random_choices(p, lm_config.listed, lm_config.mined, seed), training

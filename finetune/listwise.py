@@ -27,7 +27,7 @@ from llmrec.config import Config
 from llmrec.errors import ConfigError
 from llmrec.evaluation.split import tail
 from llmrec.fetch import resolve
-from llmrec.lm_training import counts_of, hash_words, in_order, measure_words, run_training
+from llmrec.lm_training import hash_words, in_order, measure_words, run_training
 from llmrec.metrics import compare
 from llmrec.mining import mined_choices
 from llmrec.persistence import keep_log
@@ -80,10 +80,10 @@ def main(argv: list[str] | None = None) -> None:
     # 3. What is learned. To mine, retrievers are fitted once more, on the first part of each history alone,
     # and asked for the rest: candidates of retrievers that know the answer would be too easy.
     base = resolve(shape.base, allow_hub=config.allow_hub)
-    lm = WordLanguageModel.new(shape, base, texts.lines, counts_of(train, len(catalog)), training.seed)
+    lm = WordLanguageModel.new(shape, base, texts.lines, train.counts(len(catalog)), training.seed)
     task: Task[Any]
     if isinstance(lm.scorer, LikelihoodScorer | VocabularyScorer):
-        task = lines_task(lm.scorer, train.histories, training, train.weights)
+        task = lines_task(lm.scorer, train.source(), training)
     else:
         choices = mined_choices(state, train, shape.listed, shape.mined, training.seed)
         task = ListwiseTask(lm.scorer, choices, training)

@@ -29,6 +29,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", required=True, help="directory of the recommender")
     parser.add_argument("--config", help="TOML file")
     parser.add_argument("--minutes", type=float, help="time to train; the configuration's otherwise")
+    parser.add_argument("--stream", help="files of events sorted by user, to learn from instead of --events")
     args = parser.parse_args(argv)
     out, team = Path(args.out), Processes()
 
@@ -46,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # 2. LoRA on the histories; the last event of each user is held out and decides what is kept.
     with training_bar() if team.main else nullcontext() as on_step:
-        report = rec.finetune(args.minutes, on_step=on_step)
+        report = rec.finetune(args.minutes, on_step=on_step, stream=args.stream)
 
     # 3. The report says what the model adds on held-out events; its weight may be 0.
     if team.main:

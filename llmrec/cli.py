@@ -139,6 +139,10 @@ def finetune(
     further: Annotated[
         bool, typer.Option("--continue", help="Continue the tuned model on the events that came since.")
     ] = False,
+    stream: Annotated[
+        str | None,
+        typer.Option(help="Files of events sorted by user, to learn from instead; they need not fit."),
+    ] = None,
 ) -> None:
     """Fine-tune the language model on the stored log, choose its weight, and save.
 
@@ -155,7 +159,7 @@ def finetune(
         raise RequestError(f"--minutes must be above 0, got {minutes:g}")
     try:
         with training_bar() as on_step:
-            report = rec.finetune(minutes, on_step=on_step, since="last" if further else None)
+            report = rec.finetune(minutes, on_step=on_step, since="last" if further else None, stream=stream)
         if further:
             rec.refit()
         try:

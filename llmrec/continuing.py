@@ -24,7 +24,6 @@ from llmrec.families import TrainingLog
 from llmrec.fetch import resolve, weights_hash
 from llmrec.language_model import LanguageModel, TunedModel, load_language_model
 from llmrec.lm_training import (
-    counts_of,
     hash_items,
     hash_words,
     in_order,
@@ -41,7 +40,7 @@ from llmrec.score.config import TrainingConfig
 from llmrec.score.labels import LettersScorer, YesNoScorer
 from llmrec.score.line_tasks import lines_task
 from llmrec.score.tasks import ItemTokensTask, ListwiseTask, Task
-from llmrec.sequences import Replay
+from llmrec.sequences import Replay, Source
 from llmrec.state import State
 from llmrec.tuning import JUDGED, Continued, FinetuneReport, gain_of, note
 from llmrec.word_model import WordLanguageModel
@@ -78,7 +77,7 @@ class News:
     @property
     def fresh(self) -> int:
         """New events that are learned."""
-        return sum(map(len, self.log.histories)) - int(self.old.sum())
+        return self.log.events - int(self.old.sum())
 
     @classmethod
     def of(cls, log: EventLog, since: int, most: int, seed: int) -> News:
@@ -150,7 +149,7 @@ def continue_tuning(
         before.save(place / "adapter")
         data = before.card.data_sha256
         lm = load_language_model(place / "adapter", base, state.texts, data, trainable=True)
-        lm = lm.recounted(counts_of(news.log, len(state.texts.lines)))
+        lm = lm.recounted(news.log.counts(len(state.texts.lines)))
         report = _train(
             cast(LanguageModel | WordLanguageModel, lm),
             state,
@@ -275,19 +274,17 @@ def _task(
         weights = [np.array(log.weights[user], np.float32) for user in users]
     for weight, user in zip(weights, users, strict=True):
         weight[: ends[user]] = 0.0
-    replay = Replay(old.histories, old.weights, replayed)
+    source = Source(histories, weights, Replay(old.histories, old.weights, replayed))
     if isinstance(lm, LanguageModel):
         return ItemTokensTask(
             lm.model,
-            histories,
+            source,
             lm.config.window,
             training,
-            weights,
-            replay,
             typed=lm.typing(state.texts.lines),
             wishes=lm.config.wishes,
         )
-    return lines_task(lm.scorer, histories, training, weights, replay)
+    return lines_task(lm.scorer, source, training)
 
 
 def _candidates(lm: TunedModel, state: State, held_out: HeldOut) -> list[Codes]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +30,9 @@ from llmrec.retrieve.linear import EASEConfig, EASERetriever
 from llmrec.retrieve.popularity import PopularityRetriever, RecentConfig, RecentRetriever
 from llmrec.retrieve.sequence_config import GRU4RecConfig, Kind, SequenceConfig
 from llmrec.retrieve.transitions import TransitionsConfig, TransitionsRetriever
+
+if TYPE_CHECKING:
+    from llmrec.sequences import Source
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -63,6 +67,41 @@ class TrainingLog:
     histories: Sequence[Codes]
     weights: Sequence[Floats] | None = None
     stamps: Sequence[NDArray[np.int64]] | None = None
+
+    def counts(self, items: int) -> NDArray[Any]:
+        """Weight of the events of each item, shape (items,)."""
+        events = np.concatenate([np.empty(0, np.int32), *self.histories])
+        weights = None if self.weights is None else np.concatenate([np.empty(0, np.float32), *self.weights])
+        return np.bincount(events, weights, minlength=items)
+
+    @property
+    def users(self) -> int:
+        """Users with events."""
+        return sum(len(history) > 0 for history in self.histories)
+
+    @property
+    def events(self) -> int:
+        """Events of all users."""
+        return sum(map(len, self.histories))
+
+    def sha256(self) -> str:
+        """Hash of the histories: says on which events something was fitted."""
+        digest = hashlib.sha256()
+        for history in self.histories:
+            digest.update(len(history).to_bytes(8, "little") + history.astype("<i4").tobytes())
+        return digest.hexdigest()
+
+    def source(self) -> Source:
+        """What a training run draws its windows from.
+
+        Raises
+        ------
+        DataError
+            If there are no events.
+        """
+        from llmrec.sequences import Source
+
+        return Source(self.histories, self.weights)
 
 
 class NoConfig(BaseModel):

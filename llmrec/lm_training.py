@@ -8,13 +8,14 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from llmrec.card import make_card
 from llmrec.config import Config
+from llmrec.errors import ConfigError
 from llmrec.families import Texts, TrainingLog
 from llmrec.fetch import licence_of, resolve
 from llmrec.language_model import LanguageModel, TunedModel
@@ -22,7 +23,7 @@ from llmrec.metrics import summary
 from llmrec.mining import mined_choices
 from llmrec.progress import Progress, TrainingReport
 from llmrec.protocols import Codes, Floats
-from llmrec.recipe import HeldOut, Recipe, hash_histories, ranks_in
+from llmrec.recipe import HeldOut, Recipe, ranks_in
 from llmrec.score.config import ItemTokensConfig, TrainingConfig, WordsConfig
 from llmrec.score.item_tokens import ItemTokenScorer
 from llmrec.score.likelihood import LikelihoodScorer
@@ -30,6 +31,7 @@ from llmrec.score.line_tasks import lines_task
 from llmrec.score.tasks import ItemTokensTask, ListwiseTask, Task
 from llmrec.score.wordwise import VocabularyScorer
 from llmrec.search import with_language_model
+from llmrec.sequences import Portions
 from llmrec.state import State
 from llmrec.training import LoRATrainer
 from llmrec.word_model import WordLanguageModel
@@ -46,9 +48,35 @@ BATCHES = 2
 """Number of the way that batches are made; a run with others is not continued."""
 
 
+class LearnedLog(Protocol):
+    """What a language model learns from: a `TrainingLog`, or a log that is read as a stream."""
+
+    @property
+    def users(self) -> int:
+        """Users with events."""
+        ...
+
+    @property
+    def events(self) -> int:
+        """Events of all users."""
+        ...
+
+    def counts(self, items: int) -> NDArray[Any]:
+        """Weight of the events of each item, shape (items,)."""
+        ...
+
+    def sha256(self) -> str:
+        """Hash of the histories."""
+        ...
+
+    def source(self) -> Portions:
+        """What a training run draws its windows from."""
+        ...
+
+
 def fine_tune(
     state: State,
-    log: TrainingLog,
+    log: LearnedLog,
     held_out: HeldOut,
     config: Config,
     training: TrainingConfig,
@@ -60,6 +88,11 @@ def fine_tune(
     """Train on a log, then fit the model's weights in the recipe on what was held out.
 
     Neither the log nor the fitted retrievers of the state may hold the held-out events.
+
+    Raises
+    ------
+    ConfigError
+        If the mode learns from lists of candidates, and the log is a stream.
     """
     base = resolve(config.lm.base, allow_hub=config.allow_hub)
     lm: TunedModel
@@ -96,7 +129,7 @@ def fine_tune(
 
 
 def train_language_model(
-    log: TrainingLog,
+    log: LearnedLog,
     held_out: HeldOut,
     texts: Texts,
     base: Path,
@@ -111,13 +144,12 @@ def train_language_model(
 
     `held_out` decides which state is kept; it is not trained on.
     """
-    lm = LanguageModel.new(config, base, texts.vectors, counts_of(log, len(texts.lines)), training.seed)
+    lm = LanguageModel.new(config, base, texts.vectors, log.counts(len(texts.lines)), training.seed)
     task = ItemTokensTask(
         lm.model,
-        log.histories,
+        log.source(),
         config.window,
         training,
-        log.weights,
         typed=lm.typing(texts.lines),
         wishes=config.wishes,
     )
@@ -143,7 +175,7 @@ def train_language_model(
 
 def train_words_model(
     state: State,
-    log: TrainingLog,
+    log: LearnedLog,
     held_out: HeldOut,
     base: Path,
     config: WordsConfig,
@@ -155,10 +187,15 @@ def train_words_model(
 ) -> tuple[WordLanguageModel, TrainingReport]:
     """The same for a model that reads words; the retrievers give the candidates that judge its states."""
     texts = state.texts
-    lm = WordLanguageModel.new(config, base, texts.lines, counts_of(log, len(texts.lines)), training.seed)
+    lm = WordLanguageModel.new(config, base, texts.lines, log.counts(len(texts.lines)), training.seed)
     task: Task[Any]
     if isinstance(lm.scorer, LikelihoodScorer | VocabularyScorer):
-        task = lines_task(lm.scorer, log.histories, training, log.weights)
+        task = lines_task(lm.scorer, log.source(), training)
+    elif not isinstance(log, TrainingLog):
+        raise ConfigError(
+            f"lm.mode {config.mode!r} learns from candidates that retrievers give for each event, which "
+            f"needs the log in memory; a stream is for item_tokens, likelihood and generate"
+        )
     else:
         choices = mined_choices(state, log, config.listed, config.mined, training.seed)
         task = ListwiseTask(lm.scorer, choices, training)
@@ -198,20 +235,13 @@ def hash_words(state: State) -> str:
     return hashlib.sha256("\n".join([*state.texts.lines, chosen]).encode()).hexdigest()
 
 
-def counts_of(log: TrainingLog, items: int) -> NDArray[Any]:
-    """Weight of the events of each item, shape (items,)."""
-    events = np.concatenate([np.empty(0, np.int32), *log.histories])
-    weights = None if log.weights is None else np.concatenate([np.empty(0, np.float32), *log.weights])
-    return np.bincount(events, weights, minlength=items)
-
-
 def run_training(
     lm: LanguageModel | WordLanguageModel,
     task: Task[Any],
     training: TrainingConfig,
     validate: Callable[[], Mapping[str, float]] | None,
     *,
-    log: TrainingLog,
+    log: LearnedLog,
     held_out: int,
     selected_on: str,
     items: str,
@@ -241,11 +271,11 @@ def run_training(
     made = {
         **asdict(report),
         "settings": training.model_dump(),
-        "histories_sha256": hash_histories(log.histories),
+        "histories_sha256": log.sha256(),
         "selected_on_sha256": selected_on,
         "data": {
-            "users": sum(len(history) > 0 for history in log.histories),
-            "events": sum(map(len, log.histories)),
+            "users": log.users,
+            "events": log.events,
             "items": len(lm.counts),
             "held_out": held_out,
         },

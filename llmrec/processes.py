@@ -6,6 +6,7 @@ depends on a clock, validates, and writes.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -31,6 +32,8 @@ class Processes:
         Whether this is the one that writes.
     device
         Where this one computes: a GPU of its own where there are any.
+    fsdp_version
+        Of the FSDP that accelerate's configuration asks for; 0 for none.
     """
 
     def __init__(self) -> None:
@@ -43,6 +46,8 @@ class Processes:
         self.index: int = self._state.process_index
         self.main: bool = self._state.is_main_process
         self.device: torch.device = self._state.device
+        wanted = bool(parse_flag_from_env("ACCELERATE_USE_FSDP")) and self.count > 1
+        self.fsdp_version = int(os.environ.get("FSDP_VERSION", "1")) if wanted else 0
 
     def agreed(self, value: Value) -> Value:
         """The value that the main process has."""

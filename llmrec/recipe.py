@@ -189,14 +189,6 @@ class Recipe:
         )
 
 
-def hash_histories(histories: Sequence[Codes]) -> str:
-    """SHA-256 of histories: says on which events something was fitted."""
-    digest = hashlib.sha256()
-    for history in histories:
-        digest.update(len(history).to_bytes(8, "little") + history.astype("<i4").tobytes())
-    return digest.hexdigest()
-
-
 def fit_retrievers(log: TrainingLog, texts: Texts, recipe: Recipe) -> dict[str, Retriever]:
     """Fit every retriever of the recipe on a log."""
     return {name: FAMILIES[name].fit(log, texts, value) for name, value in recipe.settings.items()}

@@ -17,7 +17,7 @@ from llmrec.assembly import encode, read_catalog, read_log
 from llmrec.catalog import Catalog
 from llmrec.changing import Changing
 from llmrec.config import Config
-from llmrec.errors import RequestError
+from llmrec.errors import ConfigError, RequestError
 from llmrec.evaluation.run import Systems, run_systems
 from llmrec.evaluation.split import Part, tail
 from llmrec.events import EventLog
@@ -152,6 +152,7 @@ class Recommender(Changing):
         on_step: Callable[[Progress, float], None] | None = None,
         folder: str | Path | None = None,
         since: Since | None = None,
+        stream: Any = None,
     ) -> FinetuneReport:
         """Fine-tune the language model on the stored log with LoRA, and fit its weight in the blend.
 
@@ -172,6 +173,9 @@ class Recommender(Changing):
         since
             ``"last"`` continues on the events after those that the tuned model knows, a number on those
             after so many seconds since 1970, None trains anew.
+        stream
+            Events to learn from instead, which need not fit into memory: see `llmrec.streaming.StreamedLog`.
+            The stored log still gives the held-out users, who are left out of the stream, and the retrievers.
 
         Raises
         ------
@@ -187,8 +191,10 @@ class Recommender(Changing):
 
         run = Path(folder) if folder else (self.folder / "training" if self.folder else None)
         if since is not None:
+            if stream is not None:
+                raise ConfigError("a tuned model is continued on stored events; give `since` or `stream`")
             return self._continue(minutes, on_step, run, since)
-        lm, recipe, report = tune(self._state, self._log(), self.config, minutes, run, on_step)
+        lm, recipe, report = tune(self._state, self._log(), self.config, minutes, run, on_step, stream)
         with self._changing:
             # Items may have been added meanwhile.
             self._state = replace(self._state, lm=lm.grown(self._state.texts), recipe=recipe)

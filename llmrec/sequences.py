@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -128,6 +128,14 @@ class Replay:
         return windows([self.histories[user] for user in drawn], length, rng, weights)
 
 
+class Portions(Protocol):
+    """What a training run draws its windows from."""
+
+    def portions(self, rng: np.random.Generator, length: int) -> Iterator[list[Window]]:
+        """Windows of at most `length` items of all histories, as many at a time as are to be in memory."""
+        ...
+
+
 class Source:
     """Windows of histories, anew in each epoch.
 
@@ -144,6 +152,10 @@ class Source:
         if not any(len(h) if weights is None else h.any() for h in counted):
             raise DataError("no events to train on: all training histories are empty")
         self.histories, self.weights, self.replay = list(histories), weights, replay
+
+    def portions(self, rng: np.random.Generator, length: int) -> Iterator[list[Window]]:
+        """All windows at once."""
+        yield self(rng, length)
 
     def __call__(self, rng: np.random.Generator, length: int) -> list[Window]:
         """Windows of at most `length` items; those in which nothing counts are left out."""

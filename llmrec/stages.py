@@ -20,7 +20,7 @@ from llmrec.evaluation.cache import StageCache, sources
 from llmrec.evaluation.split import Split
 from llmrec.families import Texts
 from llmrec.protocols import Retriever
-from llmrec.recipe import HeldOut, Recipe, RetrievalConfig, hash_histories, load_retrievers, retriever_arrays
+from llmrec.recipe import HeldOut, Recipe, RetrievalConfig, load_retrievers, retriever_arrays
 from llmrec.score.config import ItemTokensConfig
 from llmrec.selection import choose_recipe
 from llmrec.state import State
@@ -106,7 +106,7 @@ def cached_retrievers(
         )
 
     inputs = [
-        hash_histories(split.train),
+        split.training.sha256(),
         split.log.fingerprint,
         catalog.fingerprint,
         held_out.sha256(),
@@ -145,7 +145,7 @@ def tuned(
     with tempfile.TemporaryDirectory(prefix="llmrec-") as temporary:
         # The trainer keeps its own fingerprint, and a finished run is read back.
         key = [
-            hash_histories(split.train),
+            split.training.sha256(),
             held_out.sha256(),
             state.catalog.fingerprint,
             config.lm.model_dump(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
@@ -21,6 +22,7 @@ from llmrec.progress import Progress, TrainingReport, cooling
 from llmrec.run_log import RunLog, need_tensorboard
 from llmrec.score.config import TrainingConfig
 from llmrec.score.tasks import Batch, Task
+from llmrec.sharding import ShardedLayers
 from llmrec.tensors import random_state, read_tensors, set_random_state, write_tensors
 
 logger = logging.getLogger(__name__)
@@ -81,7 +83,7 @@ class LoRATrainer(Generic[Batch]):
         self.fingerprint = fingerprint + (f"/{self.team.count}" if self.team.count > 1 else "")
         self.progress = Progress()
         self.log: RunLog | None = None
-        model = task.model
+        model: Any = task.model
         body = [p for n, p in model.named_parameters() if p.requires_grad and n.startswith("body.")]
         head = [p for n, p in model.named_parameters() if not n.startswith("body.")]
         optimiser = torch.optim.AdamW(
@@ -93,7 +95,8 @@ class LoRATrainer(Generic[Batch]):
             weight_decay=config.weight_decay,
             fused=True,
         )
-        self.model = model.to(self.team.device)
+        self.layers = ShardedLayers(model.body, self.team) if self.team.fsdp_version else None
+        self.model: nn.Module = model.to(self.team.device)
         self.optimiser: Any = optimiser
         self.parameters = trainable(model)
 
@@ -103,7 +106,7 @@ class LoRATrainer(Generic[Batch]):
         """Train to the end of the budget and leave the best validated state in the model.
 
         `on_step` is called with the progress and the finished share of the budget. Only the main process
-        calls it, and `validate`.
+        calls it, and `validate`, which all call where the frozen layers are spread over them.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(self.config.seed + self.team.index)
@@ -178,7 +181,7 @@ class LoRATrainer(Generic[Batch]):
         p, parts = self.progress, self.team.count * self.config.accumulate
         while True:
             rng = np.random.default_rng([self.config.seed, p.epoch])
-            for batch in self.task.epoch(rng, parts)[p.batch :]:
+            for batch in itertools.islice(self.task.epoch(rng, parts), p.batch, None):
                 p.batch += 1
                 yield batch
             p.epoch, p.batch = p.epoch + 1, 0
@@ -226,7 +229,9 @@ class LoRATrainer(Generic[Batch]):
         begun = time.monotonic()
         p = self.progress
         self.model.eval()
-        measures = self.team.agreed(dict(validate()) if self.team.main else {})
+        # Layers that are spread can only be read by all together.
+        asked = self.team.main or self.layers is not None
+        measures = self.team.agreed(dict(validate()) if asked else {})
         p.curve.append(
             {"step": p.step, "events": p.events, "seconds": p.seconds, "train_nats": p.loss, **measures}
         )
@@ -265,6 +270,8 @@ class LoRATrainer(Generic[Batch]):
             best_step = int(metadata["step"])
         # The main process may remove the folder as soon as it has its report.
         self.team.wait()
+        if self.layers is not None:
+            self.layers.restore()
         self.model.eval()
         speed = p.events / p.seconds if p.seconds else 0.0
         reason = ""

@@ -12,11 +12,12 @@ from llmrec.config import Config
 from llmrec.evaluation.split import tail
 from llmrec.events import EventLog
 from llmrec.language_model import TunedModel
-from llmrec.lm_training import fine_tune
+from llmrec.lm_training import LearnedLog, fine_tune
 from llmrec.metrics import Comparison, compare
 from llmrec.progress import Progress, TrainingReport
 from llmrec.recipe import HeldOut, Recipe, fit_retrievers, ranks_in
 from llmrec.state import State
+from llmrec.streaming import StreamedLog
 
 CHOSEN = "held-out users that chose the weight"
 JUDGED = "held-out users with new events, which decided what is kept"
@@ -83,15 +84,25 @@ def tune(
     minutes: float | None,
     folder: Path | None,
     on_step: Callable[[Progress, float], None] | None,
+    stream: Any = None,
 ) -> tuple[TunedModel, Recipe, FinetuneReport]:
-    """Train on a log without the last event of each user, which decides what is kept and its weight."""
+    """Train on a log without the last event of each user, which decides what is kept and its weight.
+
+    With a `stream` (see `StreamedLog`) the language model learns from that instead, without the users who
+    decide.
+    """
     train, part = tail(log)
     search = config.retrieval
-    held_out = part.sample(search.lm_users, search.seed).held_out(state.catalog.active, not state.repeats)
+    part = part.sample(search.lm_users, search.seed)
+    held_out = part.held_out(state.catalog.active, not state.repeats)
+    learned: LearnedLog = train
+    if stream is not None:
+        judges = [log.users[user] for user in part.users.tolist()]
+        learned = StreamedLog(stream, state.catalog, config.data, judges)
     state = replace(state, retrievers=fit_retrievers(train, state.texts, state.recipe))
     lm, report, recipe = fine_tune(
         state,
-        train,
+        learned,
         held_out,
         config,
         config.training.lasting(minutes),

@@ -3,6 +3,7 @@
 import importlib.util
 import itertools
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -104,10 +105,10 @@ def assert_alike(one, other, tolerance):
 def tasks(base):
     """A task of each kind, with weights that differ."""
     vectors = LanguageModel.new(shape(base), base, VECTORS, np.ones(ITEMS))
-    yield ItemTokensTask(vectors.model, HISTORIES, 5, settings(), WEIGHTS)
+    yield ItemTokensTask(vectors.model, Source(HISTORIES, WEIGHTS), 5, settings())
     words = {"base": str(base), "rank": 4, "precision": "float32", "window": 3}
     lm = WordLanguageModel.new(WordsConfig(mode="likelihood", **words), base, LINES, np.ones(ITEMS))
-    yield LikelihoodTask(lm.scorer.model, HISTORIES, settings(), WEIGHTS)
+    yield LikelihoodTask(lm.scorer.model, Source(HISTORIES, WEIGHTS), settings())
     for mode in ("yes_no", "letters"):
         lm = WordLanguageModel.new(WordsConfig(mode=mode, **words), base, LINES, np.ones(ITEMS))
         rng = np.random.default_rng(0)
@@ -120,7 +121,7 @@ def tasks(base):
 
 def test_the_parts_of_a_batch_have_its_loss_and_its_gradient_in_every_mode(base):
     for task in tasks(base):
-        batch = task.epoch(np.random.default_rng(1), 3)[0]
+        batch = next(iter(task.epoch(np.random.default_rng(1), 3)))
         parts = task.split(batch, 3)
         assert len(parts) == 3 and sum(map(task.events, parts)) == task.events(batch)
         assert task.split(batch, 1) == [list(batch)]
@@ -169,7 +170,7 @@ def test_gradient_checkpointing_changes_memory_and_nothing_else(base, tmp_path):
         layer.self_attn.register_forward_hook(lambda *_: calls.update({wanted: calls.get(wanted, 0) + 1}))
         config = settings(steps=3, gradient_checkpointing=wanted)
         losses = []
-        task = ItemTokensTask(lm.model, HISTORIES, 5, config, WEIGHTS)
+        task = ItemTokensTask(lm.model, Source(HISTORIES, WEIGHTS), 5, config)
         LoRATrainer(task, config, tmp_path / str(wanted), "f").run(
             None, lambda p, done: losses.append(p.loss)
         )
@@ -187,7 +188,7 @@ def test_a_model_without_gradient_checkpointing_says_so(base, tmp_path):
     lm.model.body.get_base_model().supports_gradient_checkpointing = False
     config = settings(gradient_checkpointing=True)
     with pytest.raises(ModelError, match="no gradient checkpointing"):
-        LoRATrainer(ItemTokensTask(lm.model, HISTORIES, 5, config), config, tmp_path, "f").run()
+        LoRATrainer(ItemTokensTask(lm.model, Source(HISTORIES, None), 5, config), config, tmp_path, "f").run()
 
 
 def test_runs_of_either_precision_follow_each_other_in_one_process(base, tmp_path):
@@ -262,7 +263,7 @@ def test_a_run_ends_after_so_many_validations_without_a_better_one(base, tmp_pat
     lm = LanguageModel.new(shape(base), base, VECTORS, np.ones(ITEMS))
     config = settings(steps=16, validations=8, patience=patience)
     values = iter([0.1, 0.3, 0.2, 0.2, 0.3, 0.1, 0.1, 0.1])
-    task = ItemTokensTask(lm.model, HISTORIES, 5, config)
+    task = ItemTokensTask(lm.model, Source(HISTORIES, None), 5, config)
     report = LoRATrainer(task, config, tmp_path, "f").run(lambda: {"ndcg@10": next(values)})
     assert report.best == 0.3 and report.best_step == 4
     seen = 8 if patience is None else 2 + patience
@@ -656,12 +657,82 @@ def test_configurations_of_accelerate_are_ones_that_it_can_load():
     found = {path.name: load_config_from_file(str(path)) for path in CONFIGS.glob("*.accelerate.yaml")}
     assert {name: one.num_processes for name, one in found.items()} == {
         "eight-gpus.accelerate.yaml": 8,
+        "eight-gpus-fsdp.accelerate.yaml": 8,
         "two-processes.accelerate.yaml": 2,
     }
     for name, one in found.items():
         assert one.use_cpu == (name == "two-processes.accelerate.yaml")
         # The launcher of one process ignores their number.
-        assert one.distributed_type == "MULTI_GPU"
+        assert one.distributed_type == ("FSDP" if "fsdp" in name else "MULTI_GPU")
+    assert found["eight-gpus-fsdp.accelerate.yaml"].fsdp_config["fsdp_version"] == 2
+
+
+SHARDS = """
+import sys
+from pathlib import Path
+
+import torch
+
+from llmrec.adapter import fresh_adapter
+from llmrec.processes import Processes
+from llmrec.score.config import ItemTokensConfig
+from llmrec.score.loading import load_causal
+from llmrec.sharding import ShardedLayers
+
+team, words = Processes(), torch.arange(12).reshape(2, 6)
+for base in sys.argv[1:]:
+    torch.manual_seed(0)
+    causal, _ = load_causal(Path(base), None, torch.float32)
+    body = fresh_adapter(causal, ItemTokensConfig())
+    trained = {n: p for n, p in body.named_parameters() if p.requires_grad}
+    for parameter in trained.values():
+        torch.nn.init.normal_(parameter, std=0.1)
+    names = list(body.state_dict())
+
+    def run():
+        body.zero_grad()
+        states = body(input_ids=words).last_hidden_state
+        states.square().sum().backward()
+        return states.detach(), {n: p.grad.clone() for n, p in trained.items()}
+
+    size = sum(p.numel() for n, p in body.named_parameters() if ".layers." in n or ".h." in n)
+    before = run()
+    layers = ShardedLayers(body, team)
+    parts = [p for p in body.parameters() if hasattr(p, "to_local")]
+    own = sum(p.to_local().numel() for p in parts)
+    frozen = size - sum(p.numel() for p in trained.values())
+    assert parts and 0.45 * frozen < own < 0.55 * frozen, (own, frozen)
+    during = run()
+    assert len(list(body.parameters())) == len(names)
+    layers.restore()
+    after = run()
+    for found in (during, after):
+        torch.testing.assert_close(found, before, atol=1e-5, rtol=1e-5)
+    assert list(body.state_dict()) == names
+    assert {n for n, p in body.named_parameters() if p.requires_grad} == set(trained)
+    assert all(p is trained[n] for n, p in body.named_parameters() if n in trained)
+    assert not any(hasattr(p, "to_local") for p in body.parameters())
+print("alike")
+team.end()
+"""
+
+
+def launched(*command, **env):
+    """Two processes on the processor run a program."""
+    launcher = ["--config_file", str(CONFIGS / "two-processes.accelerate.yaml"), "--main_process_port", "0"]
+    started = [sys.executable, "-m", "accelerate.commands.launch", *launcher, *map(str, command)]
+    done = subprocess.run(
+        started, capture_output=True, text=True, cwd=ROOT, timeout=600, env={**os.environ, **env}
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_layers_that_are_spread_over_two_processes_compute_the_same_and_come_back(tmp_path):
+    (tmp_path / "shards.py").write_text(SHARDS)
+    bases = [tiny_lm(tmp_path / make, make=make) for make in ("llama", "gpt2")]
+    fsdp = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "PYTHONPATH": str(ROOT)}
+    assert launched(tmp_path / "shards.py", *bases, **fsdp).count("alike") == 2
 
 
 @pytest.mark.full
@@ -670,28 +741,29 @@ def test_two_processes_have_the_curve_of_one_with_twice_the_batch(base, files, t
     lm = json.loads(shape(base).model_dump_json(exclude_none=True))
     training = {"steps": 12, "log_steps": 1, "validations": 3, "checkpoint_seconds": 0.01}
     found = []
-    for name, tokens in (("one", 120), ("two", 60)):
+    fsdp = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    for name, tokens, env in (("one", 120, {}), ("two", 60, {}), ("sharded", 60, fsdp)):
         config = toml(tmp_path / f"{name}.toml", lm, {**training, "tokens_per_step": tokens})
-        command = [sys.executable]
-        if name == "two":
-            launcher = str(CONFIGS / "two-processes.accelerate.yaml")
-            command += ["-m", "accelerate.commands.launch", "--config_file", launcher]
-            command += ["--main_process_port", "0"]
-        command += [str(ROOT / "finetune" / "lora.py"), *files]
-        command += ["--config", config, "--out", str(tmp_path / name)]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=600)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("12 steps") == 1  # one process speaks
+        command = [ROOT / "finetune" / "lora.py", *files, "--config", config, "--out", tmp_path / name]
+        if name == "one":
+            alone = [sys.executable, *map(str, command)]
+            said = subprocess.run(
+                alone, stdout=subprocess.PIPE, text=True, cwd=ROOT, timeout=600, check=True
+            ).stdout
+        else:
+            said = launched(*command, **env)
+        assert said.count("12 steps") == 1  # one process speaks
         adapter = next((tmp_path / name).glob("state-*/adapter"))
         found.append((read_lines(adapter / "log.jsonl"), read_tensors(adapter / "head.safetensors")[0]))
         # One process writes: nothing is left of others, and what it wrote can be read.
         assert not list((tmp_path / name).rglob("*.tmp")) and not (tmp_path / name / "training").exists()
         assert Recommender.load(tmp_path / name).recommend(user="u1", k=3)
-    (one, head), (two, other) = found
-    for a, b in zip(one, two, strict=True):
-        assert [a[key] for key in ("kind", "step", "events")] == [
-            b[key] for key in ("kind", "step", "events")
-        ]
-        for key in {"loss", "train_nats", "nats"} & set(a):
-            assert a[key] == pytest.approx(b[key], abs=1e-5)
-    torch.testing.assert_close(head["id_in.weight"], other["id_in.weight"], atol=1e-4, rtol=1e-3)
+    one, head = found[0]
+    for two, other in found[1:]:
+        for a, b in zip(one, two, strict=True):
+            assert [a[key] for key in ("kind", "step", "events")] == [
+                b[key] for key in ("kind", "step", "events")
+            ]
+            for key in {"loss", "train_nats", "nats"} & set(a):
+                assert a[key] == pytest.approx(b[key], abs=1e-5)
+        torch.testing.assert_close(head["id_in.weight"], other["id_in.weight"], atol=1e-4, rtol=1e-3)

@@ -18,7 +18,8 @@ from llmrec.evaluation.leaks import (
 )
 from llmrec.evaluation.split import Part, Split, leave_last_out
 from llmrec.events import EventLog
-from llmrec.recipe import Recipe, RetrievalConfig, fit_retrievers, hash_histories
+from llmrec.families import TrainingLog
+from llmrec.recipe import Recipe, RetrievalConfig, fit_retrievers
 from llmrec.retrieve.linear import EASEConfig, EASERetriever
 from llmrec.retrieve.popularity import PopularityRetriever
 from llmrec.retrieve.sequence import SequenceRetriever
@@ -148,10 +149,10 @@ def test_an_adapter_that_was_trained_or_chosen_on_test_events_is_caught(split):
     validation, test = split.validation.held_out(active, True), split.test.held_out(active, True)
     counts = np.bincount(np.concatenate(split.train), minlength=40).astype(np.float32)
     leaked = with_test_events(split)
-    card = {"histories_sha256": hash_histories(split.train), "selected_on_sha256": validation.sha256()}
+    card = {"histories_sha256": split.training.sha256(), "selected_on_sha256": validation.sha256()}
     assert "adapter" in check_language_model(counts, card, split, validation)
     with pytest.raises(LeakError, match="adapter was made on other events"):
-        wrong = {**card, "histories_sha256": hash_histories(leaked)}
+        wrong = {**card, "histories_sha256": TrainingLog(leaked).sha256()}
         check_language_model(counts, wrong, split, validation)
     with pytest.raises(LeakError, match="choice of the adapter's state"):
         wrong = {**card, "selected_on_sha256": test.sha256()}

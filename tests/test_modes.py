@@ -11,7 +11,6 @@ from llmrec.config import Config
 from llmrec.errors import ConfigError, ModelError
 from llmrec.evaluation.split import tail
 from llmrec.features import Features
-from llmrec.lm_training import counts_of
 from llmrec.mining import cut, first_parts, mined_choices
 from llmrec.pipeline import LM
 from llmrec.recipe import fit_retrievers, ranks_in
@@ -209,7 +208,7 @@ def test_a_label_model_learns_which_of_hard_candidates_came_next(base, tmp_path)
     settings = config(base, "yes_no", window=1)
     rec = Recommender.fit(ITEMS, EVENTS, settings)
     log, _ = tail(rec._log())
-    lm = WordLanguageModel.new(settings.lm, base, rec._state.texts.lines, counts_of(log, len(ITEMS)))
+    lm = WordLanguageModel.new(settings.lm, base, rec._state.texts.lines, log.counts(len(ITEMS)))
     with torch.no_grad():
         # A random model says about the same to everything; this brings its answers apart.
         lm.words.scale.fill_(20.0)

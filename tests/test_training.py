@@ -19,7 +19,7 @@ from llmrec.recipe import HeldOut
 from llmrec.score.config import ItemTokensConfig, TrainingConfig
 from llmrec.score.item_tokens import Stretch
 from llmrec.score.tasks import ItemTokensTask
-from llmrec.sequences import Window, batches, next_item_loss, windows
+from llmrec.sequences import Source, Window, batches, next_item_loss, windows
 from llmrec.testing import tiny_lm
 
 ITEMS = 12
@@ -160,10 +160,9 @@ def test_the_loss_of_a_packed_batch_is_that_of_the_padded_one(base):
     lm = LanguageModel.new(config(base), base, VECTORS, np.full(ITEMS, 3))
     lm.model.eval()
     rng = np.random.default_rng(5)
-    task = ItemTokensTask(
-        lm.model, RULE, 4, settings(), [rng.uniform(0.1, 3, len(h)).astype(np.float32) for h in RULE]
-    )
-    grouped = task.epoch(rng)
+    weights = [rng.uniform(0.1, 3, len(h)).astype(np.float32) for h in RULE]
+    task = ItemTokensTask(lm.model, Source(RULE, weights), 4, settings())
+    grouped = list(task.epoch(rng))
     assert sum(map(task.events, grouped)) == sum(map(len, RULE))
     assert all(task.events(batch) <= 300 for batch in grouped)
     for batch in grouped:
@@ -256,10 +255,9 @@ def test_other_data_than_it_was_trained_on_is_a_warning(base, tmp_path, caplog):
     assert "other events than the retrievers" in caplog.text
 
 
-def test_nothing_to_train_on_is_a_clear_error(base):
-    lm = LanguageModel.new(config(base), base, VECTORS, np.zeros(ITEMS))
+def test_nothing_to_train_on_is_a_clear_error():
     with pytest.raises(DataError, match="no events to train on"):
-        ItemTokensTask(lm.model, [RULE[0][:0]], 10, settings())
+        Source([RULE[0][:0]], None)
 
 
 def test_a_run_that_learns_by_heart_cools_down_and_ends(base, tmp_path):

@@ -20,6 +20,7 @@ from llmrec.score.tasks import Choice, ListwiseTask
 from llmrec.score.trie import ROOT, ItemTrie, Tree
 from llmrec.score.words import Layout, Vocabulary, WordsModel, read
 from llmrec.score.wordwise import VocabularyScorer
+from llmrec.sequences import Source
 from llmrec.testing import tiny_lm, toy_data
 
 TITLES = [item.title for item in toy_data(items=36)[0]] + ["Amber", "Amber Anchor", "Amber Anchor 2"]
@@ -316,7 +317,7 @@ def test_the_loss_of_likelihood_is_the_mean_nats_of_its_scores(base, normalise):
     rng = np.random.default_rng(2)
     weights = [rng.uniform(0.1, 3, len(h)).astype(np.float32) for h in HISTORIES]
     config = TrainingConfig(tokens_per_step=10**6)
-    task = lines_task(scorer, HISTORIES, config, weights)
+    task = lines_task(scorer, Source(HISTORIES, weights), config)
     (batch,) = task.epoch(rng)
     assert task.events(batch) == sum(map(len, HISTORIES))
     nats = []

@@ -18,7 +18,7 @@ from llmrec.errors import LeakError
 from llmrec.evaluation.split import Part, Split
 from llmrec.families import FAMILIES
 from llmrec.protocols import Codes, Floats, Retriever, VectorIndex
-from llmrec.recipe import HeldOut, Recipe, hash_histories
+from llmrec.recipe import HeldOut, Recipe
 from llmrec.retrieve.linear import EASERetriever
 from llmrec.retrieve.popularity import PopularityRetriever
 from llmrec.retrieve.sparse_linear import is_whole
@@ -133,7 +133,7 @@ def check_language_model(
         If it is otherwise.
     """
     _check_counts(counts, split, "the language model's prior")
-    _same("adapter", str(card.get("histories_sha256")), hash_histories(split.train))
+    _same("adapter", str(card.get("histories_sha256")), split.training.sha256())
     _same("choice of the adapter's state", str(card.get("selected_on_sha256")), chosen_by.sha256())
     return ["prior of the language model", "adapter"]
 

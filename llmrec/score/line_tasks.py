@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from llmrec.protocols import Codes, Floats
 from llmrec.score.config import TrainingConfig
 from llmrec.score.likelihood import LikelihoodModel, LikelihoodScorer
 from llmrec.score.packed import Row, forward, row_of
@@ -18,7 +17,7 @@ from llmrec.score.tasks import ROW
 from llmrec.score.trie import ROOT, Tree
 from llmrec.score.words import WordsModel
 from llmrec.score.wordwise import VocabularyScorer
-from llmrec.sequences import Replay, Source, Window, packs, rows_of, shares, weight_of, weighted_mean
+from llmrec.sequences import Portions, Window, packs, rows_of, shares, weight_of, weighted_mean
 
 
 class LinesTask(ABC):
@@ -29,31 +28,24 @@ class LinesTask(ABC):
 
     Parameters
     ----------
-    histories, weights, replay
-        As in `ItemTokensTask`.
-
-    Raises
-    ------
-    DataError
-        If there are no events.
+    source
+        Windows of histories; an event of weight 0 is read and not learned.
     """
 
     def __init__(
         self,
         model: WordsModel,
-        histories: Sequence[Codes],
+        source: Portions,
         config: TrainingConfig,
-        weights: Sequence[Floats] | None = None,
-        replay: Replay | None = None,
     ) -> None:
-        self.model, self.config, self.source = model, config, Source(histories, weights, replay)
+        self.model, self.config, self.source = model, config, source
         self._sizes = model.lines.lengths() + 1
 
-    def epoch(self, rng: np.random.Generator, parts: int = 1) -> list[list[Window]]:
+    def epoch(self, rng: np.random.Generator, parts: int = 1) -> Iterator[list[Window]]:
         """Windows that hold every event once, grouped at random."""
-        pieces = self.source(rng, self.model.window)
-        grouped = packs(self._lengths(pieces), parts * self.config.tokens_per_step, rng)
-        return [[pieces[i] for i in group] for group in grouped]
+        for pieces in self.source.portions(rng, self.model.window):
+            for group in packs(self._lengths(pieces), parts * self.config.tokens_per_step, rng):
+                yield [pieces[i] for i in group]
 
     def split(self, batch: Sequence[Window], parts: int) -> list[list[Window]]:
         """Parts with about as many words each."""
@@ -118,12 +110,10 @@ class LikelihoodTask(LinesTask):
     def __init__(
         self,
         model: LikelihoodModel,
-        histories: Sequence[Codes],
+        source: Portions,
         config: TrainingConfig,
-        weights: Sequence[Floats] | None = None,
-        replay: Replay | None = None,
     ) -> None:
-        super().__init__(model.words, histories, config, weights, replay)
+        super().__init__(model.words, source, config)
         self.likelihood = model
         self._choices: dict[int, list[tuple[int, int, int]]] = {}
 
@@ -171,12 +161,10 @@ class NextTokenTask(LinesTask):
 
 def lines_task(
     scorer: LikelihoodScorer | VocabularyScorer,
-    histories: Sequence[Codes],
+    source: Portions,
     config: TrainingConfig,
-    weights: Sequence[Floats] | None = None,
-    replay: Replay | None = None,
 ) -> LinesTask:
     """What a model is trained by that scores items by their lines."""
     if isinstance(scorer, VocabularyScorer):
-        return NextTokenTask(scorer.words, histories, config, weights, replay)
-    return LikelihoodTask(scorer.model, histories, config, weights, replay)
+        return NextTokenTask(scorer.words, source, config)
+    return LikelihoodTask(scorer.model, source, config)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
@@ -12,14 +12,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from llmrec.errors import DataError
-from llmrec.protocols import Codes, Floats, Query
+from llmrec.protocols import Codes, Query
 from llmrec.score.config import TrainingConfig
 from llmrec.score.item_tokens import ItemTokenModel, Stretch
 from llmrec.score.labels import LettersScorer, YesNoScorer
 from llmrec.score.packed import forward, row_of
 from llmrec.sequences import (
-    Replay,
-    Source,
+    Portions,
     Window,
     item_nats,
     packs,
@@ -46,7 +45,7 @@ class Task(Protocol[Batch]):
         """The model that is trained."""
         ...
 
-    def epoch(self, rng: np.random.Generator, parts: int = 1) -> list[Batch]:
+    def epoch(self, rng: np.random.Generator, parts: int = 1) -> Iterable[Batch]:
         """All batches of one pass over the data, each to be read in so many parts of the usual size."""
         ...
 
@@ -72,50 +71,38 @@ class ItemTokensTask:
 
     Parameters
     ----------
-    histories
-        Oldest first.
+    source
+        Windows of histories; an event of weight 0 is read and not learned.
     window
         Longest window in items.
-    weights
-        Of the events, one array a history: what each counts in the loss; 1 if None. An event of weight 0 is
-        read and not learned.
-    replay
-        Old histories that some are drawn from in each epoch besides.
     typed
         Gives the tokens of a wish, drawn, for an item; None for no wishes.
     wishes
         Share of windows whose last item is asked for by such a wish.
-
-    Raises
-    ------
-    DataError
-        If there are no events.
     """
 
     def __init__(
         self,
         model: ItemTokenModel,
-        histories: Sequence[Codes],
+        source: Portions,
         window: int,
         config: TrainingConfig,
-        weights: Sequence[Floats] | None = None,
-        replay: Replay | None = None,
         *,
         typed: Callable[[int, np.random.Generator], Sequence[int]] | None = None,
         wishes: float = 0.0,
     ) -> None:
         self.model, self.window, self.config = model, window, config
-        self.source = Source(histories, weights, replay)
+        self.source = source
         self.typed, self.wishes = typed, wishes
 
-    def epoch(self, rng: np.random.Generator, parts: int = 1) -> list[list[Window]]:
+    def epoch(self, rng: np.random.Generator, parts: int = 1) -> Iterator[list[Window]]:
         """Windows that hold every event once, grouped at random."""
-        pieces = self.source(rng, self.window)
-        if self.typed is not None and self.wishes > 0:
-            pieces = [self._asking(piece, rng) if rng.random() < self.wishes else piece for piece in pieces]
-        sizes = [len(piece) + len(piece.typed) for piece in pieces]
-        grouped = packs(sizes, parts * self.config.tokens_per_step, rng)
-        return [[pieces[i] for i in group] for group in grouped]
+        for pieces in self.source.portions(rng, self.window):
+            if self.typed is not None and self.wishes > 0:
+                pieces = [self._asking(p, rng) if rng.random() < self.wishes else p for p in pieces]
+            sizes = [len(piece) + len(piece.typed) for piece in pieces]
+            for group in packs(sizes, parts * self.config.tokens_per_step, rng):
+                yield [pieces[i] for i in group]
 
     def _asking(self, window: Window, rng: np.random.Generator) -> Window:
         assert self.typed is not None
