@@ -47,7 +47,7 @@ BATCH = 64
 BY_ITEMS = [(1_000_000, items) for items in (1_000, 10_000, 100_000, 1_000_000)]
 BY_EVENTS = [(events, 100_000) for events in (1_000_000, 3_000_000, 10_000_000)]
 SHORT = 0.5
-"""Stages that never take so many seconds have no exponent."""
+"""Seconds of a stage below this say nothing about growth."""
 
 
 def synthetic(events: int, items: int, users: int, seed: int) -> tuple[pl.DataFrame, pl.DataFrame]:
@@ -145,9 +145,9 @@ def durations(started: Mapping[str, float]) -> dict[str, float]:
     return found
 
 
-def exponent(sizes: Sequence[float], values: Sequence[float]) -> float | None:
-    """Slope of log value over log size, by least squares; None where nothing is to be seen."""
-    seen = [(math.log(s), math.log(v)) for s, v in zip(sizes, values, strict=True) if v > 0]
+def exponent(sizes: Sequence[float], values: Sequence[float], least: float) -> float | None:
+    """Slope of log value over log size, by least squares; values below `least` are left out."""
+    seen = [(math.log(s), math.log(v)) for s, v in zip(sizes, values, strict=True) if v > 0 and v >= least]
     if len(seen) < 2:
         return None
     return round(float(np.polyfit(*np.array(seen).T, 1)[0]), 2)
@@ -177,7 +177,10 @@ def growth(cells: Sequence[Mapping[str, Any]], by: str) -> dict[str, Any]:
     return {
         "by": by,
         "sizes": sizes,
-        "rows": {n: {"values": v, "exponent": exponent(sizes, v)} for n, v in table.items()},
+        "rows": {
+            n: {"values": v, "exponent": exponent(sizes, v, SHORT if n.endswith(", s") else 0.0)}
+            for n, v in table.items()
+        },
     }
 
 

@@ -286,6 +286,83 @@ def scale() -> str:
     return "\n".join(lines)
 
 
+def stored(name: str) -> dict[str, Any] | None:
+    """A results file, if it is there."""
+    path = ROOT / "eval" / "results" / name
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+IN_SHORT = {
+    "fit, s": "fit, seconds",
+    "fit, MB": "fit, peak MB",
+    "vector index, s": "vector index, seconds",
+    "request, ms": "request, ms",
+    "request in batches, ms": "request in batches of 64, ms",
+    "batch, MB": "`llmrec batch recommend`, peak MB",
+}
+"""Rows of the grid that the README shows, and what they are called there."""
+
+
+def growth(*, short: bool) -> str:
+    """How each stage grows with items and events, from scale-grid.json."""
+    found = stored("scale-grid.json")
+    if found is None:
+        return ""
+    lines = [] if short else ["### growth (synthetic)", ""]
+    lines += [
+        f"`python eval/scale.py --grid`, {found['environment']['machine']}, no language model, light "
+        "encoder; requests on one core, 200 candidates from each retriever, ten returned. The exponent is "
+        "the slope of log value over log size; stages of less than half a second are left out of it.",
+    ]
+    for axis in found["axes"]:
+        fixed = "1 M events" if axis["by"] == "items" else "100 k items"
+        sizes = " | ".join(f"{size:,}" for size in axis["sizes"])
+        lines += ["", f"| {axis['by']} ({fixed}) | {sizes} | exponent |"]
+        lines.append("|---|" + "---|" * (len(axis["sizes"]) + 1))
+        for name, row in axis["rows"].items():
+            if short and name not in IN_SHORT:
+                continue
+            cells = " | ".join(f"{v:,.1f}" if v < 100 else f"{v:,.0f}" for v in row["values"])
+            slope = "" if row["exponent"] is None else row["exponent"]
+            lines.append(f"| {IN_SHORT.get(name, name)} | {cells} | {slope} |")
+    batch = stored("scale-batch.json")
+    if batch is not None:
+        b = batch["batch"]
+        lines += [
+            "",
+            f"`llmrec batch recommend` for {b['users']:,} users and {batch['items']:,} items, "
+            f"{batch['events']:,} events: {b['seconds']:.0f} seconds in one process, "
+            f"{b['ms_a_user']:.2f} ms a user with start and files, {b['peak_memory_mb']:,} MB at most.",
+        ]
+    return "\n".join(lines)
+
+
+def limits() -> str:
+    """EASE at once against among neighbours, and the trie of many titles, from limits.json."""
+    found = stored("limits.json")
+    if found is None:
+        return ""
+    lines = [
+        "### limits (synthetic)",
+        "",
+        f"`python eval/limits.py`, {found['environment']['machine']}; 50 events an item.",
+        "",
+        "| items | EASE solved | seconds | MB more | NDCG@10 |",
+        "|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {r['items']:,} | {r['solved']} | {r['seconds']:.1f} | {r['memory_mb']:,} | {r['ndcg@10']:.4f} |"
+        for r in found["ease"]
+    ]
+    lines += ["", "| titles | stage | seconds | MB | nodes | file, MB |", "|---|---|---|---|---|---|"]
+    for r in found["trie"]:
+        nodes, size = (f"{r[key]:,}" if key in r else "" for key in ("nodes", "file_mb"))
+        lines.append(
+            f"| {r['titles']:,} | {r['stage']} | {r['seconds']:.2f} | {r['memory_mb']:,} | {nodes} | {size} |"
+        )
+    return "\n".join(lines)
+
+
 def compared(pattern: str, words: str) -> str:
     """Systems and their differences, from results files of other programs."""
     lines = []
@@ -318,11 +395,13 @@ def pages() -> dict[Path, str]:
     # Numbers in names in the order of numbers: 10min before 30min.
     results = dict(sorted(read.items(), key=lambda kv: (kv[0].stem.split("-test-")[0], _minutes(kv[1]))))
     return {
-        ROOT / "README.md": f"{short(results)}\n\n{retrieval(results)}",
+        ROOT / "README.md": f"{short(results)}\n\n{retrieval(results)}\n\n{growth(short=True)}",
         ROOT / "eval" / "README.md": "\n\n".join(
             [
                 *(table(path, found) for path, found in results.items()),
                 scale(),
+                growth(short=False),
+                limits(),
                 load(),
                 reasons(),
                 compared("*-peers.json", "`eval/peers.py`: sequence models beside Cornac's, full ranking"),
