@@ -10,11 +10,16 @@ import time
 import tomllib
 from pathlib import Path
 
+import polars as pl
 import pytest
 
 from llmrec import Recommender
+from llmrec.catalog import Catalog
+from llmrec.config import DataConfig
+from llmrec.errors import DataError
 from llmrec.serve import ServeConfig, create_app
-from llmrec.testing import tiny_lm
+from llmrec.streaming import StreamedLog
+from llmrec.testing import tiny_lm, toy_data
 
 ROOT = Path(__file__).parent.parent
 SECTIONS = re.findall(r"## (.+?)\n\n```python\n(.*?)```", (ROOT / "docs" / "frameworks.md").read_text(), re.S)
@@ -118,6 +123,23 @@ def test_the_page_about_fine_tuning_runs(guide, monkeypatch, capsys):
     assert capsys.readouterr().out.splitlines()[-1] == "('shop-b',)"
     (adapters,) = blocks("finetuning.md", "toml")
     assert ServeConfig.of(tomllib.loads(adapters)).adapters["shop-b"].weight == 0.5
+
+
+def test_the_page_about_scaling_sorts_a_log_for_a_stream(tmp_path, monkeypatch):
+    items, events = toy_data(users=20, items=12)
+    catalog = Catalog.load(items)
+    table = pl.DataFrame(
+        [{"user_id": e.user_id, "item_id": e.item_id, "timestamp": e.timestamp} for e in events]
+    )
+    monkeypatch.chdir(tmp_path)
+    Path("log").mkdir()
+    table[::2].write_parquet("log/a.parquet")
+    table[1::2].write_parquet("log/b.parquet")
+    with pytest.raises(DataError, match="is not sorted by user_id"):
+        StreamedLog("log/*.parquet", catalog, DataConfig()).users  # noqa: B018
+    run("scaling.md", {})
+    stream = StreamedLog("events", catalog, DataConfig())
+    assert (stream.users, stream.events) == (20, len(events))
 
 
 def test_the_page_about_serving_runs(guide, monkeypatch, capsys):
