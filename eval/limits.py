@@ -5,6 +5,7 @@
 
 EASE is fitted both ways on the synthetic log of scale.py, and asked for the last event of each history. The
 trie is built from titles of drawn words in the tokens of the default language model, written, and mapped.
+State vectors of the language model's size search items around 2,000 centres, with a bias by popularity.
 Every measurement has a process of its own. Prints and writes eval/results/limits.json.
 """
 
@@ -20,8 +21,10 @@ from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
+import faiss
 import numpy as np
 from scale import synthetic
+from threadpoolctl import threadpool_limits
 
 from llmrec.assembly import encode, read_log
 from llmrec.catalog import Catalog
@@ -30,11 +33,15 @@ from llmrec.environment import environment
 from llmrec.evaluation.run import peak_memory_mb
 from llmrec.evaluation.split import tail
 from llmrec.fetch import resolve
+from llmrec.index.faiss_index import FaissIndex
 from llmrec.metrics import summary
 from llmrec.persistence import load_arrays, save_arrays
+from llmrec.protocols import Floats
+from llmrec.ranking import top
 from llmrec.recipe import ranks_in
 from llmrec.retrieve.linear import EASEConfig, EASERetriever
 from llmrec.score.config import WordsConfig
+from llmrec.score.item_tokens import Nearest
 from llmrec.score.lines import TokenLines
 from llmrec.score.trie import ItemTrie
 from llmrec.score.words import Vocabulary
@@ -119,6 +126,44 @@ def opened(n: int, path: str) -> Row:
     return {"titles": n, "stage": "open the trie", "seconds": round(seconds, 2), "memory_mb": memory}
 
 
+def states(items: int) -> Row:
+    """Milliseconds in which a state vector finds its best 100, by product and by graph, on one core."""
+    rng = np.random.default_rng(0)
+    centres = rng.normal(size=(2000, 256)).astype(np.float32)
+    vectors = centres[rng.integers(0, len(centres), items)]
+    vectors += rng.normal(0, 0.5, vectors.shape).astype(np.float32)
+    bias = np.log1p(np.minimum(rng.zipf(1.3, items), 100_000)).astype(np.float32)
+    asked = centres[:100] + rng.normal(0, 0.5, (100, 256)).astype(np.float32)
+    begun = time.perf_counter()
+    nearest = Nearest.of(vectors, bias, graph)
+    built = time.perf_counter() - begun
+    took: dict[str, list[float]] = {"product": [], "graph": []}
+    shared = []
+    with threadpool_limits(1):
+        faiss.omp_set_num_threads(1)
+        for state in asked:
+            begun = time.perf_counter()
+            exact = top(vectors @ state + bias, 100, None)
+            took["product"].append(time.perf_counter() - begun)
+            begun = time.perf_counter()
+            found = nearest.search(state[None], 100, [None])[0]
+            took["graph"].append(time.perf_counter() - begun)
+            shared.append(float(np.isin(exact.items, found.items).mean()))
+    return {
+        "items": items,
+        "build_seconds": round(built, 1),
+        **{f"{name}_ms": round(1000 * float(np.median(times)), 2) for name, times in took.items()},
+        "recall@100": round(float(np.mean(shared)), 4),
+    }
+
+
+def graph(vectors: Floats) -> FaissIndex:
+    """A graph over all of these vectors."""
+    index = FaissIndex(vectors.shape[1], exact_up_to=0)
+    index.add(vectors)
+    return index
+
+
 def alone(measure: Callable[[], Row]) -> Row:
     """Run in a new process, so that peak memory is its own."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
@@ -132,6 +177,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--items", type=int, nargs="*", default=[2500, 5000, 10_000, 20_000])
     parser.add_argument("--titles", type=int, nargs="*", default=[100_000, 1_000_000])
+    parser.add_argument("--states", type=int, nargs="*", default=[200_000, 1_000_000])
     parser.add_argument("--out", type=Path, default=HERE / "results" / "limits.json")
     args = parser.parse_args(argv)
     solved = [alone(partial(ease, items, way)) for items in args.items for way in (True, False)]
@@ -139,7 +185,8 @@ def main(argv: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory(prefix="llmrec-limits-") as folder:
         for n in args.titles:
             trie += [alone(partial(stage, n, f"{folder}/{n}")) for stage in (tokens, build, opened)]
-    result = {"ease": solved, "trie": trie, "environment": environment()}
+    searched = [alone(partial(states, n)) for n in args.states]
+    result = {"ease": solved, "trie": trie, "states": searched, "environment": environment()}
     draft = args.out.with_name(f".{args.out.name}")
     draft.write_text(json.dumps(result, indent=1), encoding="utf-8")
     draft.replace(args.out)

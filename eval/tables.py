@@ -360,6 +360,16 @@ def limits() -> str:
         lines.append(
             f"| {r['titles']:,} | {r['stage']} | {r['seconds']:.2f} | {r['memory_mb']:,} | {nodes} | {size} |"
         )
+    lines += [
+        "",
+        "| items | best 100 of a state: product, ms | graph, ms | recall@100 | graph built in, s |",
+        "|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {r['items']:,} | {r['product_ms']:.1f} | {r['graph_ms']:.1f} | {r['recall@100']:.3f} "
+        f"| {r['build_seconds']:.0f} |"
+        for r in found["states"]
+    ]
     return "\n".join(lines)
 
 

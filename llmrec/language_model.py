@@ -19,8 +19,9 @@ from llmrec.adapter import fresh_adapter, kept_adapter, on_device, read_adapter,
 from llmrec.card import Card, make_card
 from llmrec.errors import ModelError
 from llmrec.families import Texts
+from llmrec.index.faiss_index import EXACT_UP_TO, FaissIndex
 from llmrec.prompt import Prompt
-from llmrec.protocols import Floats, Scorer
+from llmrec.protocols import Floats, Scorer, VectorIndex
 from llmrec.score.config import ItemTokensConfig, LMConfig
 from llmrec.score.engine import Engine
 from llmrec.score.item_tokens import ItemTokenModel, ItemTokenScorer, Wish, instruction_tokens
@@ -151,16 +152,20 @@ class LanguageModel:
     ) -> None:
         self.model, self.config, self.wish, self.card = model, config, wish, card
         self.dtype = body_dtype(config.precision)
-        self.scorer = self.scorer_of(model)
+        # Too many items to score them all for each request: what serves searches an index.
+        many = len(model.counts) > EXACT_UP_TO
+        self.scorer = self.scorer_of(model, _indexed if many else None)
         self.scored: int | None = None
         self.judged: int | None = None
         self.proposes = True
         self.reads_unlisted = True
 
-    def scorer_of(self, model: ItemTokenModel) -> ItemTokenScorer:
-        """A scorer with nothing kept."""
+    def scorer_of(
+        self, model: ItemTokenModel, index: Callable[[Floats], VectorIndex] | None = None
+    ) -> ItemTokenScorer:
+        """A scorer with nothing kept; it scores all items unless it is given what makes an index."""
         wish = self.wish if self.config.wishes > 0 else None
-        return ItemTokenScorer(model, self.config.window, self.dtype, wish=wish)
+        return ItemTokenScorer(model, self.config.window, self.dtype, wish=wish, index=index)
 
     def typing(self, lines: Sequence[str]) -> Callable[[int, np.random.Generator], Sequence[int]]:
         """Draws what somebody might type who looks for an item, in tokens; none for a line without words."""
@@ -233,12 +238,24 @@ class LanguageModel:
         for name in ("id_in.weight", "id_out.weight"):
             state[name] = torch.nn.functional.pad(state[name], (0, 0, 0, len(vectors) - len(old.counts)))
         model.load_state_dict(state, strict=False)
-        return LanguageModel(model.to(old.counts.device).eval(), self.config, self.wish, self.card)
+        made = LanguageModel(model.to(old.counts.device).eval(), self.config, self.wish, self.card)
+        if self.scorer.nearest is not None:
+            known = old.text_vectors.cpu().numpy()
+            other = np.flatnonzero((known != vectors[: len(known)]).any(axis=1)).astype(np.int32)
+            made.scorer.grow_from(self.scorer.nearest, other)
+        return made
 
     def recounted(self, counts: NDArray[Any]) -> LanguageModel:
         """The same model after other training events: items that had none before get id vectors."""
         self.model.counts.copy_(torch.from_numpy(counts.astype(np.float32)))
         return LanguageModel(self.model, self.config, self.wish, self.card)
+
+
+def _indexed(vectors: Floats) -> VectorIndex:
+    """A graph over vectors, shape (items, dim)."""
+    index = FaissIndex(vectors.shape[1], exact_up_to=EXACT_UP_TO)
+    index.add(vectors)
+    return index
 
 
 def _assemble(

@@ -6,10 +6,11 @@ import torch
 
 from llmrec.errors import ModelError
 from llmrec.families import Texts
+from llmrec.index.faiss_index import FaissIndex
 from llmrec.language_model import LanguageModel
 from llmrec.protocols import Query
 from llmrec.score.config import ItemTokensConfig
-from llmrec.score.item_tokens import ItemTokenScorer
+from llmrec.score.item_tokens import ItemTokenScorer, Nearest
 from llmrec.score.loading import load_body
 from llmrec.sequences import pad, windows
 from llmrec.testing import tiny_lm
@@ -126,6 +127,69 @@ def test_score_and_retrieve_agree_and_respect_the_mask(lm):
     hits = lm.scorer.retrieve([query], 10)[0]
     assert set(hits.items.tolist()) == {2, 5, 11}
     np.testing.assert_array_equal(lm.scorer.score([query], [hits.items])[0], hits.scores)
+
+
+def graph(vectors, exact_up_to=10**6):
+    index = FaissIndex(vectors.shape[1], exact_up_to=exact_up_to)
+    index.add(vectors)
+    return index
+
+
+def asked_of(n=ITEMS):
+    rng = np.random.default_rng(4)
+    masks = [None, rng.random(n) < 0.5, None, rng.random(n) < 0.2]
+    return [Query(h, "", mask) for h, mask in zip(histories(0, 3, 8, 20), masks, strict=True)]
+
+
+def test_a_state_that_searches_an_index_ranks_as_all_items_scored_do(lm):
+    whole, searched = lm.scorer, lm.scorer_of(lm.model, graph)
+    every = np.arange(ITEMS, dtype=np.int32)
+    for query, wanted, hits, own, all_of in zip(
+        asked_of(),
+        whole.retrieve(asked_of(), 7),
+        searched.retrieve(asked_of(), 7),
+        searched.score(asked_of(), [every] * 4),
+        whole.score(asked_of(), [every] * 4),
+        strict=True,
+    ):
+        assert hits.items.tolist() == wanted.items.tolist()
+        # Up to one constant of the query, in proposals and scores alike.
+        assert np.ptp(hits.scores - wanted.scores) < 1e-3 and np.ptp(own - all_of) < 1e-3
+        np.testing.assert_allclose(own[hits.items], hits.scores, atol=1e-3)
+        assert query.mask is None or query.mask[hits.items].all()
+
+
+def test_the_index_of_states_grows_with_the_catalogue(lm, vectors, monkeypatch):
+    monkeypatch.setattr("llmrec.language_model.EXACT_UP_TO", 20)
+    served = LanguageModel(lm.model, lm.config, lm.wish)
+    served.scorer.retrieve(asked_of(), 5)
+    changed = np.concatenate([vectors, vectors[:3] * -1])
+    changed[4] = vectors[9]
+    grown = served.grown(Texts([], changed, None, None))
+    assert grown.scorer.nearest is not None
+    exact = grown.scorer_of(grown.model)
+    queries = [Query(h) for h in histories(0, 3, 8, 20)]
+    for hits, wanted in zip(
+        grown.scorer.retrieve(queries, ITEMS + 3), exact.retrieve(queries, ITEMS + 3), strict=True
+    ):
+        assert np.ptp(hits.scores - wanted.scores) < 1e-3
+        assert set(hits.items.tolist()) == set(range(ITEMS + 3))
+
+
+def test_a_graph_finds_nearly_all_of_the_best_under_a_bias():
+    rng = np.random.default_rng(0)
+    centres = rng.normal(size=(60, 32))
+    vectors = (centres[rng.integers(0, 60, 6000)] + 0.5 * rng.normal(size=(6000, 32))).astype(np.float32)
+    bias = np.log1p(rng.zipf(1.5, 6000).clip(max=5000)).astype(np.float32)
+    states = (centres[:40] + 0.3 * rng.normal(size=(40, 32))).astype(np.float32)
+    nearest = Nearest.of(vectors, bias, lambda v: graph(v, exact_up_to=0))
+    exact = states @ vectors.T + bias
+    found = nearest.search(states, 20, [None] * 40)
+    shared = [
+        np.isin(np.argsort(-row)[:20], hits.items).mean() for row, hits in zip(exact, found, strict=True)
+    ]
+    assert np.mean(shared) > 0.95
+    np.testing.assert_allclose(found[0].scores, exact[0][found[0].items], rtol=1e-4)
 
 
 def test_the_cache_of_states_is_bounded_and_can_be_dropped(lm):

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,16 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from llmrec.errors import ModelError
-from llmrec.protocols import Codes, Floats, Hits, Query
+from llmrec.protocols import Codes, Floats, Hits, Mask, Query, VectorIndex
 from llmrec.ranking import tops
 from llmrec.score.words import Vocabulary
 from llmrec.sequences import Window, pad, rows_of
 
 CHUNK = 128
 """Queries whose scores of the whole catalogue are held at once."""
+
+WIDE = 5
+"""An index that is not exact is asked for so many times as many: states lie further from items than texts do."""
 
 WISH_TOKENS = 32
 """Tokens of a typed wish that are read, at most."""
@@ -315,6 +318,10 @@ class ItemTokenScorer:
         Padded positions in one forward.
     cached
         State vectors kept.
+    index
+        Makes an index over vectors. With one, in a catalogue too large to be scored as a whole for each
+        request, the state vector searches it: scores are then log-probabilities up to a constant of the
+        query, which no ranking depends on. It is made once, of the weights as they are at the first search.
     """
 
     name = "lm"
@@ -328,7 +335,10 @@ class ItemTokenScorer:
         wish: Wish | None = None,
         tokens: int = 4096,
         cached: int = 10_000,
+        index: Callable[[Floats], VectorIndex] | None = None,
     ) -> None:
+        self._make_index = index
+        self.nearest: Nearest | None = None
         self.wish = wish
         self.model, self.window, self.dtype, self.tokens, self.cached = (
             model.eval(),
@@ -342,7 +352,7 @@ class ItemTokenScorer:
         self._outputs: tuple[Tensor, Tensor] | None = None
 
     def forget(self) -> None:
-        """Drop all cached states."""
+        """Drop all cached states; an index holds nothing of users, and stays."""
         with self._lock:
             self._states.clear()
             self._outputs = None
@@ -351,13 +361,17 @@ class ItemTokenScorer:
         """Log-probability of each item to be the next, shape (len(histories), items); rows sum to 1."""
         return self._log_probs([Query(history) for history in histories])
 
+    def _all_outputs(self) -> tuple[Tensor, Tensor]:
+        """Output vectors and popularity of all items."""
+        if self._outputs is None:
+            self._outputs = (self.model.item_outputs(), self.model.popularity())
+        return self._outputs
+
     def _log_probs(self, queries: Sequence[Query]) -> Floats:
         """The same, after the wish too where one was typed."""
         with self._lock, torch.inference_mode():
-            if self._outputs is None:
-                self._outputs = (self.model.item_outputs(), self.model.popularity())
             states = self._read([self._elements(query) for query in queries])
-            logits = self.model.logits(states, *self._outputs)
+            logits = self.model.logits(states, *self._all_outputs())
             values: Floats = torch.log_softmax(logits, dim=-1).cpu().numpy()
         return values
 
@@ -400,7 +414,12 @@ class ItemTokenScorer:
         return groups
 
     def score(self, queries: Sequence[Query], candidates: Sequence[Codes]) -> list[Floats]:
-        """Log-probability over the whole catalogue of each candidate of each query."""
+        """Log-probability over the whole catalogue of each candidate of each query.
+
+        With an index, up to a constant of the query.
+        """
+        if self._make_index is not None:
+            return self._own_logits(queries, candidates)
         scores: list[Floats] = []
         for start in range(0, len(queries), CHUNK):
             rows = self._log_probs(queries[start : start + CHUNK])
@@ -408,9 +427,101 @@ class ItemTokenScorer:
         return scores
 
     def retrieve(self, queries: Sequence[Query], k: int) -> list[Hits]:
-        """Return the k most probable allowed items for each query."""
+        """Return the k most probable allowed items for each query; those that the index finds, with one."""
         hits: list[Hits] = []
         for start in range(0, len(queries), CHUNK):
             chunk = queries[start : start + CHUNK]
-            hits += tops(self._log_probs(chunk), chunk, k)
+            if self._make_index is not None:
+                hits += self._searched(chunk, k)
+            else:
+                hits += tops(self._log_probs(chunk), chunk, k)
         return hits
+
+    def _own_logits(self, queries: Sequence[Query], candidates: Sequence[Codes]) -> list[Floats]:
+        """Logits of the candidates alone."""
+        scores: list[Floats] = []
+        with self._lock, torch.inference_mode():
+            outputs, bias = self._all_outputs()[0], self._bias()
+            for start in range(0, len(queries), CHUNK):
+                states = self._read([self._elements(query) for query in queries[start : start + CHUNK]])
+                for state, items in zip(states, candidates[start : start + CHUNK], strict=True):
+                    codes = torch.from_numpy(items.astype(np.int64)).to(state.device)
+                    values = self.model.logits(state[None], outputs[codes], bias[codes])
+                    scores.append(values[0].cpu().numpy())
+        return scores
+
+    def _biased(self) -> tuple[Floats, Floats]:
+        """Vectors of all items whose product with a state, and a bias each, are the logits."""
+        outputs, _ = self._all_outputs()
+        vectors = outputs.float() * self.model._scale(outputs)
+        return vectors.cpu().numpy(), self._bias().cpu().numpy()
+
+    def _bias(self) -> Tensor:
+        """Popularity but for a constant, so that it stays when the catalogue grows, shape (items,)."""
+        return torch.log1p(self.model.counts)
+
+    def grow_from(self, old: Nearest, changed: Codes) -> None:
+        """Take over the index of a smaller catalogue, in which the vectors at `changed` were others."""
+        with self._lock, torch.inference_mode():
+            self.nearest = old.grown(*self._biased(), changed) if self._make_index is not None else None
+
+    def _searched(self, queries: Sequence[Query], k: int) -> list[Hits]:
+        """The items that the index finds for the states of some queries, with their logits."""
+        assert self._make_index is not None
+        with self._lock, torch.inference_mode():
+            if self.nearest is None:
+                self.nearest = Nearest.of(*self._biased(), self._make_index)
+            states = self._read([self._elements(query) for query in queries])
+        return self.nearest.search(states.float().cpu().numpy(), k, [query.mask for query in queries])
+
+
+@dataclass(frozen=True, slots=True)
+class Nearest:
+    """Items by the inner product of a state with their vectors, plus their bias, in an index of unit vectors.
+
+    The bias is one more component. Another one makes all vectors as long as the longest, so that the order
+    by inner product is that by angle, which graphs can search (Bachrach et al. 2014, RecSys).
+
+    Parameters
+    ----------
+    index
+        Over the unit vectors.
+    length
+        Of the longest vector, when all were indexed.
+    middle
+        Mean bias, which was taken off before.
+    """
+
+    index: VectorIndex
+    length: float
+    middle: float
+
+    @classmethod
+    def of(cls, vectors: Floats, bias: Floats, make: Callable[[Floats], VectorIndex]) -> Nearest:
+        """Index item vectors, shape (items, dim), with a bias each, shape (items,)."""
+        middle = float(bias.mean())
+        squares = np.square(vectors).sum(axis=1) + np.square(bias - middle)
+        length = float(np.sqrt(squares.max(initial=1e-12)))
+        return cls(make(_lengthened(vectors, bias - middle, length)), length, middle)
+
+    def grown(self, vectors: Floats, bias: Floats, changed: Codes) -> Nearest:
+        """The same over these vectors: those at `changed` and what is new are indexed, the others are there.
+
+        What is longer than the longest was stays longer; only a new index would mend that.
+        """
+        full = _lengthened(vectors, bias - self.middle, self.length)
+        return Nearest(self.index.grown(full, changed), self.length, self.middle)
+
+    def search(self, states: Floats, k: int, masks: Sequence[Mask | None]) -> list[Hits]:
+        """Up to k allowed items for each state, shape (n, dim), with inner product and bias as score."""
+        ends = np.tile(np.array([1.0, 0.0], np.float32), (len(states), 1))
+        wide = k if self.index.exact else WIDE * k
+        found = self.index.search(np.concatenate([states, ends], axis=1), wide, masks)
+        return [Hits(hits.items[:k], hits.scores[:k] * self.length + self.middle) for hits in found]
+
+
+def _lengthened(vectors: Floats, bias: Floats, length: float) -> Floats:
+    """Vectors, their bias, and what they lack to be of this length, over that length: (n, dim + 2)."""
+    lacks = np.sqrt(np.maximum(length**2 - np.square(vectors).sum(axis=1) - np.square(bias), 0.0))
+    full: Floats = np.concatenate([vectors, bias[:, None], lacks[:, None]], axis=1).astype(np.float32)
+    return full / np.float32(length)
