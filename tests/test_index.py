@@ -454,3 +454,18 @@ def test_a_grown_index_in_memory_keeps_what_is_new_beside_it():
     index.add(VECTORS[:100])
     grown = index.grown(VECTORS[:101], np.empty(0, np.int32))
     assert isinstance(grown, Aside) and grown.exact and grown.name is None and len(grown) == 101
+
+
+def test_a_graph_that_is_asked_for_many_looks_further():
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(8000, 48)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    index = FaissIndex(48, exact_up_to=0)
+    index.add(vectors)
+    exact = vectors[:20] @ vectors.T
+    for masks in ([None] * 20, [np.arange(8000) != 7999] * 20):
+        found = index.search(vectors[:20], 400, masks)
+        shared = [
+            np.isin(np.argsort(-row)[:400], h.items).mean() for row, h in zip(exact, found, strict=True)
+        ]
+        assert np.mean(shared) > 0.95

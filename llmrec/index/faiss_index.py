@@ -11,6 +11,9 @@ from llmrec.index.aside import altered, beside
 from llmrec.protocols import Codes, Floats, Hits, Mask, VectorIndex
 from llmrec.ranking import top
 
+SEEN = 128
+"""Vectors that a walk through the graph keeps in sight, at least."""
+
 EXACT_UP_TO = 200_000
 """Vectors up to which exact search is used. Measured by `eval/index_size.py`, see eval/README.md."""
 
@@ -81,7 +84,6 @@ class FaissIndex:
         elif self.exact and n > self.exact_up_to:
             self._index = self._faiss.IndexHNSWFlat(self.dim, 32, self._faiss.METRIC_INNER_PRODUCT)
             self._index.hnsw.efConstruction = 80
-            self._index.hnsw.efSearch = 128
         if self._index is not old:
             self._append(_stored(old))
         self._append(vectors)
@@ -126,8 +128,12 @@ class FaissIndex:
             # All at once, with so many more that enough are left.
             wide = min(k + max(ruled_out), n)
             graph = not self.exact and not self.compressed
-            index = self._index.storage if graph and k > FEW_ALLOWED * n else self._index
-            scores, codes = index.search(np.ascontiguousarray(vectors), wide)
+            index, parameters = self._index, None
+            if graph and k > FEW_ALLOWED * n:
+                index = index.storage
+            elif graph:
+                parameters = self._walking(wide)
+            scores, codes = index.search(np.ascontiguousarray(vectors), wide, params=parameters)
             return [
                 self._hits(c if mask is None else np.where(mask[c], c, -1), s, k)
                 for c, s, mask in zip(codes, scores, masks, strict=True)
@@ -159,10 +165,15 @@ class FaissIndex:
                 index = index if self.exact else index.storage
                 parameters = self._faiss.SearchParameters(sel=chosen)
             else:
-                parameters = self._faiss.SearchParametersHNSW(sel=chosen)
-                parameters.efSearch = max(128, 2 * k)
+                parameters = self._walking(k, sel=chosen)
         scores, codes = index.search(np.ascontiguousarray(vector[None]), k, params=parameters)
         return self._hits(codes[0], scores[0], k)
+
+    def _walking(self, k: int, **more: Any) -> Any:
+        """How the graph is walked for k items: what is kept on the way does not follow from k by itself."""
+        parameters = self._faiss.SearchParametersHNSW(**more)
+        parameters.efSearch = max(SEEN, 2 * k)
+        return parameters
 
     @staticmethod
     def _hits(codes: Any, scores: Any, k: int) -> Hits:

@@ -32,7 +32,7 @@ CHUNK = 128
 """Queries whose scores of the whole catalogue are held at once."""
 
 WIDE = 5
-"""An index that is not exact is asked for so many times as many: states lie further from items than texts do."""
+"""An index that is not exact is asked for so many times as many: states lie farther off than texts."""
 
 WISH_TOKENS = 32
 """Tokens of a typed wish that are read, at most."""
