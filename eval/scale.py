@@ -155,7 +155,7 @@ def exponent(sizes: Sequence[float], values: Sequence[float], least: float) -> f
 
 def measures(cell: Mapping[str, Any]) -> dict[str, float]:
     """What grows, of one cell."""
-    return {
+    found = {
         **{f"{name}, s": seconds for name, seconds in durations(cell["started_at_seconds"]).items()},
         "fit, s": cell["fit_seconds"],
         "fit, MB": cell["peak_memory_mb"],
@@ -165,6 +165,7 @@ def measures(cell: Mapping[str, Any]) -> dict[str, float]:
         "batch, ms a user": cell["batch"]["ms_a_user"],
         "batch, MB": cell["batch"]["peak_memory_mb"],
     }
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def growth(cells: Sequence[Mapping[str, Any]], by: str) -> dict[str, Any]:
@@ -190,7 +191,7 @@ def grid(args: argparse.Namespace) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     cells: dict[tuple[int, int], dict[str, Any]] = {}
     for events, items in dict.fromkeys([*BY_ITEMS, *BY_EVENTS]):
-        path = folder / f"{events}-{items}.json"
+        path = folder / f"{events}-{items}-{args.encoder}-{args.seed}.json"
         if not path.is_file():
             print(f"{events:,} events, {items:,} items", flush=True)
             sizes = ["--events", str(events), "--items", str(items), "--users", str(events // 25)]

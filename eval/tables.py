@@ -332,7 +332,7 @@ def growth(*, short: bool) -> str:
             "",
             f"`llmrec batch recommend` for {b['users']:,} users and {batch['items']:,} items, "
             f"{batch['events']:,} events: {b['seconds']:.0f} seconds in one process, "
-            f"{b['ms_a_user']:.2f} ms a user with start and files, {b['peak_memory_mb']:,} MB at most.",
+            f"{b['ms_a_user']:.2f} ms a user with start and files, {b['peak_memory_mb'] or 0:,} MB at most.",
         ]
     return "\n".join(lines)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -108,6 +109,14 @@ def read_adapter(folder: Path) -> tuple[ItemTokensConfig | WordsConfig, Card, di
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as broken:
         raise ModelError(f"{folder} holds no complete adapter: {broken}") from broken
     return config, card, head
+
+
+def adapter_hash(folder: Path) -> str:
+    """SHA-256 of what was trained: LoRA matrices and head."""
+    digest = hashlib.sha256()
+    for name in (LORA, HEAD):
+        digest.update((folder / name).read_bytes())
+    return digest.hexdigest()
 
 
 def on_device(model: nn.Module) -> nn.Module:

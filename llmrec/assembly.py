@@ -31,8 +31,8 @@ def read_catalog(items: Any, config: DataConfig) -> Catalog:
     return Catalog.load(items, mapping=config.items_mapping or None, policy=config.policy)
 
 
-def read_log(events: Any, catalog: Catalog, config: DataConfig) -> EventLog:
-    """Load the events; an `EventLog` is taken as it is."""
+def read_log(events: Any, catalog: Catalog, config: DataConfig, *, empty: bool = False) -> EventLog:
+    """Load the events, of which nothing may be left if `empty`; an `EventLog` is taken as it is."""
     if isinstance(events, EventLog):
         return events
     return EventLog.load(
@@ -44,6 +44,7 @@ def read_log(events: Any, catalog: Catalog, config: DataConfig) -> EventLog:
         policy=config.policy,
         rating_threshold=config.rating_threshold,
         event_weights=config.event_weights,
+        empty=empty,
     )
 
 

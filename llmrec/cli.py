@@ -157,6 +157,8 @@ def finetune(
         rec.configure(config)
     if minutes is not None and not minutes > 0:
         raise RequestError(f"--minutes must be above 0, got {minutes:g}")
+    if stream is not None:
+        say("counting the events of the stream first")
     try:
         with training_bar() as on_step:
             report = rec.finetune(minutes, on_step=on_step, since="last" if further else None, stream=stream)

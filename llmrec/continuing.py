@@ -16,12 +16,13 @@ from typing import Any, Literal, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from llmrec.adapter import adapter_hash
 from llmrec.config import Config
 from llmrec.errors import ConfigError, DataError, ModelError
 from llmrec.evaluation.split import Part, training_log
 from llmrec.events import EventLog
 from llmrec.families import TrainingLog
-from llmrec.fetch import resolve, weights_hash
+from llmrec.fetch import resolve
 from llmrec.language_model import LanguageModel, TunedModel, load_language_model
 from llmrec.lm_training import (
     hash_items,
@@ -159,7 +160,7 @@ def continue_tuning(
             replayed,
             base=base,
             data=log.fingerprint,
-            parent=weights_hash(place / "adapter"),
+            parent=adapter_hash(place / "adapter"),
             folder=folder or place,
             on_step=on_step,
         )

@@ -71,6 +71,7 @@ class EventLog:
         policy: Policy = "raise",
         rating_threshold: float | None = None,
         event_weights: Mapping[str, float] | None = None,
+        empty: bool = False,
     ) -> EventLog:
         """Load events from a file, a frame or a list of `Event`.
 
@@ -92,6 +93,8 @@ class EventLog:
             Ratings below it are not positive: these rows are left out and counted.
         event_weights
             Weight by event type; a type of weight 0 is left out and counted.
+        empty
+            Whether nothing may be left of the rows.
 
         Raises
         ------
@@ -123,7 +126,7 @@ class EventLog:
             problems.add("timestamp missing or not readable", column.is_null().to_numpy())
             seconds = column.fill_null(0).to_numpy()
         weight = event_weight(frame, problems, rating_threshold, event_weights)
-        report = problems.finish(policy, notes)
+        report = problems.finish(policy, notes, empty=empty)
         keep = problems.keep
         users, user = _number(user_ids.filter(pl.Series(keep)))
         seconds = None if seconds is None else seconds[keep]
@@ -268,6 +271,8 @@ def _item_codes(ids: pl.Series, catalog: Catalog, problems: Problems) -> Codes:
 
 def _number(ids: pl.Series) -> tuple[list[str], Codes]:
     """Number ids in their order: distinct ids and the number of each row, shape (rows,)."""
+    if not len(ids):
+        return [], np.empty(0, np.int32)
     distinct = ids.unique()
     distinct = distinct[id_order(distinct.to_list())]
     numbers = np.arange(len(distinct), dtype=np.int32)

@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 
 from llmrec.card import make_card
 from llmrec.config import Config
-from llmrec.errors import ConfigError
 from llmrec.families import Texts, TrainingLog
 from llmrec.fetch import licence_of, resolve
 from llmrec.language_model import LanguageModel, TunedModel
 from llmrec.metrics import summary
 from llmrec.mining import mined_choices
+from llmrec.processes import Processes
 from llmrec.progress import Progress, TrainingReport
 from llmrec.protocols import Codes, Floats
 from llmrec.recipe import HeldOut, Recipe, ranks_in
@@ -44,8 +44,8 @@ VALIDATION_USERS = 1000
 WORDS_VALIDATION_USERS = 100
 """The same for the modes that read words, which take far longer a user."""
 
-BATCHES = 2
-"""Number of the way that batches are made; a run with others is not continued."""
+BATCHES = 3
+"""Number of the way that batches and loss are made; a run with others is not continued."""
 
 
 class LearnedLog(Protocol):
@@ -88,11 +88,6 @@ def fine_tune(
     """Train on a log, then fit the model's weights in the recipe on what was held out.
 
     Neither the log nor the fitted retrievers of the state may hold the held-out events.
-
-    Raises
-    ------
-    ConfigError
-        If the mode learns from lists of candidates, and the log is a stream.
     """
     base = resolve(config.lm.base, allow_hub=config.allow_hub)
     lm: TunedModel
@@ -191,17 +186,14 @@ def train_words_model(
     task: Task[Any]
     if isinstance(lm.scorer, LikelihoodScorer | VocabularyScorer):
         task = lines_task(lm.scorer, log.source(), training)
-    elif not isinstance(log, TrainingLog):
-        raise ConfigError(
-            f"lm.mode {config.mode!r} learns from candidates that retrievers give for each event, which "
-            f"needs the log in memory; a stream is for item_tokens, likelihood and generate"
-        )
     else:
+        assert isinstance(log, TrainingLog), "streams are for the modes that learn without candidates"
         choices = mined_choices(state, log, config.listed, config.mined, training.seed)
         task = ListwiseTask(lm.scorer, choices, training)
     sample = held_out.sample(WORDS_VALIDATION_USERS, training.seed)
     merged = state.without_language_model().pipeline().recommend(sample.queries, config.candidates)
-    candidates = [found.items for found in merged]
+    # Where all validate together, they have to read the same.
+    candidates = Processes().agreed([found.items for found in merged])
     report = run_training(
         lm,
         task,
@@ -266,6 +258,7 @@ def run_training(
     prompt = lm.config.prompt_name
     card = make_card(prompt, base, encoder, data, {})
     parts = [BATCHES, lm.config.model_dump(), training.learned, asdict(card), items, selected_on]
+    parts.append(log.sha256())
     fingerprint = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
     report = LoRATrainer(task, training, folder, fingerprint, dtype=lm.dtype).run(validate, on_step)
     made = {

@@ -71,8 +71,8 @@ class Problems:
         if not wanted:
             self._errors.append(describe_rows(reason, len(found), self.rows[reason]) + examples)
 
-    def finish(self, policy: Policy, notes: Iterable[str] = ()) -> LoadReport:
-        """Return the report, or raise everything at once as one DataError."""
+    def finish(self, policy: Policy, notes: Iterable[str] = (), *, empty: bool = False) -> LoadReport:
+        """Return the report, or raise everything at once as one DataError; no row may be left if `empty`."""
         check_policy(policy)
         errors = self.fatal + (self._errors if policy == "raise" else [])
         if errors:
@@ -80,7 +80,7 @@ class Problems:
             raise DataError(f"{self.what}: " + "; ".join(errors) + advice)
         kept = int(self.keep.sum())
         report = LoadReport(len(self.keep), kept, self.dropped, self.rows, tuple(notes))
-        if not kept:
+        if not kept and not empty:
             raise DataError(f"{self.what}: no rows left: {report}")
         return report
 

@@ -55,7 +55,8 @@ class ShardedLayers:
             layer = body.get_submodule(name)
             self._plain[name] = copy.deepcopy(layer).to("meta")
             trained = {parameter for parameter in layer.parameters() if parameter.requires_grad}
-            fully_shard(layer, mesh=mesh, ignored_params=trained)
+            # Said expressly: a layer by itself would stay whole from its forward to its backward pass.
+            fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=trained)
         logger.info("%d layers are spread over %d processes", len(names), team.count)
 
     def restore(self) -> None:
@@ -63,7 +64,9 @@ class ShardedLayers:
         for name, plain in self._plain.items():
             layer = self.body.get_submodule(name)
             whole = {key: _whole(value) for key, value in layer.named_parameters()}
-            whole |= dict(layer.named_buffers())
+            for key, value in layer.named_buffers():
+                owner, _, leaf = key.rpartition(".")
+                setattr(plain.get_submodule(owner), leaf, value)
             plain.load_state_dict(whole, strict=False, assign=True)
             left = [key for key, value in plain.named_parameters() if value.is_meta]
             left += [key for key, value in plain.named_buffers() if value.is_meta]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import logging
 from collections.abc import Callable, Collection, Iterator
 from functools import cached_property, partial
 from pathlib import Path
@@ -23,7 +24,10 @@ from llmrec.config import DataConfig
 from llmrec.errors import DataError
 from llmrec.evaluation.split import training_log
 from llmrec.families import TrainingLog
+from llmrec.rows import id_strings
 from llmrec.sequences import Portions, Window, windows
+
+logger = logging.getLogger(__name__)
 
 PORTION = 1_000_000
 """Rows that are held at once, about."""
@@ -31,13 +35,8 @@ PORTION = 1_000_000
 ROWS = 65_536
 """Rows that are read at once."""
 
-KINDS = {".parquet": "parquet", ".csv": "csv", ".jsonl": "json"}
+KINDS = {".parquet": "parquet", ".jsonl": "json"}
 """Readers of `datasets` by the end of a file's name."""
-
-SORTED = (
-    "sort it once, which needs no memory for the whole: polars.scan_parquet(...).sort('user_id', 'timestamp')"
-    ".sink_parquet(...)"
-)
 
 
 class StreamedLog:
@@ -46,7 +45,7 @@ class StreamedLog:
     Parameters
     ----------
     source
-        A parquet, csv or jsonl file, a folder or a pattern of such, or a `datasets.IterableDataset`. The
+        A parquet or jsonl file, a folder or a pattern of such, or a `datasets.IterableDataset`. The
         rows of a user stand together, users in ascending order within a file, and each user in one file.
     catalog, data
         What `read_log` takes; the columns are those of any log.
@@ -54,8 +53,6 @@ class StreamedLog:
         Ids of users that are left out: those on whom the result is judged.
     portion
         Rows that are held at once, about; one user's rows are always held together.
-    on_stage
-        Told of the first pass, which counts.
 
     Raises
     ------
@@ -70,10 +67,9 @@ class StreamedLog:
         data: DataConfig,
         without: Collection[str] = (),
         portion: int = PORTION,
-        on_stage: Callable[[str], None] = lambda stage: None,
     ) -> None:
         self.catalog, self.data, self.portion = catalog, data, portion
-        self.without, self.on_stage = frozenset(without), on_stage
+        self.without = frozenset(without)
         self._files: list[Path] | None = None
         self._dataset: Any = None
         if isinstance(source, str | Path):
@@ -108,9 +104,15 @@ class StreamedLog:
             if frame is not None:
                 if self._user not in frame.columns:
                     raise DataError(f"{name}: no column {self._user!r}; have {', '.join(frame.columns)}")
+                if frame[self._user].null_count() and self.data.policy == "raise":
+                    raise DataError(f"{name}: rows without {self._user}; drop these with policy='drop'")
+                frame = frame.filter(pl.col(self._user).is_not_null())
                 users = frame[self._user]
                 if not users.is_sorted() or (last is not None and len(users) and users[0] < last):
-                    raise DataError(f"{name} is not sorted by {self._user}: {SORTED}")
+                    raise DataError(
+                        f"{name} is not sorted by {self._user}: sort it once, which needs no memory for the "
+                        f"whole: polars.scan_parquet(...).sort({self._user!r}, ...).sink_parquet(...)"
+                    )
                 last = users[-1] if len(users) else last
                 held.append(frame)
                 if sum(map(len, held)) < self.portion:
@@ -121,9 +123,10 @@ class StreamedLog:
             # The last user may go on in what is read next.
             whole = rows if frame is None else rows.filter(pl.col(self._user) != last)
             held = [] if frame is None else [rows.filter(pl.col(self._user) == last)]
-            kept = whole.filter(~pl.col(self._user).cast(pl.String).is_in(list(self.without)))
-            if len(kept):
-                yield training_log(read_log(kept, self.catalog, self.data))
+            kept = whole.filter(~id_strings(whole[self._user], name).is_in(list(self.without)))
+            log = read_log(kept, self.catalog, self.data, empty=True) if len(kept) else None
+            if log is not None and len(log):
+                yield training_log(log)
 
     def portions(self, rng: np.random.Generator, length: int) -> Iterator[list[Window]]:
         """Windows of at most `length` items, portion after portion; see `llmrec.sequences.Source`."""
@@ -131,24 +134,27 @@ class StreamedLog:
             yield windows(log.histories, length, rng, log.weights)
 
     @cached_property
-    def _counted(self) -> tuple[NDArray[np.float64], int, int, str]:
-        """Weight of each item, users, events, and a hash of all, from one pass.
+    def _counted(self) -> tuple[NDArray[np.float64], int, int, str, int | None]:
+        """Weight of each item, users, events, a hash of all, and the last time stamp, from one pass.
 
         Raises
         ------
         DataError
             If there are no events.
         """
-        self.on_stage("counting the events of the stream")
+        logger.info("counting the events of the stream")
+        until: int | None = None
         counts = np.zeros(len(self.catalog))
         users, events, digest = 0, 0, hashlib.sha256()
         for log in self.logs():
             counts += log.counts(len(self.catalog))
             users, events = users + log.users, events + log.events
             digest.update(log.sha256().encode())
+            if log.stamps is not None:
+                until = max([until or 0, *(int(stamps[-1]) for stamps in log.stamps if len(stamps))])
         if not events:
             raise DataError("no events to train on: the stream has none of users who are not held out")
-        return counts, users, events, digest.hexdigest()
+        return counts, users, events, digest.hexdigest(), until
 
     def counts(self, items: int) -> NDArray[np.float64]:
         """Weight of the events of each item, shape (items,)."""
@@ -168,6 +174,11 @@ class StreamedLog:
         """Hash of all histories, in the order of the files."""
         return self._counted[3]
 
+    @property
+    def until(self) -> int | None:
+        """Time of the last event, in seconds since 1970; None without a clock."""
+        return self._counted[4]
+
     def source(self) -> Portions:
         """What a training run draws its windows from."""
         return self
@@ -185,7 +196,10 @@ def _files(pattern: str) -> list[Path]:
 
 
 def _opened(path: Path) -> Any:
-    from datasets import load_dataset
+    try:
+        from datasets import load_dataset
+    except ImportError as missing:
+        raise ImportError('a stream needs: pip install "llmrec[datasets]"') from missing
 
     return load_dataset(KINDS[path.suffix], data_files=str(path), split="train", streaming=True)
 
@@ -202,4 +216,6 @@ def _frames(opened: Callable[[], Any], name: str, rows: int) -> Iterator[pl.Data
         for table in opened().with_format("arrow").iter(batch_size=rows):
             yield pl.DataFrame(pl.from_arrow(table))
     except (AttributeError, OSError, ValueError, TypeError) as broken:
-        raise DataError(f"{name} cannot be read: {str(broken).splitlines()[0]}") from broken
+        raise DataError(
+            f"{name} cannot be read: {(str(broken) or type(broken).__name__).splitlines()[0]}"
+        ) from broken

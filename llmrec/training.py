@@ -193,11 +193,16 @@ class LoRATrainer(Generic[Batch]):
         self.model.train()
         parts = self.task.split(batch, self.team.count * self.config.accumulate)
         total, loss = self.task.weight(batch), 0.0
-        for part in parts[self.team.index :: self.team.count]:
+        own = parts[self.team.index :: self.team.count]
+        idle = 0
+        if self.layers is not None:
+            # Layers that are spread are read by all together: who has no part left reads one that counts 0.
+            idle = math.ceil(len(parts) / self.team.count) - len(own)
+        for at, part in enumerate([*own, *parts[:idle]]):
             with torch.autocast(self.team.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
                 mean = self.task.loss(part)
             # A part counts as much as its events do, so that the sum is the mean over the whole batch.
-            share = self.task.weight(part) / total
+            share = self.task.weight(part) / total if at < len(own) else 0.0
             torch.autograd.backward(mean * share)
             loss += float(mean.detach()) * share
         if self.team.count > 1:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llmrec.config import Config
+from llmrec.errors import ConfigError
 from llmrec.evaluation.split import tail
 from llmrec.events import EventLog
 from llmrec.language_model import TunedModel
@@ -90,7 +91,17 @@ def tune(
 
     With a `stream` (see `StreamedLog`) the language model learns from that instead, without the users who
     decide.
+
+    Raises
+    ------
+    ConfigError
+        If there is a stream, and the mode learns from candidates for each event, which needs the log.
     """
+    if stream is not None and config.lm.mode in ("yes_no", "letters"):
+        raise ConfigError(
+            f"lm.mode {config.lm.mode!r} learns from candidates that retrievers give for each event, which "
+            f"needs the log in memory; a stream is for item_tokens, likelihood and generate"
+        )
     train, part = tail(log)
     search = config.retrieval
     part = part.sample(search.lm_users, search.seed)
@@ -114,6 +125,9 @@ def tune(
     tuned = replace(state, recipe=recipe, lm=lm)
     gain = gain_of(tuned, judged)
     note(tuned, log, gain, CHOSEN)
+    if isinstance(learned, StreamedLog) and learned.until is not None:
+        assert lm.card is not None
+        lm.card = lm.card.noting(data={**lm.card.training["data"], "until": learned.until})
     return lm, recipe, FinetuneReport(report, recipe.history.most_lm, recipe.query.most_lm, gain)
 
 

@@ -163,7 +163,9 @@ class WordLanguageModel:
         tokens = tokens_of(old, self.lines, lines, self.config.line_tokens)
         words = WordsModel(old.body, old.head, old.vocabulary, old.layout, tokens, old.window)
         words.scale = old.scale
-        return WordLanguageModel(words.eval(), self.config, lines, padded(self.counts, len(lines)), self.card)
+        same = self._shape if list(lines) == list(self.lines) else None
+        counts = padded(self.counts, len(lines))
+        return WordLanguageModel(words.eval(), self.config, lines, counts, self.card, same)
 
     def recounted(self, counts: NDArray[Any]) -> WordLanguageModel:
         """The same model after other training events, whose weight for each item has shape (items,)."""

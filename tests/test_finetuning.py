@@ -671,13 +671,19 @@ SHARDS = """
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from llmrec.adapter import fresh_adapter
+from llmrec.language_model import LanguageModel
 from llmrec.processes import Processes
-from llmrec.score.config import ItemTokensConfig
+from llmrec.protocols import Query
+from llmrec.score.config import ItemTokensConfig, TrainingConfig
 from llmrec.score.loading import load_causal
+from llmrec.score.tasks import ItemTokensTask
+from llmrec.sequences import Source
 from llmrec.sharding import ShardedLayers
+from llmrec.training import LoRATrainer
 
 team, words = Processes(), torch.arange(12).reshape(2, 6)
 for base in sys.argv[1:]:
@@ -703,6 +709,13 @@ for base in sys.argv[1:]:
     frozen = size - sum(p.numel() for p in trained.values())
     assert parts and 0.45 * frozen < own < 0.55 * frozen, (own, frozen)
     during = run()
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            body(input_ids=words)
+        # Behind each reading a process keeps its part alone.
+        held = [p for n, p in body.named_parameters() if n not in trained and (".layers." in n or ".h." in n)]
+        assert len(held) == len(parts) and all(hasattr(p, "to_local") for p in held)
+    during = run()
     assert len(list(body.parameters())) == len(names)
     layers.restore()
     after = run()
@@ -712,6 +725,20 @@ for base in sys.argv[1:]:
     assert {n for n, p in body.named_parameters() if p.requires_grad} == set(trained)
     assert all(p is trained[n] for n, p in body.named_parameters() if n in trained)
     assert not any(hasattr(p, "to_local") for p in body.parameters())
+
+# A batch of one history is for one process alone; the other has to read along.
+lm = LanguageModel.new(
+    ItemTokensConfig(base=sys.argv[1], layers=2, rank=4, precision="float32"),
+    Path(sys.argv[1]), np.eye(6, dtype=np.float32), np.ones(6),
+)
+training = TrainingConfig(steps=6, minutes=None, validations=3, patience=None)
+task = ItemTokensTask(lm.model, Source([np.arange(6, dtype=np.int32)], None), 10, training)
+queries = [Query(np.arange(3, dtype=np.int32))]
+asked = [np.arange(6, dtype=np.int32)]
+validate = lambda: {"ndcg@10": float(lm.scorer_of(lm.model).score(queries, asked)[0][3])}
+report = LoRATrainer(task, training, Path(sys.argv[2]).parent / "run", "f").run(validate)
+assert report.steps == 6 and len(report.curve) >= 3
+assert len(lm.scorer.retrieve(queries, 3)[0].items) == 3
 print("alike")
 team.end()
 """

@@ -72,6 +72,29 @@ def test_an_iterable_dataset_is_a_stream_too(files):
     assert StreamedLog(loaded, CATALOG, DATA).events == from_files.events
 
 
+def test_ids_are_those_of_the_log_and_users_without_any_row_left_are_none(tmp_path):
+    numbered = TABLE.with_columns(who=pl.col("who").str.slice(1).cast(pl.Float64)).sort("who")
+    # Of the first two users and of the last one nothing is left.
+    ratings = pl.when(pl.col("who").is_in([0.0, 1.0, 59.0])).then(1).otherwise(5)
+    numbered.with_columns(rating=ratings).write_parquet(tmp_path / "a.parquet")
+    data = DATA.model_copy(update={"rating_threshold": 3.0})
+    stream = StreamedLog(tmp_path, CATALOG, data, without=["7"], portion=5)
+    whole = read_log(pl.read_parquet(tmp_path / "a.parquet"), CATALOG, data)
+    assert stream.users == whole.n_users - 1 == 56
+    assert stream.events == len(whole) - len(whole.history(whole.users.index("7")))
+    assert stream.until == int(whole.timestamp.max())
+
+
+def test_rows_without_a_user_are_an_error_or_dropped(tmp_path):
+    rows = TABLE.sort("who")
+    nulls = rows.head(3).with_columns(who=pl.lit(None, pl.String))
+    pl.concat([nulls, rows, nulls]).write_parquet(tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="rows without who"):
+        StreamedLog(tmp_path, CATALOG, DATA).users  # noqa: B018
+    dropping = DATA.model_copy(update={"policy": "drop"})
+    assert StreamedLog(tmp_path, CATALOG, dropping, portion=50).events == len(rows)
+
+
 @pytest.mark.parametrize(
     ("rows", "name", "message"),
     [

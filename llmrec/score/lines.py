@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import overload
@@ -28,11 +29,11 @@ class TokenLines(Sequence[list[int]]):
     @classmethod
     def of(cls, lines: Iterable[Sequence[int]]) -> TokenLines:
         """Pack lines; each is let go of once it is packed."""
-        parts, lengths = [np.empty(0, np.int32)], []
+        tokens, offsets = array.array("i"), array.array("q", [0])
         for line in lines:
-            parts.append(np.asarray(line, np.int32))
-            lengths.append(len(line))
-        return cls(np.concatenate(parts), np.cumsum([0, *lengths], dtype=np.int64))
+            tokens.extend(line)
+            offsets.append(len(tokens))
+        return cls(np.array(tokens, np.int32), np.array(offsets, np.int64))
 
     def __len__(self) -> int:
         return len(self.offsets) - 1

@@ -144,7 +144,7 @@ class ItemTrie:
     def of(
         cls, lines: Sequence[Sequence[int]], end: int, counts: NDArray[np.floating], smoothing: float = 1.0
     ) -> ItemTrie:
-        """Build it; at most the tokens of all lines, padded to the longest, are held besides the result.
+        """Build it; what is held besides the result is a few times the tokens of all lines, padded.
 
         Parameters
         ----------
