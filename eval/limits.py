@@ -83,9 +83,9 @@ def titles(n: int) -> list[str]:
     return [" ".join(part) for part in np.split(drawn, np.cumsum(lengths)[:-1])]
 
 
-def tokens(n: int, path: str) -> Row:
+def tokens(n: int, path: str, base: str) -> Row:
     """Tokenise so many titles and write their lines."""
-    vocabulary = Vocabulary(resolve(Config().lm.base))
+    vocabulary = Vocabulary(resolve(base))
     begun = time.perf_counter()
     lines = vocabulary.lines(titles(n), WordsConfig(mode="likelihood").line_tokens)
     seconds = time.perf_counter() - begun
@@ -178,13 +178,18 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--items", type=int, nargs="*", default=[2500, 5000, 10_000, 20_000])
     parser.add_argument("--titles", type=int, nargs="*", default=[100_000, 1_000_000])
     parser.add_argument("--states", type=int, nargs="*", default=[200_000, 1_000_000])
+    parser.add_argument(
+        "--base", default=Config().lm.base, help="name or folder of the LM with the tokenizer"
+    )
     parser.add_argument("--out", type=Path, default=HERE / "results" / "limits.json")
     args = parser.parse_args(argv)
     solved = [alone(partial(ease, items, way)) for items in args.items for way in (True, False)]
     trie = []
     with tempfile.TemporaryDirectory(prefix="llmrec-limits-") as folder:
         for n in args.titles:
-            trie += [alone(partial(stage, n, f"{folder}/{n}")) for stage in (tokens, build, opened)]
+            path = f"{folder}/{n}"
+            stages = partial(tokens, n, path, args.base), partial(build, n, path), partial(opened, n, path)
+            trie += [alone(stage) for stage in stages]
     searched = [alone(partial(states, n)) for n in args.states]
     result = {"ease": solved, "trie": trie, "states": searched, "environment": environment()}
     draft = args.out.with_name(f".{args.out.name}")

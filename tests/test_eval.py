@@ -290,6 +290,19 @@ def test_the_scale_program_fits_a_skewed_log_and_times_requests(tmp_path, capsys
     assert scale.durations(stages) == {"reading": 1.0, "encoding": 6.0}
 
 
+def test_the_limits_program_measures_ease_the_trie_and_states(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "eval"))
+    limits = program("eval/limits")
+    at_once, among = limits.ease(300, together=True), limits.ease(300, together=False)
+    # Chance is below .01.
+    assert min(at_once["ndcg@10"], among["ndcg@10"]) > 0.03 and at_once["solved"] != among["solved"]
+    path = str(tmp_path / "lines")
+    assert limits.tokens(400, path, str(tiny_lm(tmp_path / "lm")))["titles"] == 400
+    built, opened = limits.build(400, path), limits.opened(400, path)
+    assert built["nodes"] > 400 and opened["stage"] == "open the trie"
+    assert limits.states(3000)["recall@100"] > 0.9
+
+
 def test_the_encoder_program_trains_and_judges_similar_items(folder, tmp_path, capsys):
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
