@@ -186,12 +186,11 @@ class StreamedLog:
 
 def _files(pattern: str) -> list[Path]:
     place = Path(pattern)
-    found = sorted(place.iterdir() if place.is_dir() else place.parent.glob(place.name))
+    there = place.iterdir() if place.is_dir() else place.parent.glob(place.name)
+    # Other programs leave marks and checksums beside their files.
+    found = sorted(path for path in there if path.suffix in KINDS and not path.name.startswith((".", "_")))
     if not found:
-        raise DataError(f"no file is named {pattern}")
-    unknown = [path for path in found if path.suffix not in KINDS]
-    if unknown:
-        raise DataError(f"{unknown[0]}: a stream is read from {', '.join(KINDS)} files")
+        raise DataError(f"{pattern}: no {' or '.join(KINDS)} file, from which a stream is read")
     return found
 
 

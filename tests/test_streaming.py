@@ -103,14 +103,14 @@ def test_rows_without_a_user_are_an_error_or_dropped(tmp_path):
         (TABLE.sort("who").with_columns(item_id=pl.lit("nothing")), "a.parquet", "not in the catalogue"),
         (TABLE.sort("who").head(0), "a.parquet", "no events to train on"),
         (None, "a.parquet", "cannot be read"),
-        (None, "a.txt", r"read from .*parquet"),
+        (None, "a.txt", "no .parquet or .jsonl file"),
     ],
 )
 def test_what_cannot_be_streamed_is_a_clear_error(tmp_path, rows, name, message):
     (tmp_path / name).write_text("no table") if rows is None else rows.write_parquet(tmp_path / name)
     with pytest.raises(DataError, match=message):
         StreamedLog(tmp_path, CATALOG, DATA).counts(len(CATALOG))
-    with pytest.raises(DataError, match="no file is named"):
+    with pytest.raises(DataError, match=r"no \.parquet or \.jsonl file"):
         StreamedLog(tmp_path / "*.csv", CATALOG, DATA)
 
 
