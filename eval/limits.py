@@ -41,8 +41,8 @@ from llmrec.ranking import top
 from llmrec.recipe import ranks_in
 from llmrec.retrieve.linear import EASEConfig, EASERetriever
 from llmrec.score.config import WordsConfig
-from llmrec.score.item_tokens import Nearest
 from llmrec.score.lines import TokenLines
+from llmrec.score.nearest import Nearest
 from llmrec.score.trie import ItemTrie
 from llmrec.score.words import Vocabulary
 

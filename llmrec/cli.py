@@ -141,7 +141,7 @@ def finetune(
     ] = False,
     stream: Annotated[
         str | None,
-        typer.Option(help="Files of events sorted by user, to learn from instead; they need not fit."),
+        typer.Option(help="Files of events sorted by user, to learn from; larger than the memory."),
     ] = None,
 ) -> None:
     """Fine-tune the language model on the stored log, choose its weight, and save.

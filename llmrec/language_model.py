@@ -239,10 +239,7 @@ class LanguageModel:
             state[name] = torch.nn.functional.pad(state[name], (0, 0, 0, len(vectors) - len(old.counts)))
         model.load_state_dict(state, strict=False)
         made = LanguageModel(model.to(old.counts.device).eval(), self.config, self.wish, self.card)
-        if self.scorer.nearest is not None:
-            known = old.text_vectors.cpu().numpy()
-            other = np.flatnonzero((known != vectors[: len(known)]).any(axis=1)).astype(np.int32)
-            made.scorer.grow_from(self.scorer.nearest, other)
+        made.scorer.grow_from(self.scorer)
         return made
 
     def recounted(self, counts: NDArray[Any]) -> LanguageModel:

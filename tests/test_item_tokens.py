@@ -6,12 +6,14 @@ import torch
 
 from llmrec.errors import ModelError
 from llmrec.families import Texts
+from llmrec.index.aside import Aside
 from llmrec.index.faiss_index import FaissIndex
 from llmrec.language_model import LanguageModel
 from llmrec.protocols import Query
 from llmrec.score.config import ItemTokensConfig
-from llmrec.score.item_tokens import ItemTokenScorer, Nearest
+from llmrec.score.item_tokens import ItemTokenScorer
 from llmrec.score.loading import load_body
+from llmrec.score.nearest import Nearest
 from llmrec.sequences import pad, windows
 from llmrec.testing import tiny_lm
 
@@ -165,8 +167,11 @@ def test_the_index_of_states_grows_with_the_catalogue(lm, vectors, monkeypatch):
     served.scorer.retrieve(asked_of(), 5)
     changed = np.concatenate([vectors, vectors[:3] * -1])
     changed[4] = vectors[9]
-    grown = served.grown(Texts([], changed, None, None))
-    assert grown.scorer.nearest is not None
+    # Grown twice before anything is searched again; the index is the old one with some vectors beside it.
+    grown = served.grown(Texts([], changed[:-1], None, None)).grown(Texts([], changed, None, None))
+    grown.scorer.retrieve(asked_of(ITEMS + 3), 1)
+    assert isinstance(grown.scorer._nearest.index, Aside)
+    assert grown.scorer._nearest.index.index is served.scorer._nearest.index
     exact = grown.scorer_of(grown.model)
     queries = [Query(h) for h in histories(0, 3, 8, 20)]
     for hits, wanted in zip(

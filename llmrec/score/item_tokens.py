@@ -23,16 +23,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from llmrec.errors import ModelError
-from llmrec.protocols import Codes, Floats, Hits, Mask, Query, VectorIndex
+from llmrec.protocols import Codes, Floats, Hits, Query, VectorIndex
 from llmrec.ranking import tops
+from llmrec.score.nearest import Nearest
 from llmrec.score.words import Vocabulary
 from llmrec.sequences import Window, pad, rows_of
 
 CHUNK = 128
 """Queries whose scores of the whole catalogue are held at once."""
-
-WIDE = 5
-"""An index that is not exact is asked for so many times as many: states lie farther off than texts."""
 
 WISH_TOKENS = 32
 """Tokens of a typed wish that are read, at most."""
@@ -338,7 +336,8 @@ class ItemTokenScorer:
         index: Callable[[Floats], VectorIndex] | None = None,
     ) -> None:
         self._make_index = index
-        self.nearest: Nearest | None = None
+        self._nearest: Nearest | None = None
+        self._smaller: tuple[Nearest, Tensor] | None = None
         self.wish = wish
         self.model, self.window, self.dtype, self.tokens, self.cached = (
             model.eval(),
@@ -460,68 +459,27 @@ class ItemTokenScorer:
         """Popularity but for a constant, so that it stays when the catalogue grows, shape (items,)."""
         return torch.log1p(self.model.counts)
 
-    def grow_from(self, old: Nearest, changed: Codes) -> None:
-        """Take over the index of a smaller catalogue, in which the vectors at `changed` were others."""
-        with self._lock, torch.inference_mode():
-            self.nearest = old.grown(*self._biased(), changed) if self._make_index is not None else None
+    def grow_from(self, old: ItemTokenScorer) -> None:
+        """Take over the index of the same model over a smaller catalogue, when something is searched."""
+        # In this order no lock is needed, which the other may hold for as long as an index takes to make.
+        smaller, made = old._smaller, old._nearest
+        self._smaller = smaller if made is None else (made, old.model.text_vectors)
+
+    def _index(self) -> Nearest:
+        """The index, made if it is not there; that of a smaller catalogue gets what is new or other."""
+        assert self._make_index is not None
+        if self._nearest is None and self._smaller is not None:
+            old, texts = self._smaller
+            other = (self.model.text_vectors[: len(texts)] != texts).any(dim=1).nonzero()[:, 0]
+            self._nearest = old.grown(*self._biased(), other.cpu().numpy().astype(np.int32))
+        elif self._nearest is None:
+            self._nearest = Nearest.of(*self._biased(), self._make_index)
+        self._smaller = None
+        return self._nearest
 
     def _searched(self, queries: Sequence[Query], k: int) -> list[Hits]:
         """The items that the index finds for the states of some queries, with their logits."""
-        assert self._make_index is not None
         with self._lock, torch.inference_mode():
-            if self.nearest is None:
-                self.nearest = Nearest.of(*self._biased(), self._make_index)
+            index = self._index()
             states = self._read([self._elements(query) for query in queries])
-        return self.nearest.search(states.float().cpu().numpy(), k, [query.mask for query in queries])
-
-
-@dataclass(frozen=True, slots=True)
-class Nearest:
-    """Items by the inner product of a state with their vectors, plus their bias, in an index of unit vectors.
-
-    The bias is one more component. Another one makes all vectors as long as the longest, so that the order
-    by inner product is that by angle, which graphs can search (Bachrach et al. 2014, RecSys).
-
-    Parameters
-    ----------
-    index
-        Over the unit vectors.
-    length
-        Of the longest vector, when all were indexed.
-    middle
-        Mean bias, which was taken off before.
-    """
-
-    index: VectorIndex
-    length: float
-    middle: float
-
-    @classmethod
-    def of(cls, vectors: Floats, bias: Floats, make: Callable[[Floats], VectorIndex]) -> Nearest:
-        """Index item vectors, shape (items, dim), with a bias each, shape (items,)."""
-        middle = float(bias.mean())
-        squares = np.square(vectors).sum(axis=1) + np.square(bias - middle)
-        length = float(np.sqrt(squares.max(initial=1e-12)))
-        return cls(make(_lengthened(vectors, bias - middle, length)), length, middle)
-
-    def grown(self, vectors: Floats, bias: Floats, changed: Codes) -> Nearest:
-        """The same over these vectors: those at `changed` and what is new are indexed, the others are there.
-
-        What is longer than the longest was stays longer; only a new index would mend that.
-        """
-        full = _lengthened(vectors, bias - self.middle, self.length)
-        return Nearest(self.index.grown(full, changed), self.length, self.middle)
-
-    def search(self, states: Floats, k: int, masks: Sequence[Mask | None]) -> list[Hits]:
-        """Up to k allowed items for each state, shape (n, dim), with inner product and bias as score."""
-        ends = np.tile(np.array([1.0, 0.0], np.float32), (len(states), 1))
-        wide = k if self.index.exact else WIDE * k
-        found = self.index.search(np.concatenate([states, ends], axis=1), wide, masks)
-        return [Hits(hits.items[:k], hits.scores[:k] * self.length + self.middle) for hits in found]
-
-
-def _lengthened(vectors: Floats, bias: Floats, length: float) -> Floats:
-    """Vectors, their bias, and what they lack to be of this length, over that length: (n, dim + 2)."""
-    lacks = np.sqrt(np.maximum(length**2 - np.square(vectors).sum(axis=1) - np.square(bias), 0.0))
-    full: Floats = np.concatenate([vectors, bias[:, None], lacks[:, None]], axis=1).astype(np.float32)
-    return full / np.float32(length)
+        return index.search(states.float().cpu().numpy(), k, [query.mask for query in queries])
