@@ -1,0 +1,130 @@
+"""The CrossEncoder of sentence-transformers over a causal LM, asked with the very prompt of our `yes_no`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from llmrec.protocols import Codes, Floats, Query
+from llmrec.score.config import WordsConfig
+from llmrec.score.labels import yes_no_labels
+from llmrec.score.tasks import Choice
+from llmrec.score.words import Vocabulary, WordsPrompt
+from llmrec.word_model import layout_of
+
+NEGATIVES = 4
+"""Candidates beside the one that came next that a choice is trained on."""
+
+BATCH = 16
+LENGTH_SORTED = 20
+"""Pairs read at once, which `predict` sorts by length."""
+
+
+class CrossScorer:
+    """`CrossEncoder` with `LogitScore`: logit of yes less that of no, each pair read by itself.
+
+    Parameters
+    ----------
+    base
+        Folder of the causal LM.
+    lines
+        The catalogue in words, by code.
+    shape
+        Of the `yes_no` model that it stands beside: window, tokens of a line, rank, targets.
+    """
+
+    name = "lm"
+
+    def __init__(self, base: Path, lines: Sequence[str], shape: WordsConfig) -> None:
+        from peft import LoraConfig
+        from sentence_transformers import CrossEncoder
+        from sentence_transformers.base.modules import Transformer
+        from sentence_transformers.cross_encoder.modules import LogitScore
+        from transformers import AutoTokenizer
+
+        vocabulary = Vocabulary(base)
+        tokens = vocabulary.lines(lines, shape.line_tokens)
+        self.prompt = WordsPrompt(vocabulary, layout_of(shape), tokens, shape.window)
+        self.decode = AutoTokenizer.from_pretrained(base).decode
+        reader = Transformer(str(base), transformer_task="text-generation")
+        score = LogitScore(*yes_no_labels(vocabulary))
+        self.model = CrossEncoder(modules=[reader, score], device="cpu")
+        self.model.add_adapter(LoraConfig(r=shape.rank, lora_alpha=shape.alpha, target_modules=shape.targets))
+
+    def pair(self, query: Query, code: int) -> str:
+        """The prompt in words."""
+        p = self.prompt
+        tokens = [*p.beginning(query.history), *p.stem(query), *p.lines[code], p.vocabulary.end, *p.last]
+        return str(self.decode(tokens))
+
+    def train(self, choices: Sequence[Choice], minutes: float, folder: Path) -> tuple[float, int]:
+        """Binary cross-entropy on what came next and on some of the candidates beside it, for some minutes.
+
+        Returns
+        -------
+        tuple
+            Seconds, and pairs that were learned.
+        """
+        from datasets import Dataset
+        from sentence_transformers.cross_encoder import CrossEncoderTrainer, CrossEncoderTrainingArguments
+        from sentence_transformers.cross_encoder.losses import BinaryCrossEntropyLoss
+        from transformers import TrainerCallback
+
+        rng, rows = np.random.default_rng(0), []
+        for choice in choices:
+            others = np.delete(np.arange(len(choice.candidates)), choice.truth)
+            places = [choice.truth, *rng.permutation(others)[:NEGATIVES].tolist()]
+            rows += [
+                (self.pair(choice.query, int(choice.candidates[i])), "", float(i == choice.truth))
+                for i in places
+            ]
+        names = ("query", "answer", "label")
+        data = Dataset.from_dict({n: [row[i] for row in rows] for i, n in enumerate(names)})
+        begun = time.monotonic()
+
+        class Until(TrainerCallback):  # type: ignore[misc]
+            def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+                control.should_training_stop = time.monotonic() - begun > 60 * minutes
+
+        arguments = CrossEncoderTrainingArguments(
+            output_dir=str(folder),
+            num_train_epochs=100,
+            per_device_train_batch_size=BATCH,
+            learning_rate=2e-4,
+            lr_scheduler_type="constant_with_warmup",
+            warmup_steps=20,
+            bf16=True,
+            use_cpu=True,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            seed=0,
+        )
+        trainer = CrossEncoderTrainer(
+            model=self.model,
+            args=arguments,
+            train_dataset=data,
+            loss=BinaryCrossEntropyLoss(self.model),
+            callbacks=[Until()],
+        )
+        trainer.train()
+        return time.monotonic() - begun, trainer.state.global_step * BATCH
+
+    def score(self, queries: Sequence[Query], candidates: Sequence[Codes]) -> list[Floats]:
+        """Log-odds of yes for each candidate of each query."""
+        asked = [
+            (self.pair(query, int(code)), "")
+            for query, items in zip(queries, candidates, strict=True)
+            for code in items
+        ]
+        with torch.autocast("cpu", torch.bfloat16):
+            found = self.model.predict(
+                asked, batch_size=LENGTH_SORTED, show_progress_bar=False, activation_fn=torch.nn.Identity()
+            )
+        ends = np.cumsum([len(items) for items in candidates])[:-1]
+        return np.split(np.asarray(found, np.float32), ends)
