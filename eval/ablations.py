@@ -5,9 +5,10 @@
     python eval/ablations.py ... --gather        # the results file, from the trials that are there
 
 Trials are described in eval/ablations/trials.toml. Each trains a model on the training part for a given
-number of events, so that fast and slow machines learn the same, and is judged on validation events: some of
-the users choose the state that is kept, the others are reported. Test events are not touched. A trial that
-is there is not repeated. Writes runs/ablations/NAME/TRIAL.json, and eval/results/NAME-ablations.json.
+number of events, so that fast and slow machines learn the same, and is judged on validation events: a quarter
+of the users choose the retrievers' recipe and the state that is kept, the others are reported. Test events
+are not touched. A trial that is there is not repeated. Writes runs/ablations/NAME/TRIAL.json, and
+eval/results/NAME-ablations.json.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ from llmrec.language_model import LanguageModel, TunedModel
 from llmrec.lm_training import (
     VALIDATION_USERS,
     WORDS_VALIDATION_USERS,
+    hash_words,
     in_order,
     measure,
     measure_words,
@@ -76,8 +78,8 @@ console = Console(stderr=True)
 class Prepared:
     """Data, retrievers and users of all trials.
 
-    `judging` choose the state of a training run that is kept; `asked` are reported, and `few` of them where
-    candidates are ordered, which is slow for the modes that read words.
+    `judging` choose the recipe of the retrievers and the state of a training run that is kept; `asked` are
+    reported, and `few` of them where candidates are ordered, which is slow for the modes that read words.
     """
 
     config: Config
@@ -100,15 +102,17 @@ def prepare(folder: Path, config: Config, users: int, few: int) -> Prepared:
     search = config.retrieval
     exclude_seen = not search.has_repeats(log.select(split.fitted).repeat_share())
     everyone = split.validation
-    chosen = everyone.sample(search.search_users, search.seed).held_out(catalog.active, exclude_seen)
+    quarter = np.arange(len(everyone)) % 4 == 0
+    judging, asked = (
+        everyone.take(np.flatnonzero(rows)).held_out(catalog.active, exclude_seen)
+        for rows in (quarter, ~quarter)
+    )
+    # A merge that was chosen on the users that are reported would look better than it is.
+    chosen = judging.sample(search.search_users, search.seed)
     recipe, retrievers = cached_retrievers(catalog, split, chosen, texts, search, cache, console.print)
     state = State(catalog, texts, recipe, retrievers, not exclude_seen, search.depth)
-    quarter = np.arange(len(everyone)) % 4 == 0
-    judging, asked = (everyone.take(np.flatnonzero(rows)) for rows in (quarter, ~quarter))
-    sample = asked.sample(users, 0).held_out(catalog.active, exclude_seen)
-    return Prepared(
-        config, split, state, judging.held_out(catalog.active, exclude_seen), sample, sample.sample(few, 0)
-    )
+    sample = asked.sample(users, 0)
+    return Prepared(config, split, state, judging, sample, sample.sample(few, 0))
 
 
 def shuffled(texts: Texts) -> Texts:
@@ -400,7 +404,11 @@ def main(argv: list[str] | None = None) -> None:
     for trial in wanted:
         path = folder / f"{trial}.json"
         described_by = {k: v for k, v in trials[trial].items() if k != "says"}
-        whose = {"users_sha256": p.asked.sha256(), "log_sha256": p.split.log.fingerprint}
+        whose = {
+            "users_sha256": p.asked.sha256(),
+            "merge_sha256": hash_words(p.state),
+            "log_sha256": p.split.log.fingerprint,
+        }
         if path.is_file():
             there = json.loads(path.read_text(encoding="utf-8"))
             if {k: there[k] for k in ("trial", *whose)} == {"trial": described_by, **whose}:
