@@ -14,6 +14,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tables_trials import ablations
+
 from llmrec.pipeline import Weights
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,6 +27,17 @@ NAMES = {
     "lm_top100": "language model on the merge's top 100",
     "default": "blend, as served",
 }
+
+
+def results_like(pattern: str) -> list[Path]:
+    """Results files of this form of name, in order."""
+    return sorted((ROOT / "eval" / "results").glob(pattern))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What a results file holds."""
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
 
 
 def source(found: dict[str, Any]) -> str:
@@ -193,8 +206,8 @@ def more(found: dict[str, Any]) -> list[str]:
 def load() -> str:
     """What load a server carries, one row a measurement, from every load*.json."""
     lines = []
-    for path in sorted((ROOT / "eval" / "results").glob("load*.json")):
-        found = json.loads(path.read_text(encoding="utf-8"))
+    for path in results_like("load*.json"):
+        found = read_json(path)
         lines += [
             f"### {path.stem} (synthetic)",
             "",
@@ -230,10 +243,9 @@ def load() -> str:
 
 def reasons() -> str:
     """How far items fall in the served list when what their reason names is deleted, from reasons.json."""
-    path = ROOT / "eval" / "results" / "reasons.json"
-    if not path.is_file():
+    found = stored("reasons.json")
+    if found is None:
         return ""
-    found = json.loads(path.read_text(encoding="utf-8"))
     lines = [
         "### reasons (movielens, the model of `make demo`)",
         "",
@@ -259,10 +271,9 @@ def reasons() -> str:
 
 def scale() -> str:
     """How long a large log takes, from scale.json."""
-    path = ROOT / "eval" / "results" / "scale.json"
-    if not path.is_file():
+    found = stored("scale.json")
+    if found is None:
         return ""
-    found = json.loads(path.read_text(encoding="utf-8"))
     stages = list(found["started_at_seconds"].items())
     took = ", ".join(
         f"{name} {later - begun:.0f} s" for (name, begun), (_, later) in itertools.pairwise(stages)
@@ -289,7 +300,7 @@ def scale() -> str:
 def stored(name: str) -> dict[str, Any] | None:
     """A results file, if it is there."""
     path = ROOT / "eval" / "results" / name
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return read_json(path) if path.is_file() else None
 
 
 IN_SHORT = {
@@ -376,8 +387,8 @@ def limits() -> str:
 def compared(pattern: str, words: str) -> str:
     """Systems and their differences, from results files of other programs."""
     lines = []
-    for path in sorted((ROOT / "eval" / "results").glob(pattern)):
-        found = json.loads(path.read_text(encoding="utf-8"))
+    for path in results_like(pattern):
+        found = read_json(path)
         lines += [
             f"### {path.stem} (bring data)",
             "",
@@ -400,8 +411,7 @@ def compared(pattern: str, words: str) -> str:
 
 def pages() -> dict[Path, str]:
     """What has to stand between the marks of each page."""
-    paths = sorted((ROOT / "eval" / "results").glob("*-test-*.json"))
-    read = {path: json.loads(path.read_text(encoding="utf-8")) for path in paths}
+    read = {path: read_json(path) for path in results_like("*-test-*.json")}
     # Numbers in names in the order of numbers: 10min before 30min.
     results = dict(sorted(read.items(), key=lambda kv: (kv[0].stem.split("-test-")[0], _minutes(kv[1]))))
     return {
@@ -414,7 +424,8 @@ def pages() -> dict[Path, str]:
                 limits(),
                 load(),
                 reasons(),
-                compared("*-peers.json", "`eval/peers.py`: sequence models beside Cornac's, full ranking"),
+                *(ablations(path.stem, read_json(path)) for path in results_like("*-ablations.json")),
+                compared("*-peers.json", "`eval/peers.py`: other libraries and ours, full ranking"),
                 compared(
                     "*-encoder.json",
                     "`finetune/encoder.py`: items near the one before the target, by text, before and after",
