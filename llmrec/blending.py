@@ -156,9 +156,9 @@ def lm_weight(features: Features, weights: Weights, log: list[dict[str, Any]], k
     """
     if LM not in features.names or not len(features.truth):
         return 0.0
-    means, best = _best_lm_weight(features, weights)
+    means, best = best_lm_weight(features, weights)
     gain = cross_fitted(
-        features, lambda part: weights.with_lm(_best_lm_weight(part, weights)[1]), seed
+        features, lambda part: weights.with_lm(best_lm_weight(part, weights)[1]), seed
     ) - per_user(features.of_targets(weights.with_lm(0.0)), OBJECTIVE)
     error = float(gain.std(ddof=1) / np.sqrt(len(gain))) if len(gain) > 1 else np.inf
     chosen = best if gain.mean() > 2 * error else 0.0
@@ -174,7 +174,7 @@ def lm_weight(features: Features, weights: Weights, log: list[dict[str, Any]], k
     return chosen
 
 
-def _best_lm_weight(features: Features, weights: Weights) -> tuple[dict[float, float], float]:
+def best_lm_weight(features: Features, weights: Weights) -> tuple[dict[float, float], float]:
     """NDCG@10 by weight of the language model, and the best weight, the smaller of equals."""
     means = {
         w: float(per_user(features.of_targets(weights.with_lm(w)), OBJECTIVE).mean())
@@ -203,7 +203,7 @@ def weights_with_lm(
     ways: dict[str, Callable[[Features], Weights]] = {
         "as given": lambda part: without,
         **{f"without, {n}": partial(_plain, fit) for n, fit in learned.items()},
-        "on top": lambda part: without.with_lm(_best_lm_weight(part, without)[1]),
+        "on top": lambda part: without.with_lm(best_lm_weight(part, without)[1]),
         **{f"with, {n}": fit for n, fit in learned.items()},
     }
     values = {name: cross_fitted(features, way, seed) for name, way in ways.items()}

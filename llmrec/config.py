@@ -39,6 +39,15 @@ class DataConfig(BaseModel):
     event_weights: dict[str, float] | None = Field(None, description="weight of each event type")
 
 
+class BesideConfig(BaseModel):
+    """A further language model beside the first, trained after it; it stays in the blend if it pays."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    lm: LMConfig
+    training: TrainingConfig = TrainingConfig()
+
+
 class Config(BaseModel):
     """Everything that can be set, with defaults that work."""
 
@@ -49,6 +58,7 @@ class Config(BaseModel):
     retrieval: RetrievalConfig = RetrievalConfig()
     lm: LMConfig = ItemTokensConfig()
     training: TrainingConfig = TrainingConfig()
+    beside: tuple[BesideConfig, ...] = Field((), description="further language models in the blend")
     protocol: ProtocolConfig = ProtocolConfig()
     store: StoreConfig = StoreConfig()
     index: IndexConfig = IndexConfig()
@@ -59,6 +69,9 @@ class Config(BaseModel):
     def _consistent(self) -> Config:
         if self.data.clock == "none" and self.protocol.split == "time":
             raise ValueError("protocol.split = 'time' needs a clock, and data.clock is 'none'")
+        bases = {self.lm.base, *(more.lm.base for more in self.beside)}
+        if len(bases) > 1:
+            raise ValueError(f"language models beside each other need one base, got {sorted(bases)}")
         return self
 
     @classmethod

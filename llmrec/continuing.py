@@ -42,6 +42,7 @@ from llmrec.score.labels import LettersScorer, YesNoScorer
 from llmrec.score.line_tasks import lines_task
 from llmrec.score.tasks import ItemTokensTask, ListwiseTask, Task
 from llmrec.sequences import Replay, Source
+from llmrec.several import SeveralModels
 from llmrec.state import State
 from llmrec.tuning import JUDGED, Continued, FinetuneReport, gain_of, note
 from llmrec.word_model import WordLanguageModel
@@ -135,6 +136,8 @@ def continue_tuning(
     before = state.lm
     if before is None or before.card is None:
         raise ModelError("there is no tuned language model to continue; fine-tune without `since` first")
+    if isinstance(before, SeveralModels):
+        raise ModelError("several language models are in the blend, and one is continued; fine-tune anew")
     _check_shape(before, config)
     after = _since(before, since)
     search, training = config.retrieval, config.training.lasting(minutes)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +20,7 @@ from llmrec.fetch import licence_of, resolve
 from llmrec.language_model import LanguageModel, TunedModel
 from llmrec.metrics import summary
 from llmrec.mining import mined_choices
+from llmrec.persistence import BESIDE
 from llmrec.processes import Processes
 from llmrec.progress import Progress, TrainingReport
 from llmrec.protocols import Codes, Floats
@@ -32,6 +33,7 @@ from llmrec.score.tasks import ItemTokensTask, ListwiseTask, Task
 from llmrec.score.wordwise import VocabularyScorer
 from llmrec.search import with_language_model
 from llmrec.sequences import Portions
+from llmrec.several import beside
 from llmrec.state import State
 from llmrec.training import LoRATrainer
 from llmrec.word_model import WordLanguageModel
@@ -46,6 +48,24 @@ WORDS_VALIDATION_USERS = 100
 
 BATCHES = 3
 """Number of the way that batches and loss are made; a run with others is not continued."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """How a model was trained, and for a further one what joining it to those before gains (`beside`)."""
+
+    mode: str
+    report: TrainingReport
+    entry: dict[str, Any]
+
+    def __str__(self) -> str:
+        if not self.entry:
+            return str(self.report)
+        said = "left out" if self.entry["chosen"] == "earlier" else f"taken ({self.entry['chosen']})"
+        return (
+            f"{self.mode}: {self.report}\n{self.mode} {said}: NDCG@10 {self.entry['gain']:+.4f}, standard "
+            f"error {self.entry['standard_error']:.4f}, over what was there"
+        )
 
 
 class LearnedLog(Protocol):
@@ -83,32 +103,42 @@ def fine_tune(
     *,
     data: str,
     folder: Path | None = None,
+    minutes: float | None = None,
     on_step: OnStep | None = None,
-) -> tuple[TunedModel, TrainingReport, Recipe]:
+) -> tuple[TunedModel, list[Trained], Recipe]:
     """Train on a log, then fit the model's weights in the recipe on what was held out.
 
-    Neither the log nor the fitted retrievers of the state may hold the held-out events.
+    Neither the log nor the fitted retrievers of the state may hold the held-out events. What is configured
+    beside the first model is trained after it, in a folder of its own, and joins it where that pays.
+
+    Parameters
+    ----------
+    training
+        Of the first model.
+    minutes
+        Of each further one; those that its configuration says if None.
     """
     base = resolve(config.lm.base, allow_hub=config.allow_hub)
-    lm: TunedModel
+    wanted = [(config.lm, training), *((more.lm, more.training.lasting(minutes)) for more in config.beside)]
+    made: list[Trained] = []
+    lm: TunedModel | None = None
     with tempfile.TemporaryDirectory(prefix="llmrec-") as temporary:
         place = folder or Path(temporary)
-        if isinstance(config.lm, ItemTokensConfig):
-            lm, report = train_language_model(
-                log,
-                held_out,
-                state.texts,
-                base,
-                config.lm,
-                training,
-                data=data,
-                folder=place,
-                on_step=on_step,
-            )
-        else:
-            lm, report = train_words_model(
-                state, log, held_out, base, config.lm, training, data=data, folder=place, on_step=on_step
-            )
+        for number, (shape, how) in enumerate(wanted):
+            own = place / f"{BESIDE}{number}" if number else place
+            where: dict[str, Any] = {"data": data, "folder": own, "on_step": on_step}
+            new: TunedModel
+            if isinstance(shape, ItemTokensConfig):
+                new, report = train_language_model(log, held_out, state.texts, base, shape, how, **where)
+            else:
+                new, report = train_words_model(state, log, held_out, base, shape, how, **where)
+            entry: dict[str, Any] = {}
+            if lm is None:
+                lm = new
+            else:
+                lm, entry = beside(lm, new, state.recipe, state.retrievers, held_out, config.retrieval)
+            made.append(Trained(shape.mode, report, entry))
+    assert lm is not None
     recipe = with_language_model(
         state.recipe,
         state.retrievers,
@@ -120,7 +150,7 @@ def fine_tune(
         scored=lm.scored,
         judged=lm.judged,
     )
-    return lm, report, recipe
+    return lm, made, replace(recipe, log=[*recipe.log, *(one.entry for one in made if one.entry)])
 
 
 def train_language_model(

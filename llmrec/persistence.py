@@ -137,8 +137,14 @@ def manifest_of(folder: Path) -> dict[str, Any]:
         return {}
 
 
+BESIDE = "beside-"
+"""Begins the names of folders, in that of a training run, in which models beside the first are trained."""
+
+
 def clear_run(folder: Path) -> None:
     """Remove what a training run wrote but its curves, and its folder if nothing else is in it."""
+    for further in folder.glob(f"{BESIDE}*"):
+        clear_run(further)
     for name in ("checkpoint.safetensors", "best.safetensors", RUN_LOG):
         for path in (folder / name, folder / f"{name}.tmp"):
             path.unlink(missing_ok=True)

@@ -164,7 +164,8 @@ class Recommender(Changing):
         Parameters
         ----------
         minutes
-            Time to train; the configuration's `training.minutes` and `steps` if None.
+            Time to train, each model if there are several; the configuration's `training.minutes` and
+            `steps` if None.
         on_step
             Called after each step with the progress and the finished share.
         folder
@@ -430,12 +431,14 @@ class Recommender(Changing):
         return made
 
     def configure(self, config: Config | Mapping[str, Any] | str | Path) -> None:
-        """Take over the sections `lm` and `training` of a configuration for the next fine-tuning.
+        """Take over the sections `lm`, `training` and `beside` of a configuration for the next fine-tuning.
 
         The other sections describe what is fitted already and stay.
         """
         given = Config.of(config)
-        sections: dict[str, Any] = {n: getattr(given, n) for n in given.model_fields_set & {"lm", "training"}}
+        sections: dict[str, Any] = {
+            n: getattr(given, n) for n in given.model_fields_set & {"lm", "training", "beside"}
+        }
         self.config = self.config.model_copy(update=sections)
 
     def close(self) -> None:

@@ -214,12 +214,12 @@ def load_tuned(config: Config, folder: Path, texts: Texts, data: str | None, ser
         If it does not fit, or the base model or its packages cannot be had.
     """
     try:
-        from llmrec.language_model import load_language_model
         from llmrec.score.engine import engine_of
+        from llmrec.several import load_models
     except ImportError as missing:
         raise ImportError('the language model needs: pip install "llmrec[lm]"') from missing
     base = resolve(config.lm.base, allow_hub=config.allow_hub)
-    return load_language_model(folder, base, texts, data, engine=engine_of(config.engine), served=served)
+    return load_models(folder, base, texts, data, engine=engine_of(config.engine), served=served)
 
 
 def adapter_in(folder: Path) -> Path:

@@ -6,7 +6,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,6 +59,7 @@ TUNING = (
     "sequences",
     "adapter",
     "language_model",
+    "several",
     "word_model",
     "lm_training",
     "mining",
@@ -140,19 +141,21 @@ def tuned(
 ) -> tuple[State, dict[str, Any]]:
     """Train the language model, or take up what a run of the same settings left, and fit its weight."""
     from llmrec.lm_training import fine_tune
+    from llmrec.several import SeveralModels
 
     settings = config.training.lasting(minutes)
     with tempfile.TemporaryDirectory(prefix="llmrec-") as temporary:
         # The trainer keeps its own fingerprint, and a finished run is read back.
-        key = [
+        key: list[Any] = [
             split.training.sha256(),
             held_out.sha256(),
             state.catalog.fingerprint,
             config.lm.model_dump(),
             settings.model_dump(),
+            [more.model_dump() for more in config.beside],
             sources(*TUNING),
         ]
-        if not isinstance(config.lm, ItemTokensConfig):
+        if config.beside or not isinstance(config.lm, ItemTokensConfig):
             # Those that read words learn from the candidates that a recipe's retrievers give.
             key += [
                 {**state.recipe.as_dict(), "log": None},
@@ -160,7 +163,7 @@ def tuned(
             ]
         place = cache.place("lm", key) if cache.folder else Path(temporary)
         cache.found["lm"] = (place / "checkpoint.safetensors").is_file()
-        model, report, recipe = fine_tune(
+        model, made, recipe = fine_tune(
             state,
             split.training,
             held_out,
@@ -168,10 +171,15 @@ def tuned(
             settings,
             data=split.log.fingerprint,
             folder=place,
+            minutes=minutes,
             on_step=on_step,
         )
-    card = model.card.training if model.card else {}
-    training = {**card, "minutes": settings.minutes, "events_per_second": report.events_per_second}
+    first = model.members[0].model if isinstance(model, SeveralModels) else model
+    card = first.card.training if first.card else {}
+    speed = made[0].report.events_per_second
+    training: dict[str, Any] = {**card, "minutes": settings.minutes, "events_per_second": speed}
+    if len(made) > 1:
+        training["beside"] = [asdict(one) for one in made[1:]]
     return replace(state, recipe=recipe, lm=model), training
 
 
@@ -217,7 +225,8 @@ def estimate(
     }
     train = config.training.lasting(minutes).minutes
     if lm and train is not None:
-        expected["finetune"] = 60.0 * train
+        further = (more.training.lasting(minutes).minutes or 0.0 for more in config.beside)
+        expected["finetune"] = 60.0 * (train + sum(further))
     return {name: round(seconds, 1) for name, seconds in expected.items()}
 
 

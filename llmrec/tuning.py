@@ -13,7 +13,7 @@ from llmrec.errors import ConfigError
 from llmrec.evaluation.split import tail
 from llmrec.events import EventLog
 from llmrec.language_model import TunedModel
-from llmrec.lm_training import LearnedLog, fine_tune
+from llmrec.lm_training import LearnedLog, Trained, fine_tune
 from llmrec.metrics import Comparison, compare
 from llmrec.progress import Progress, TrainingReport
 from llmrec.recipe import HeldOut, Recipe, fit_retrievers, ranks_in
@@ -60,6 +60,7 @@ class FinetuneReport:
 
     `gain` compares the blend with the merge on the held-out users that chose the weight. `continued` says
     what a tuned model was continued on, and which of the two was kept; None where it was trained anew.
+    `beside` are the models that were trained after the first, and whether they joined it.
     """
 
     training: TrainingReport
@@ -67,6 +68,7 @@ class FinetuneReport:
     query_weight: float
     gain: Comparison
     continued: Continued | None = None
+    beside: tuple[Trained, ...] = ()
 
     def __str__(self) -> str:
         if self.weight or self.query_weight:
@@ -75,7 +77,8 @@ class FinetuneReport:
             used = "weight 0: on held-out events the language model adds nothing beyond noise, it is left out"
         if self.continued is not None:
             return f"{self.training}\n{self.continued}\n{used}\n{self.gain} ({JUDGED})"
-        return f"{self.training}\n{used}\n{self.gain} ({CHOSEN})"
+        trained = "\n".join(map(str, (self.training, *self.beside)))
+        return f"{trained}\n{used}\n{self.gain} ({CHOSEN})"
 
 
 def tune(
@@ -97,9 +100,11 @@ def tune(
     ConfigError
         If there is a stream, and the mode learns from candidates for each event, which needs the log.
     """
-    if stream is not None and config.lm.mode in ("yes_no", "letters"):
+    modes = [config.lm.mode, *(more.lm.mode for more in config.beside)]
+    listwise = [mode for mode in modes if mode in ("yes_no", "letters")]
+    if stream is not None and listwise:
         raise ConfigError(
-            f"lm.mode {config.lm.mode!r} learns from candidates that retrievers give for each event, which "
+            f"lm.mode {listwise[0]!r} learns from candidates that retrievers give for each event, which "
             f"needs the log in memory; a stream is for item_tokens, likelihood and generate"
         )
     train, part = tail(log)
@@ -111,7 +116,7 @@ def tune(
         judges = [log.users[user] for user in part.users.tolist()]
         learned = StreamedLog(stream, state.catalog, config.data, judges)
     state = replace(state, retrievers=fit_retrievers(train, state.texts, state.recipe))
-    lm, report, recipe = fine_tune(
+    lm, (first, *others), recipe = fine_tune(
         state,
         learned,
         held_out,
@@ -119,6 +124,7 @@ def tune(
         config.training.lasting(minutes),
         data=log.fingerprint,
         folder=folder,
+        minutes=minutes,
         on_step=on_step,
     )
     judged = held_out.sample(lm.judged or search.lm_users, search.seed)
@@ -128,7 +134,8 @@ def tune(
     if isinstance(learned, StreamedLog) and learned.until is not None:
         assert lm.card is not None
         lm.card = lm.card.noting(data={**lm.card.training["data"], "until": learned.until})
-    return lm, recipe, FinetuneReport(report, recipe.history.most_lm, recipe.query.most_lm, gain)
+    weights = recipe.history.most_lm, recipe.query.most_lm
+    return lm, recipe, FinetuneReport(first.report, *weights, gain, beside=tuple(others))
 
 
 def gain_of(state: State, judged: HeldOut) -> Comparison:

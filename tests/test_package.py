@@ -44,6 +44,7 @@ LAYERS = [
     {"word_model"},
     {"remote_model"},
     {"language_model"},
+    {"several"},
     {"assembly"},
     {"state", "saved", "streaming"},
     {"mining"},

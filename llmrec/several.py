@@ -1,0 +1,240 @@
+"""Several tuned language models in one blend, each of another mode or training."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmrec.blending import OBJECTIVE, best_lm_weight, cross_fitted
+from llmrec.card import Card
+from llmrec.errors import ModelError
+from llmrec.families import Texts
+from llmrec.features import Features
+from llmrec.language_model import CachingScorer, TunedModel, load_language_model
+from llmrec.pipeline import Weights, normalise, with_rest
+from llmrec.protocols import Codes, Floats, Hits, Query, Retriever
+from llmrec.recipe import HeldOut, Recipe, RetrievalConfig
+from llmrec.score.config import LMConfig
+
+SEVERAL = "several.json"
+"""File that says of an adapter's folder that it holds several, each in a folder by its number."""
+
+SHARES = (0.25, 0.5, 1.0, 2.0, 4.0)
+"""Shares of a further model that are tried; the one before has 1."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """One of several models.
+
+    Parameters
+    ----------
+    share
+        Of its score, scaled to [0, 1] among a request's candidates, in the sum of all.
+    """
+
+    model: TunedModel
+    share: float
+
+
+class SeveralScorer:
+    """The sum of what several models say, each scaled to [0, 1] among a request's candidates.
+
+    Candidates come as the merge ordered them: a model that reads words scores the first ones, as it does
+    alone, and the others get its lowest score.
+    """
+
+    name = "lm"
+
+    def __init__(self, members: Sequence[Member]) -> None:
+        self.members = list(members)
+
+    def forget(self) -> None:
+        """Drop what was read of histories."""
+        for member in self.members:
+            member.model.scorer.forget()
+
+    def score(self, queries: Sequence[Query], candidates: Sequence[Codes]) -> list[Floats]:
+        """The weighted sum for each candidate of each query."""
+        totals = [np.zeros(len(items), np.float32) for items in candidates]
+        for member in self.members:
+            first = [items[: member.model.scored] for items in candidates]
+            for total, scores in zip(totals, member.model.scorer.score(queries, first), strict=True):
+                filled = with_rest(scores, np.arange(len(scores)), len(total))
+                total += np.float32(member.share) * normalise(filled)
+        return totals
+
+    def retrieve(self, queries: Sequence[Query], k: int) -> list[Hits]:
+        """The best items of the first model that proposes any."""
+        proposing = next(m.model for m in self.members if m.model.proposes)
+        return cast(Retriever, proposing.scorer).retrieve(queries, k)
+
+
+class SeveralModels:
+    """Several tuned models as one.
+
+    Parameters
+    ----------
+    members
+        Two or more on one base, in the order in which they were added.
+    """
+
+    def __init__(self, members: Sequence[Member]) -> None:
+        self.members = tuple(members)
+        models = [member.model for member in members]
+        self.scorer: CachingScorer = SeveralScorer(members)
+        self.scored: int | None = None
+        judged = [model.judged for model in models if model.judged is not None]
+        self.judged = min(judged) if judged else None
+        self.proposes = any(model.proposes for model in models)
+        self.reads_unlisted = all(model.reads_unlisted for model in models)
+
+    @property
+    def config(self) -> LMConfig:
+        """Shape of the first one."""
+        return self.members[0].model.config
+
+    @property
+    def card(self) -> Card | None:
+        """That of the latest one, on which is noted what all bring together."""
+        return self.members[-1].model.card
+
+    @card.setter
+    def card(self, card: Card | None) -> None:
+        self.members[-1].model.card = card
+
+    @property
+    def counts(self) -> NDArray[Any]:
+        """Weight of the training events of each item, shape (items,)."""
+        return self.members[0].model.counts
+
+    def save(self, folder: Path) -> None:
+        """Write each into a folder of its own, and their shares."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for number, member in enumerate(self.members):
+            member.model.save(folder / str(number))
+        shares = {"shares": [member.share for member in self.members]}
+        (folder / SEVERAL).write_text(json.dumps(shares), encoding="utf-8")
+
+    def grown(self, texts: Texts) -> SeveralModels:
+        """The same for a catalogue whose texts changed or grew."""
+        return SeveralModels([Member(m.model.grown(texts), m.share) for m in self.members])
+
+    def recounted(self, counts: NDArray[Any]) -> SeveralModels:
+        """The same models after other training events, whose weight for each item has shape (items,)."""
+        return SeveralModels([Member(m.model.recounted(counts), m.share) for m in self.members])
+
+
+def load_models(folder: Path, base: Path, texts: Texts, data: str | None, **how: Any) -> TunedModel:
+    """Load what `save` of one model, or of several, wrote; see `load_language_model`.
+
+    Raises
+    ------
+    ModelError
+        As there, or if what says how many there are is damaged.
+    """
+    path = folder / SEVERAL
+    if not path.is_file():
+        return load_language_model(folder, base, texts, data, **how)
+    try:
+        shares = [float(share) for share in json.loads(path.read_text(encoding="utf-8"))["shares"]]
+    except (OSError, ValueError, KeyError, TypeError) as broken:
+        raise ModelError(f"{path} is damaged: {broken!r}") from broken
+    return SeveralModels(
+        [
+            Member(load_language_model(folder / str(number), base, texts, data, **how), share)
+            for number, share in enumerate(shares)
+        ]
+    )
+
+
+class _Remembered:
+    """A model whose answers to the same candidates are not computed again."""
+
+    def __init__(self, model: TunedModel) -> None:
+        self.model, self.scorer = model, self
+        self.scored, self.proposes = model.scored, model.proposes
+        self._scores: dict[tuple[bytes, str, bytes], Floats] = {}
+        self._hits: list[Hits] | None = None
+
+    def score(self, queries: Sequence[Query], candidates: Sequence[Codes]) -> list[Floats]:
+        keys = [
+            (q.history.tobytes(), q.text, items.tobytes())
+            for q, items in zip(queries, candidates, strict=True)
+        ]
+        rows = [row for row, key in enumerate(keys) if key not in self._scores]
+        found = self.model.scorer.score([queries[i] for i in rows], [candidates[i] for i in rows])
+        self._scores |= {keys[row]: scores for row, scores in zip(rows, found, strict=True)}
+        return [self._scores[key] for key in keys]
+
+    def retrieve(self, queries: Sequence[Query], k: int) -> list[Hits]:
+        # Asked for the same queries each time.
+        if self._hits is None:
+            self._hits = cast(Retriever, self.model.scorer).retrieve(queries, k)
+        return self._hits
+
+
+def beside(
+    earlier: TunedModel,
+    new: TunedModel,
+    recipe: Recipe,
+    retrievers: Mapping[str, Retriever],
+    held_out: HeldOut,
+    config: RetrievalConfig,
+) -> tuple[TunedModel, dict[str, Any]]:
+    """Whether a further model joins the one before, takes its place, or is left out; and what says so.
+
+    Each way is judged by the NDCG@10 of the blend with the best weight for it, cross-fitted over users: the
+    best way has to beat the model before by more than twice the standard error of the gain. Neither model
+    nor `retrievers` may have been fitted on `held_out`.
+    """
+    judged = [model.judged for model in (earlier, new) if model.judged is not None]
+    entry: dict[str, Any] = {"search": f"language model, {new.config.mode} beside what was there"}
+    if not len(held_out.targets):
+        return earlier, {**entry, "users": 0, "gain": 0.0, "standard_error": 0.0, "chosen": "earlier"}
+    part = held_out.sample(config.lm_users, config.seed).sample(min([config.lm_users, *judged]), config.seed)
+    weights = recipe.history.with_lm(0.0)
+    used = [name for name in recipe.settings if weights.ever_uses(name)]
+    hits = {n: retrievers[n].retrieve(part.queries, config.depth) for n in used}
+    before = earlier.members if isinstance(earlier, SeveralModels) else (Member(earlier, 1.0),)
+    known = [(cast(TunedModel, _Remembered(m.model)), m.share) for m in before]
+    added = cast(TunedModel, _Remembered(new))
+
+    def judge(share_before: float, share: float) -> NDArray[np.float64]:
+        shares = [*((model, share_before * own) for model, own in known), (added, share)]
+        members = [Member(model, own) for model, own in shares if own > 0]
+        scorer = SeveralScorer(members)
+        proposes = any(member.model.proposes for member in members)
+        proposed = scorer.retrieve(part.queries, config.depth) if proposes else None
+        features = Features.with_lm(hits, proposed, scorer, part, weights)
+
+        def fitted(some: Features) -> Weights:
+            return weights.with_lm(best_lm_weight(some, weights)[1])
+
+        return cross_fitted(features, fitted, config.seed)
+
+    ways = {"earlier": (1.0, 0.0), "new": (0.0, 1.0)} | {f"both, {s:g}": (1.0, s) for s in SHARES}
+    values = {name: judge(*shares) for name, shares in ways.items()}
+    means = {name: round(float(value.mean()), 5) for name, value in values.items()}
+    best = max((name for name in ways if name != "earlier"), key=lambda name: means[name])
+    gain = values[best] - values["earlier"]
+    error = float(gain.std(ddof=1) / np.sqrt(len(gain))) if len(gain) > 1 else np.inf
+    taken = bool(gain.mean() > 2 * error)
+    entry |= {
+        "users": len(part.targets),
+        OBJECTIVE: means,
+        "gain": round(float(gain.mean()), 5),
+        "standard_error": round(error, 5),
+        "chosen": best if taken else "earlier",
+    }
+    if not taken:
+        return earlier, entry
+    if best == "new":
+        return new, entry
+    return SeveralModels([*before, Member(new, ways[best][1])]), entry
