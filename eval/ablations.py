@@ -190,13 +190,14 @@ def trained(
         lm = WordLanguageModel.new(lm_config, base, texts.lines, counts, seed)
         training = lasting(training, trial["events"] * trial.get("tokens", 1))
         if isinstance(lm.scorer, LikelihoodScorer | VocabularyScorer):
-            task = lines_task(lm.scorer, log.source(), training)
+            task = lines_task(lm.scorer, log.source(), training, lm.typed, lm_config.wishes)
         elif trial.get("negatives") == "random":
             task = ListwiseTask(
                 lm.scorer, random_choices(p, lm_config.listed, lm_config.mined, seed), training
             )
         else:
-            choices = mined_choices(p.state, log, lm_config.listed, lm_config.mined, seed)
+            mined = lm_config.listed, lm_config.mined, seed
+            choices = mined_choices(p.state, log, *mined, wishes=lm_config.wishes)
             task = ListwiseTask(lm.scorer, choices, training)
         sample = p.judging.sample(WORDS_VALIDATION_USERS, 0)
         merged = [found.items for found in p.state.pipeline().recommend(sample.queries, lm_config.candidates)]

@@ -83,9 +83,10 @@ def main(argv: list[str] | None = None) -> None:
     lm = WordLanguageModel.new(shape, base, texts.lines, train.counts(len(catalog)), training.seed)
     task: Task[Any]
     if isinstance(lm.scorer, LikelihoodScorer | VocabularyScorer):
-        task = lines_task(lm.scorer, train.source(), training)
+        task = lines_task(lm.scorer, train.source(), training, lm.typed, shape.wishes)
     else:
-        choices = mined_choices(state, train, shape.listed, shape.mined, training.seed)
+        mined = shape.listed, shape.mined, training.seed
+        choices = mined_choices(state, train, *mined, wishes=shape.wishes)
         task = ListwiseTask(lm.scorer, choices, training)
         tell(
             f"mined {len(choices):,} lists of {np.mean([len(c.candidates) for c in choices]):.1f} candidates"

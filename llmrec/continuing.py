@@ -264,11 +264,12 @@ def _task(
     old = first_parts(log, ends)
     if isinstance(lm.scorer, YesNoScorer | LettersScorer):
         mined = lm.config.listed, lm.config.mined, training.seed
+        wishes = lm.config.wishes
         return ListwiseTask(
             lm.scorer,
-            mined_choices(state, log, *mined, ends),
+            mined_choices(state, log, *mined, ends, wishes),
             training,
-            mined_choices(state, old, *mined),
+            mined_choices(state, old, *mined, wishes=wishes),
             replayed,
         )
     users = [user for user, end in enumerate(ends) if len(log.histories[user]) > end]
@@ -288,7 +289,7 @@ def _task(
             typed=lm.typing(state.texts.lines),
             wishes=lm.config.wishes,
         )
-    return lines_task(lm.scorer, source, training)
+    return lines_task(lm.scorer, source, training, lm.typed, lm.config.wishes)
 
 
 def _candidates(lm: TunedModel, state: State, held_out: HeldOut) -> list[Codes]:

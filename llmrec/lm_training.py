@@ -215,10 +215,10 @@ def train_words_model(
     lm = WordLanguageModel.new(config, base, texts.lines, log.counts(len(texts.lines)), training.seed)
     task: Task[Any]
     if isinstance(lm.scorer, LikelihoodScorer | VocabularyScorer):
-        task = lines_task(lm.scorer, log.source(), training)
+        task = lines_task(lm.scorer, log.source(), training, lm.typed, config.wishes)
     else:
         assert isinstance(log, TrainingLog), "streams are for the modes that learn without candidates"
-        choices = mined_choices(state, log, config.listed, config.mined, training.seed)
+        choices = mined_choices(state, log, config.listed, config.mined, training.seed, wishes=config.wishes)
         task = ListwiseTask(lm.scorer, choices, training)
     sample = held_out.sample(WORDS_VALIDATION_USERS, training.seed)
     merged = state.without_language_model().pipeline().recommend(sample.queries, config.candidates)

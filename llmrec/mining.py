@@ -15,6 +15,7 @@ from llmrec.protocols import Query
 from llmrec.recipe import fit_retrievers
 from llmrec.score.tasks import Choice
 from llmrec.state import State
+from llmrec.text import typed_words
 
 LATER = 1 / 3
 """Share of each history, its end, that retrievers are not fitted on."""
@@ -52,6 +53,7 @@ def mined_choices(
     limit: int,
     seed: int,
     ends: Sequence[int] | None = None,
+    wishes: float = 0.0,
 ) -> list[Choice]:
     """What came next among what the retrievers proposed instead.
 
@@ -67,8 +69,12 @@ def mined_choices(
         Choices at most, of events in a seeded order.
     ends
         Events of each history in its first part; by default all but the last third.
+    wishes
+        Share of events whose item is asked for in words drawn from its line: then what the retrievers
+        propose for history and words are the candidates.
     """
     first = first_parts(log, ends)
+    rng = np.random.default_rng(seed + 1)
     retrievers = fit_retrievers(first, state.texts, state.recipe)
     pipeline = replace(state, retrievers=retrievers, lm=None).pipeline()
     later = [
@@ -88,15 +94,25 @@ def mined_choices(
             np.full(len(asked), -1),
         )
         held_out = part.held_out(state.catalog.active, not state.repeats)
-        found = pipeline.recommend(held_out.queries, listed)
+        queries = list(held_out.queries)
+        if wishes > 0:
+            queries = [
+                replace(query, text=typed_words(state.texts.lines[target], rng))
+                if rng.random() < wishes
+                else query
+                for query, target in zip(queries, held_out.targets, strict=True)
+            ]
+        found = pipeline.recommend(queries, listed)
         for (user, place), query, target, candidates in zip(
-            asked, held_out.queries, held_out.targets, found, strict=True
+            asked, queries, held_out.targets, found, strict=True
         ):
             # An item put in among what was proposed would be known by not being like the others.
             truth = np.flatnonzero(candidates.items == target)
             if len(truth) and len(candidates.items) > 1:
                 weight = 1.0 if log.weights is None else float(log.weights[user][place])
-                choices.append(Choice(Query(query.history), candidates.items, int(truth[0]), weight))
+                choices.append(
+                    Choice(Query(query.history, query.text), candidates.items, int(truth[0]), weight)
+                )
         if len(choices) >= limit:
             break
     return choices[:limit]

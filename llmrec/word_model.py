@@ -18,6 +18,7 @@ from llmrec.card import Card
 from llmrec.families import Texts, changed_lines
 from llmrec.persistence import Arrays, load_arrays, save_arrays
 from llmrec.prompt import Prompt
+from llmrec.protocols import Query
 from llmrec.score.config import WordsConfig
 from llmrec.score.labels import LettersScorer, YesNoScorer
 from llmrec.score.likelihood import LikelihoodModel, LikelihoodScorer
@@ -27,6 +28,7 @@ from llmrec.score.packed import PackedReader
 from llmrec.score.trie import ItemTrie
 from llmrec.score.words import Layout, Vocabulary, WordsModel, WordsPrompt
 from llmrec.score.wordwise import VocabularyScorer
+from llmrec.text import typed_words
 
 SLOTS = {"likelihood": None, "generate": None, "yes_no": "candidate", "letters": "candidates"}
 """What a mode's prompt needs beside the history."""
@@ -91,6 +93,11 @@ class WordLanguageModel:
             trie = ItemTrie(self._shape, self.counts, smoothing)
         self._shape = trie.arrays()
         return LikelihoodScorer(LikelihoodModel(self.words, trie), reader, self.config.beam)
+
+    def typed(self, item: int, rng: np.random.Generator) -> Sequence[int]:
+        """Tokens of what somebody might type who looks for an item; none for a line without words."""
+        words = typed_words(self.lines[item], rng)
+        return self.words.stem(Query(np.empty(0, np.int32), words)) if words else ()
 
     @classmethod
     def new(

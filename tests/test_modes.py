@@ -1,5 +1,6 @@
 """The modes that read words as part of a recommender: learned from, chosen, served, saved, grown."""
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -197,6 +198,25 @@ def test_mined_candidates_come_from_retrievers_that_have_not_seen_the_event(base
     later = sum(len(h) - cut(len(h)) for h in log.histories)
     assert 50 < len(mined_choices(state, log, listed=6, limit=10**6, seed=0)) < later
     assert mined_choices(state, log, 6, 50, 0)[7].candidates.tolist() == choices[7].candidates.tolist()
+
+
+def test_mined_choices_with_wishes_are_among_what_is_found_for_the_words(base):
+    rec = Recommender.fit(ITEMS, EVENTS, config(base, "yes_no"))
+    state, (log, _) = rec._state, tail(rec._log())
+    choices = mined_choices(state, log, 6, 60, 0, wishes=0.5)
+    typed = [choice for choice in choices if choice.query.text]
+    assert 15 < len(typed) < len(choices) - 10
+    pipeline = replace(
+        state, retrievers=fit_retrievers(first_parts(log), state.texts, state.recipe)
+    ).pipeline()
+    for choice in typed[:10]:
+        target = int(choice.candidates[choice.truth])
+        assert set(choice.query.text.split()) <= set(re.findall(r"\w+", state.texts.lines[target]))
+        mask = np.ones(len(state.catalog), np.bool_)
+        mask[choice.query.history] = state.repeats
+        found = pipeline.recommend([replace(choice.query, mask=mask)], 6)[0]
+        assert found.items.tolist() == choice.candidates.tolist()
+    assert not any(choice.query.text for choice in mined_choices(state, log, 6, 60, 0))
 
 
 def _begins(history, start):

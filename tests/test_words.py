@@ -307,6 +307,7 @@ def test_a_tokenizer_without_labels_is_an_error(base):
 
 
 HISTORIES = [codes(0, 5, 9), codes(7), codes(*range(12, 36)), codes(36, 37, 38, 36)]
+ONES = [np.ones(len(history), np.float32) for history in HISTORIES]
 
 
 @pytest.mark.parametrize("normalise", ["trie", "vocabulary"])
@@ -327,6 +328,29 @@ def test_the_loss_of_likelihood_is_the_mean_nats_of_its_scores(base, normalise):
         nats += [-float(score[0]) for score in found]
     counted = np.concatenate([window.weights for window in batch])
     assert float(task.loss(batch).detach()) == pytest.approx(np.average(nats, weights=counted), abs=1e-3)
+
+
+@pytest.mark.parametrize("normalise", ["trie", "vocabulary"])
+def test_the_last_item_of_a_window_with_a_wish_costs_what_it_is_scored_at_behind_the_wish(base, normalise):
+    scorer = likelihood(base)
+    words = scorer.model.words
+    if normalise == "vocabulary":
+        scorer = VocabularyScorer(words, scorer.reader)
+    wished = {9: "golden bridge", 7: "amber", 36: "anchor 2"}
+
+    def typed(item, rng):
+        return words.stem(Query(codes(), wished[item])) if item in wished else ()
+
+    task = lines_task(scorer, Source(HISTORIES, ONES), TrainingConfig(tokens_per_step=10**6), typed, 1.0)
+    (batch,) = task.epoch(np.random.default_rng(0))
+    nats = []
+    for window in batch:
+        queries = [Query(window.items[:n]) for n in range(len(window))]
+        queries[-1] = Query(window.items[:-1], wished.get(int(window.items[-1]), ""))
+        found = scorer.score(queries, [window.items[n : n + 1] for n in range(len(window))])
+        nats += [-float(score[0]) for score in found]
+    assert float(task.loss(batch).detach()) == pytest.approx(np.mean(nats), abs=1e-3)
+    assert sum(bool(len(window.typed)) for window in batch) == 3
 
 
 @pytest.mark.parametrize("mode", [YesNoScorer, LettersScorer])

@@ -61,6 +61,9 @@ class WordsConfig(BaseModel):
     candidates: int = Field(20, ge=2, description="first candidates of the merge that the model scores")
     listed: int = Field(20, ge=2, le=26, description="candidates in a list of yes_no and letters")
     mined: int = Field(20_000, ge=1, description="events that yes_no and letters learn from, at most")
+    wishes: float = Field(
+        0.0, ge=0, le=1, description="share of training examples whose item is asked for in words"
+    )
     normalise: Literal["trie", "vocabulary"] = Field(
         "trie",
         description="of likelihood: a word is one among those that lead to items, or one among all words",

@@ -13,7 +13,7 @@ from torch import Tensor
 from llmrec.score.config import TrainingConfig
 from llmrec.score.likelihood import LikelihoodModel, LikelihoodScorer
 from llmrec.score.packed import Row, forward, row_of
-from llmrec.score.tasks import ROW
+from llmrec.score.tasks import ROW, Typed, asking
 from llmrec.score.trie import ROOT, Tree
 from llmrec.score.words import WordsModel
 from llmrec.score.wordwise import VocabularyScorer
@@ -30,6 +30,8 @@ class LinesTask(ABC):
     ----------
     source
         Windows of histories; an event of weight 0 is read and not learned.
+    typed, wishes
+        What draws a wish for an item, and the share of windows whose last item is asked for by one.
     """
 
     def __init__(
@@ -37,13 +39,17 @@ class LinesTask(ABC):
         model: WordsModel,
         source: Portions,
         config: TrainingConfig,
+        typed: Typed | None = None,
+        wishes: float = 0.0,
     ) -> None:
         self.model, self.config, self.source = model, config, source
+        self.typed, self.wishes = typed, wishes
         self._sizes = model.lines.lengths() + 1
 
     def epoch(self, rng: np.random.Generator, parts: int = 1) -> Iterator[list[Window]]:
         """Windows that hold every event once, grouped at random."""
         for pieces in self.source.portions(rng, self.model.window):
+            pieces = asking(pieces, self.typed, self.wishes, rng)
             for group in packs(self._lengths(pieces), parts * self.config.tokens_per_step, rng):
                 yield [pieces[i] for i in group]
 
@@ -57,7 +63,12 @@ class LinesTask(ABC):
 
     def _lengths(self, batch: Sequence[Window]) -> list[int]:
         """Words of each window."""
-        return [int(self._sizes[window.items].sum()) for window in batch]
+        return [int(self._sizes[window.items].sum()) + len(window.typed) for window in batch]
+
+    def _chain(self, window: Window) -> list[int]:
+        """The lines of a window, the wish before the last one."""
+        words = self.model
+        return [*words.chain(window.items[:-1]), *window.typed, *words.chain(window.items[-1:])]
 
     def loss(self, batch: Sequence[Window]) -> Tensor:
         """Mean nats an item, each with the weight of its event."""
@@ -68,11 +79,13 @@ class LinesTask(ABC):
         for number, row in enumerate(rows_of(self._lengths(batch), ROW)):
             windows = [batch[i] for i in row]
             in_order += windows
-            tree, starts = Tree.beside([words.chain(window.items) for window in windows])
+            tree, starts = Tree.beside([self._chain(window) for window in windows])
             rows.append(row_of(words.start, tree))
             for window, start in zip(windows, starts.tolist(), strict=True):
                 place = start
-                for code in window.items.tolist():
+                for nth, code in enumerate(window.items.tolist(), start=1):
+                    if nth == len(window):
+                        place += len(window.typed)
                     # The state before a chain's first word is that of the instruction's last.
                     lines.append(
                         Line(code, number, lead - 1 if place == start else lead + place - 1, lead + place)
@@ -112,8 +125,10 @@ class LikelihoodTask(LinesTask):
         model: LikelihoodModel,
         source: Portions,
         config: TrainingConfig,
+        typed: Typed | None = None,
+        wishes: float = 0.0,
     ) -> None:
-        super().__init__(model.words, source, config)
+        super().__init__(model.words, source, config, typed, wishes)
         self.likelihood = model
         self._choices: dict[int, list[tuple[int, int, int]]] = {}
 
@@ -163,8 +178,10 @@ def lines_task(
     scorer: LikelihoodScorer | VocabularyScorer,
     source: Portions,
     config: TrainingConfig,
+    typed: Typed | None = None,
+    wishes: float = 0.0,
 ) -> LinesTask:
     """What a model is trained by that scores items by their lines."""
     if isinstance(scorer, VocabularyScorer):
-        return NextTokenTask(scorer.words, source, config)
-    return LikelihoodTask(scorer.model, source, config)
+        return NextTokenTask(scorer.words, source, config, typed, wishes)
+    return LikelihoodTask(scorer.model, source, config, typed, wishes)

@@ -33,6 +33,22 @@ ROW = 256
 """Positions in a row of a packed batch: the cost of attention grows with its square."""
 
 
+Typed = Callable[[int, np.random.Generator], Sequence[int]]
+"""Draws the tokens of a wish that asks for an item; none for an item without words."""
+
+
+def asking(
+    windows: Sequence[Window], typed: Typed | None, share: float, rng: np.random.Generator
+) -> list[Window]:
+    """The same windows, a share of them with a wish for their last item."""
+    if typed is None or share == 0:
+        return list(windows)
+    return [
+        replace(window, typed=typed(int(window.items[-1]), rng)) if rng.random() < share else window
+        for window in windows
+    ]
+
+
 class Task(Protocol[Batch]):
     """Batches of an epoch and their loss. The order of batches follows from the generator alone.
 
@@ -88,7 +104,7 @@ class ItemTokensTask:
         window: int,
         config: TrainingConfig,
         *,
-        typed: Callable[[int, np.random.Generator], Sequence[int]] | None = None,
+        typed: Typed | None = None,
         wishes: float = 0.0,
     ) -> None:
         self.model, self.window, self.config = model, window, config
@@ -98,15 +114,10 @@ class ItemTokensTask:
     def epoch(self, rng: np.random.Generator, parts: int = 1) -> Iterator[list[Window]]:
         """Windows that hold every event once, grouped at random."""
         for pieces in self.source.portions(rng, self.window):
-            if self.typed is not None and self.wishes > 0:
-                pieces = [self._asking(p, rng) if rng.random() < self.wishes else p for p in pieces]
+            pieces = asking(pieces, self.typed, self.wishes, rng)
             sizes = [len(piece) + len(piece.typed) for piece in pieces]
             for group in packs(sizes, parts * self.config.tokens_per_step, rng):
                 yield [pieces[i] for i in group]
-
-    def _asking(self, window: Window, rng: np.random.Generator) -> Window:
-        assert self.typed is not None
-        return replace(window, typed=self.typed(int(window.items[-1]), rng))
 
     def split(self, batch: Sequence[Window], parts: int) -> list[list[Window]]:
         """Parts with about as many items each."""
