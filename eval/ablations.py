@@ -210,6 +210,8 @@ def trained(
         encoder=texts.encoder.fingerprint, data=p.split.log.fingerprint, folder=folder, on_step=None,
     )  # fmt: skip
     lm.scorer.forget()
+    if isinstance(lm, LanguageModel):
+        lm.fit_unseen(p.judging)
     return lm, {
         "events": report.events,
         "steps": report.steps,

@@ -253,6 +253,8 @@ def _train(
         on_step=on_step,
     )
     lm.scorer.forget()
+    if isinstance(lm, LanguageModel):
+        lm.fit_unseen(held_out)
     return report
 
 

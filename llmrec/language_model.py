@@ -22,10 +22,12 @@ from llmrec.families import Texts
 from llmrec.index.faiss_index import EXACT_UP_TO, FaissIndex
 from llmrec.prompt import Prompt
 from llmrec.protocols import Floats, Scorer, VectorIndex
+from llmrec.recipe import HeldOut
 from llmrec.score.config import ItemTokensConfig, LMConfig
 from llmrec.score.engine import Engine
 from llmrec.score.item_tokens import ItemTokenModel, ItemTokenScorer, Wish, instruction_tokens
 from llmrec.score.loading import body_dtype, load_body, shared_body
+from llmrec.score.unseen import fit_unseen
 from llmrec.score.words import Vocabulary
 from llmrec.text import typed_words
 
@@ -176,6 +178,12 @@ class LanguageModel:
 
         return typed
 
+    def fit_unseen(self, held_out: HeldOut) -> None:
+        """Fit the bias of items without training events to held-out users; see `fit_unseen`."""
+        histories = [query.history for query in held_out.queries]
+        fit_unseen(self.model, self.scorer_of(self.model), histories, held_out.targets)
+        self.scorer.forget()
+
     @property
     def counts(self) -> NDArray[Any]:
         """Weight of the training events of each item, shape (items,)."""
@@ -204,8 +212,9 @@ class LanguageModel:
     def save(self, folder: Path) -> None:
         """Write adapter, head and card into a folder; only a trained model can be."""
         parameters = dict(self.model.named_parameters())
-        head = {name: parameters[name] for name in self.model.head_names}
-        write_adapter(folder, self.model.body, {**head, "counts": self.model.counts}, self.config, self.card)
+        head: dict[str, Tensor] = {name: parameters[name] for name in self.model.head_names}
+        head |= {"counts": self.model.counts, "unseen": self.model.unseen}
+        write_adapter(folder, self.model.body, head, self.config, self.card)
 
     @classmethod
     def restored(
@@ -224,7 +233,9 @@ class LanguageModel:
         body = shared_body(base, config.layers, body_dtype(config.precision))
         body = kept_adapter(body, folder, trainable=trainable)
         model, _, wish = _assemble(body, config, base, texts.vectors[: len(counts)], counts)
+        unseen = head.pop("unseen", torch.tensor(0.0))
         model.load_state_dict(head, strict=False)
+        model.unseen.copy_(unseen)
         on_device(model)
         return cls(model, config, wish, card).grown(texts)
 
@@ -238,6 +249,7 @@ class LanguageModel:
         for name in ("id_in.weight", "id_out.weight"):
             state[name] = torch.nn.functional.pad(state[name], (0, 0, 0, len(vectors) - len(old.counts)))
         model.load_state_dict(state, strict=False)
+        model.unseen.copy_(old.unseen)
         made = LanguageModel(model.to(old.counts.device).eval(), self.config, self.wish, self.card)
         made.scorer.grow_from(self.scorer)
         return made

@@ -194,7 +194,7 @@ def train_language_model(
         folder=folder,
         on_step=on_step,
     )
-    lm.scorer.forget()
+    lm.fit_unseen(held_out)
     return lm, report
 
 

@@ -3,21 +3,29 @@
 import numpy as np
 import pytest
 import torch
+from scipy.optimize import minimize_scalar
 
 from llmrec.errors import ModelError
-from llmrec.families import Texts
+from llmrec.families import Texts, TrainingLog
 from llmrec.index.aside import Aside
 from llmrec.index.faiss_index import FaissIndex
-from llmrec.language_model import LanguageModel
+from llmrec.language_model import LanguageModel, load_language_model
+from llmrec.lm_training import train_language_model
 from llmrec.protocols import Query
-from llmrec.score.config import ItemTokensConfig
+from llmrec.recipe import HeldOut
+from llmrec.score.config import ItemTokensConfig, TrainingConfig
 from llmrec.score.item_tokens import ItemTokenScorer
 from llmrec.score.loading import load_body
 from llmrec.score.nearest import Nearest
+from llmrec.score.unseen import UNSEEN_SPREAD
 from llmrec.sequences import pad, windows
 from llmrec.testing import tiny_lm
 
 ITEMS, DIM = 30, 12
+
+
+class Named:
+    fingerprint = "e"
 
 
 @pytest.fixture(scope="module")
@@ -229,3 +237,53 @@ def test_windows_hold_every_event_once_and_in_order():
         assert max(map(len, pieces)) <= 50
         assert np.concatenate([p.items for p in pieces[:-1]]).tolist() == long.tolist()
         assert pieces[-1].items.tolist() == [0, 1, 2]
+
+
+def test_the_bias_of_items_without_events_is_what_held_out_users_say(base, vectors):
+    rng = np.random.default_rng(5)
+    counts = rng.integers(1, 9, ITEMS)
+    counts[:6] = 0
+    lm = LanguageModel.new(config(base), base, vectors, counts, seed=2)
+    asked = histories(*rng.integers(0, 6, 60), seed=6)
+    # Three in ten choose something new, of which there are six items in thirty that count least.
+    targets = np.where(rng.random(60) < 0.3, rng.integers(0, 6, 60), rng.integers(6, ITEMS, 60))
+    held_out = HeldOut([Query(h) for h in asked], targets.astype(np.int32))
+
+    def cost(bias):
+        lm.model.unseen.fill_(float(bias))
+        lm.scorer.forget()
+        found = lm.scorer.log_probs(asked)
+        np.testing.assert_allclose(np.exp(found).sum(axis=1), 1.0, atol=1e-4)
+        return -found[np.arange(60), targets].astype(np.float64).sum() + bias**2 / (2 * UNSEEN_SPREAD**2)
+
+    expected = minimize_scalar(cost, bounds=(-8, 8), method="bounded").x
+    lm.fit_unseen(held_out)
+    assert float(lm.model.unseen) == pytest.approx(expected, abs=0.02) and expected > 0.5
+    share = np.exp(lm.scorer.log_probs(asked))[:, :6].sum(axis=1).mean()
+    assert share == pytest.approx((targets < 6).mean(), abs=0.03)
+
+    # Who chose nothing new says that it is rare, and nobody says nothing.
+    lm.fit_unseen(HeldOut(held_out.queries, np.full(60, 20, np.int32)))
+    assert float(lm.model.unseen) < -1
+    lm.fit_unseen(HeldOut([], np.empty(0, np.int32)))
+    assert float(lm.model.unseen) == 0
+
+
+def test_the_bias_of_items_without_events_is_kept_with_the_model(base, vectors, tmp_path):
+    index = FaissIndex(DIM)
+    index.add(vectors)
+    texts = Texts([f"thing {code}" for code in range(ITEMS)], vectors, Named(), index)
+    log = TrainingLog([np.arange(start, start + 5, dtype=np.int32) for start in range(20)])
+    held_out = HeldOut([Query(h) for h in log.histories], np.full(20, 28, np.int32))
+    steps = TrainingConfig(minutes=None, steps=2, validations=1)
+    where = {"data": "d", "folder": tmp_path / "run"}
+    lm, _ = train_language_model(log, held_out, texts, base, config(base), steps, **where)
+    assert float(lm.model.unseen) > 1
+    lm.save(tmp_path / "adapter")
+    again = load_language_model(tmp_path / "adapter", base, texts, "d")
+    asked = histories(3, 0, seed=3)
+    np.testing.assert_allclose(again.scorer.log_probs(asked), lm.scorer.log_probs(asked), atol=1e-4)
+    more = Texts([*texts.lines, "new"], np.concatenate([vectors, vectors[28:29]]), Named(), index)
+    grown = again.grown(more).scorer.log_probs(asked)
+    # An item that is put in counts as much as one of the same text that was there without events.
+    np.testing.assert_allclose(grown[:, ITEMS], grown[:, 28], atol=1e-5)

@@ -119,6 +119,7 @@ class ItemTokenModel(nn.Module):
     text_vectors: Tensor
     counts: Tensor
     instruction: Tensor
+    unseen: Tensor
 
     def __init__(
         self,
@@ -143,6 +144,8 @@ class ItemTokenModel(nn.Module):
         self.register_buffer("instruction", torch.tensor(instruction, dtype=torch.long), persistent=False)
         self.register_buffer("text_vectors", torch.from_numpy(text_vectors), persistent=False)
         self.register_buffer("counts", torch.from_numpy(counts.astype(np.float32)), persistent=False)
+        # Fitted after training, see `fit_unseen`.
+        self.register_buffer("unseen", torch.tensor(0.0), persistent=False)
 
         self.text_in = nn.Linear(text_dim, hidden)
         self.id_in = nn.Embedding(items, hidden)
@@ -189,10 +192,16 @@ class ItemTokenModel(nn.Module):
             known &= torch.rand(codes.shape, device=codes.device) >= dropout
         return known.unsqueeze(-1)
 
+    def bias(self) -> Tensor:
+        """Log of what each item counts before anything is read, shape (items,).
+
+        That is its training events and one more; without any it is what held-out events say.
+        """
+        return torch.where(self.counts > 0, torch.log1p(self.counts), self.unseen)
+
     def popularity(self) -> Tensor:
-        """Log of the smoothed share of each item in the training events, shape (items,)."""
-        smoothed = self.counts + 1.0
-        return torch.log(smoothed / smoothed.sum())
+        """Log of the share of each item in what all count, shape (items,)."""
+        return torch.log_softmax(self.bias(), dim=0)
 
     def inputs(self, elements: Tensor) -> Tensor:
         """Input vectors of items and of words as `as_words` has them: any shape -> (..., hidden)."""
@@ -440,7 +449,8 @@ class ItemTokenScorer:
         """Logits of the candidates alone."""
         scores: list[Floats] = []
         with self._lock, torch.inference_mode():
-            outputs, bias = self._all_outputs()[0], self._bias()
+            # Popularity but for a constant, so that scores stay when the catalogue grows.
+            outputs, bias = self._all_outputs()[0], self.model.bias()
             for start in range(0, len(queries), CHUNK):
                 states = self._read([self._elements(query) for query in queries[start : start + CHUNK]])
                 for state, items in zip(states, candidates[start : start + CHUNK], strict=True):
@@ -453,11 +463,7 @@ class ItemTokenScorer:
         """Vectors of all items whose product with a state, and a bias each, are the logits."""
         outputs, _ = self._all_outputs()
         vectors = outputs.float() * self.model._scale(outputs)
-        return vectors.cpu().numpy(), self._bias().cpu().numpy()
-
-    def _bias(self) -> Tensor:
-        """Popularity but for a constant, so that it stays when the catalogue grows, shape (items,)."""
-        return torch.log1p(self.model.counts)
+        return vectors.cpu().numpy(), self.model.bias().cpu().numpy()
 
     def grow_from(self, old: ItemTokenScorer) -> None:
         """Take over the index of the same model over a smaller catalogue, when something is searched."""
