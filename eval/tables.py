@@ -1,4 +1,4 @@
-"""Write the results tables of README.md and eval/README.md from eval/results/*.json.
+"""Write the results tables of README.md, eval/README.md and docs/results.md from eval/results/*.json.
 
 python eval/tables.py            # rewrites what is between the results marks
 python eval/tables.py --check    # fails if a table is not what the results say
@@ -415,6 +415,7 @@ def pages() -> dict[Path, str]:
     # Numbers in names in the order of numbers: 10min before 30min.
     results = dict(sorted(read.items(), key=lambda kv: (kv[0].stem.split("-test-")[0], _minutes(kv[1]))))
     return {
+        ROOT / "docs" / "results.md": f"{short(results)}\n\n{retrieval(results)}",
         ROOT / "README.md": f"{short(results)}\n\n{retrieval(results)}\n\n{growth(short=True)}",
         ROOT / "eval" / "README.md": "\n\n".join(
             [
