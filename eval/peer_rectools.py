@@ -2,9 +2,10 @@
 
     python eval/peer_rectools.py FOLDER NAME sasrec|"two stages"
 
-SASRec with softmax loss and the library's defaults, stopped by the loss of the last event of 500 users, and
-then trained anew on everything for as many epochs. The two-stage model has ALS, EASE and popularity as
-candidate generators and CatBoost's YetiRank as reranker, on the last event of each user.
+SASRec with softmax loss and the library's defaults, asked after every ten epochs; what it answers where the
+users who judge find it best is taken, and two stretches without a better one end it. The two-stage model has
+ALS, EASE and popularity as candidate generators and CatBoost's YetiRank as reranker, on the last event of
+each user.
 """
 
 from __future__ import annotations
@@ -17,46 +18,49 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from peer_split import LISTED, columns, read_split, write_lists
+from peer_split import LISTED, columns, ndcg_at_10, read_judges, read_split, write_lists
 
-EPOCHS, PATIENCE, JUDGES = 60, 10, 500
+STRETCH, MOST, PATIENCE = 10, 100, 2
 
 
-def sasrec(dataset: Any) -> Any:
-    """A fitted SASRec."""
+def lists_of(model: Any, dataset: Any, rows: np.ndarray) -> list[np.ndarray]:
+    """The best unseen items of some users."""
+    found = model.recommend(rows, dataset, k=LISTED, filter_viewed=True)
+    by_user = {user: own["item_id"].to_numpy() for user, own in found.groupby("user_id", sort=False)}
+    return [by_user.get(row, np.empty(0, np.int64)) for row in rows.tolist()]
+
+
+def sasrec(dataset: Any, folder: Path, asked: np.ndarray) -> list[np.ndarray]:
+    """Lists of a SASRec, as it was where it was best."""
     from pytorch_lightning import Trainer
-    from pytorch_lightning.callbacks import EarlyStopping
     from rectools.models import SASRecModel
 
-    def last_events(interactions: pd.DataFrame, **_: Any) -> np.ndarray:
-        users = interactions["user_id"].to_numpy()
-        some = np.random.default_rng(0).permutation(np.unique(users))[:JUDGES]
-        last = interactions.groupby("user_id")["datetime"].transform("max") == interactions["datetime"]
-        return np.isin(users, some) & last.to_numpy()
-
-    def trainer(epochs: int, watched: bool) -> Any:
-        stop = [EarlyStopping(SASRecModel.val_loss_name, patience=PATIENCE)] if watched else []
+    def trainer() -> Any:
         return Trainer(
-            max_epochs=epochs,
             accelerator="cpu",
-            callbacks=stop,
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
         )
 
-    same = {"deterministic": True, "recommend_torch_device": "cpu"}
-    trial = SASRecModel(
-        **same, get_val_mask_func=last_events, get_trainer_func=lambda: trainer(EPOCHS, True)
-    ).fit(dataset)
-    epochs = max(1, trial.fit_trainer.current_epoch - PATIENCE)
-    print(f"SASRec: {epochs} epochs")
-    return SASRecModel(**same, get_trainer_func=lambda: trainer(epochs, False)).fit(dataset)
+    judging, next_items = read_judges(folder)
+    model = SASRecModel(deterministic=True, recommend_torch_device="cpu", get_trainer_func=trainer)
+    best, kept, since = -1.0, [], 0
+    for epochs in range(STRETCH, MOST + 1, STRETCH):
+        model.fit_partial(dataset, min_epochs=STRETCH, max_epochs=STRETCH)
+        value = ndcg_at_10(lists_of(model, dataset, judging), next_items)
+        print(f"SASRec, {epochs} epochs: NDCG@10 {value:.4f} where it is judged", flush=True)
+        since += 1
+        if value > best:
+            best, kept, since = value, lists_of(model, dataset, asked), 0
+        if since == PATIENCE:
+            break
+    return kept
 
 
-def two_stages(dataset: Any) -> Any:
-    """A fitted CandidateRankingModel."""
+def two_stages(dataset: Any, asked: np.ndarray) -> list[np.ndarray]:
+    """Lists of a CandidateRankingModel."""
     from catboost import CatBoostRanker
     from implicit.als import AlternatingLeastSquares
     from rectools.model_selection import LastNSplitter
@@ -71,7 +75,8 @@ def two_stages(dataset: Any) -> Any:
         for model in (ImplicitALSWrapperModel(als), EASEModel(), PopularModel())
     ]
     ranker = CatBoostRanker(loss_function="YetiRank", iterations=300, random_state=0, verbose=False)
-    return CandidateRankingModel(generators, LastNSplitter(1), CatBoostReranker(ranker)).fit(dataset)
+    model = CandidateRankingModel(generators, LastNSplitter(1), CatBoostReranker(ranker)).fit(dataset)
+    return lists_of(model, dataset, asked)
 
 
 def main(folder: Path, name: str, kind: str) -> None:
@@ -86,12 +91,8 @@ def main(folder: Path, name: str, kind: str) -> None:
     events = pd.DataFrame({"user_id": rows, "item_id": items, "weight": 1.0, "datetime": day})
     dataset = Dataset.construct(events)
     begun = time.perf_counter()
-    model = {"sasrec": sasrec, "two stages": two_stages}[kind](dataset)
-    seconds = time.perf_counter() - begun
-    found = model.recommend(asked, dataset, k=LISTED, filter_viewed=True)
-    by_user = {user: own["item_id"].to_numpy() for user, own in found.groupby("user_id", sort=False)}
-    nothing = np.empty(0, np.int64)
-    write_lists(folder, name, [by_user.get(row, nothing) for row in asked.tolist()], seconds)
+    lists = two_stages(dataset, asked) if kind == "two stages" else sasrec(dataset, folder, asked)
+    write_lists(folder, name, lists, time.perf_counter() - begun)
 
 
 if __name__ == "__main__":

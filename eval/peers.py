@@ -3,8 +3,8 @@
     python eval/peers.py --data ../shared/data/ml-latest-small --config eval/configs/ml-latest-small.toml
 
 Each library is installed into a virtual environment of its own, under runs/peers, and run in a process of its
-own. Everything is trained on the training part. Held-out events of some users choose what is chosen for ours
-and train LightGBM; the others are asked. Full ranking, seen items excluded. Rerankers order the first
+own. Everything is trained on the training part. Held-out events of some users choose what is chosen and train
+LightGBM; the others are asked. Full ranking, seen items excluded. Rerankers order the first
 candidates of our merge. What learns by the clock is given --minutes; our sequence models are given as long as
 Cornac's took, or until validation stops them. Answers are kept in runs/peers/NAME, and what is there is not
 made again. The defaults of ours were chosen on validation events of amazon-beauty, so there the comparison is
@@ -110,16 +110,18 @@ def prepare(data: Path, config: Config, users: int, minutes: float) -> Prepared:
     half = np.random.default_rng(0).permutation(len(everyone))
     cut = min(users, len(everyone) // 2)
     asked, judging = everyone.take(np.sort(half[:cut])), everyone.take(np.sort(half[cut:]))
-    judges = judging.held_out(catalog.active, exclude_seen=True).sample(config.retrieval.search_users, 0)
+    judging = judging.sample(config.retrieval.search_users, 0)
+    judges = judging.held_out(catalog.active, exclude_seen=True)
     recipe, retrievers = choose_recipe(split.training, judges, texts, config.retrieval, print)
     state = State(catalog, texts, recipe, retrievers, repeats=False, depth=config.retrieval.depth)
     folder = RUNS / "peers" / data.name
     folder.mkdir(parents=True, exist_ok=True)
     rows = [user for user, history in enumerate(split.train) if len(history)]
     row_of = {user: row for row, user in enumerate(rows)}
-    write_split(
-        folder, [split.train[user] for user in rows], np.array([row_of[u] for u in asked.users.tolist()])
+    asked_rows, judging_rows = (
+        np.array([row_of[user] for user in part.users.tolist()]) for part in (asked, judging)
     )
+    write_split(folder, [split.train[user] for user in rows], asked_rows, judging_rows, judges.targets)
     held_out = asked.held_out(catalog.active, exclude_seen=True)
     return Prepared(config, split, state, judges, held_out, folder, minutes)
 
