@@ -204,9 +204,10 @@ def trained(
         validate = partial(measure_words, lm, sample, merged)
     if not trial["events"]:
         return on_device(lm), {"events": 0}
+    items = f"{name} {sorted(trial.items())} {hash_words(p.state)}"
     report = run_training(
         lm, task, training, validate, log=log, held_out=len(p.judging.queries),
-        selected_on=p.judging.sha256(), items=f"{name} {sorted(trial.items())}", base=base,
+        selected_on=p.judging.sha256(), items=items, base=base,
         encoder=texts.encoder.fingerprint, data=p.split.log.fingerprint, folder=folder, on_step=None,
     )  # fmt: skip
     lm.scorer.forget()
@@ -414,7 +415,7 @@ def main(argv: list[str] | None = None) -> None:
         }
         if path.is_file():
             there = json.loads(path.read_text(encoding="utf-8"))
-            if {k: there[k] for k in ("trial", *whose)} == {"trial": described_by, **whose}:
+            if {k: there.get(k) for k in ("trial", *whose)} == {"trial": described_by, **whose}:
                 continue
         begun = time.perf_counter()
         found, ranks = run(p, trial, trials[trial], folder / f"{trial}.run")

@@ -25,8 +25,27 @@ LENGTH_SORTED = 20
 """Pairs read at once, which `predict` sorts by length."""
 
 
+def cross_encoder(base: Path, vocabulary: Vocabulary, **model: Any) -> Any:
+    """`CrossEncoder` with `LogitScore`: the logit of yes less that of no after a prompt, and nothing else.
+
+    Without the modality a chat template would be put around the prompt, and what is asked would be another.
+    """
+    from sentence_transformers import CrossEncoder
+    from sentence_transformers.base.modules import Transformer
+    from sentence_transformers.cross_encoder.modules import LogitScore
+
+    reader = Transformer(
+        str(base),
+        transformer_task="text-generation",
+        modality_config={"text": {"method": "forward", "method_output_name": "logits"}},
+        module_output_name="causal_logits",
+        model_kwargs=model,
+    )
+    return CrossEncoder(modules=[reader, LogitScore(*yes_no_labels(vocabulary))], device="cpu")
+
+
 class CrossScorer:
-    """`CrossEncoder` with `LogitScore`: logit of yes less that of no, each pair read by itself.
+    """A CrossEncoder that reads each candidate with its history by itself.
 
     Parameters
     ----------
@@ -42,18 +61,13 @@ class CrossScorer:
 
     def __init__(self, base: Path, lines: Sequence[str], shape: WordsConfig) -> None:
         from peft import LoraConfig
-        from sentence_transformers import CrossEncoder
-        from sentence_transformers.base.modules import Transformer
-        from sentence_transformers.cross_encoder.modules import LogitScore
         from transformers import AutoTokenizer
 
         vocabulary = Vocabulary(base)
         tokens = vocabulary.lines(lines, shape.line_tokens)
         self.prompt = WordsPrompt(vocabulary, layout_of(shape), tokens, shape.window)
         self.decode = AutoTokenizer.from_pretrained(base).decode
-        reader = Transformer(str(base), transformer_task="text-generation")
-        score = LogitScore(*yes_no_labels(vocabulary))
-        self.model = CrossEncoder(modules=[reader, score], device="cpu")
+        self.model = cross_encoder(base, vocabulary)
         self.model.add_adapter(LoraConfig(r=shape.rank, lora_alpha=shape.alpha, target_modules=shape.targets))
 
     def pair(self, query: Query, code: int) -> str:

@@ -32,12 +32,15 @@ def lists_of(model: Any, dataset: Any, rows: np.ndarray) -> list[np.ndarray]:
 
 def sasrec(dataset: Any, folder: Path, asked: np.ndarray) -> list[np.ndarray]:
     """Lists of a SASRec, as it was where it was best."""
-    from pytorch_lightning import Trainer
+    from pytorch_lightning import Trainer, seed_everything
     from rectools.models import SASRecModel
+
+    seed_everything(0, verbose=False)
 
     def trainer() -> Any:
         return Trainer(
             accelerator="cpu",
+            deterministic=True,
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
@@ -45,7 +48,7 @@ def sasrec(dataset: Any, folder: Path, asked: np.ndarray) -> list[np.ndarray]:
         )
 
     judging, next_items = read_judges(folder)
-    model = SASRecModel(deterministic=True, recommend_torch_device="cpu", get_trainer_func=trainer)
+    model = SASRecModel(recommend_torch_device="cpu", get_trainer_func=trainer)
     best, kept, since = -1.0, [], 0
     for epochs in range(STRETCH, MOST + 1, STRETCH):
         model.fit_partial(dataset, min_epochs=STRETCH, max_epochs=STRETCH)
@@ -65,7 +68,12 @@ def two_stages(dataset: Any, asked: np.ndarray) -> list[np.ndarray]:
     from implicit.als import AlternatingLeastSquares
     from rectools.model_selection import LastNSplitter
     from rectools.models import EASEModel, ImplicitALSWrapperModel, PopularModel
-    from rectools.models.ranking import CandidateGenerator, CandidateRankingModel, CatBoostReranker
+    from rectools.models.ranking import (
+        CandidateGenerator,
+        CandidateRankingModel,
+        CatBoostReranker,
+        PerUserNegativeSampler,
+    )
 
     als = AlternatingLeastSquares(factors=64, regularization=0.05, alpha=2.0, iterations=20, random_state=0)
     generators = [
@@ -74,8 +82,11 @@ def two_stages(dataset: Any, asked: np.ndarray) -> list[np.ndarray]:
         )
         for model in (ImplicitALSWrapperModel(als), EASEModel(), PopularModel())
     ]
-    ranker = CatBoostRanker(loss_function="YetiRank", iterations=300, random_state=0, verbose=False)
-    model = CandidateRankingModel(generators, LastNSplitter(1), CatBoostReranker(ranker)).fit(dataset)
+    ranker = CatBoostRanker(
+        loss_function="YetiRank", iterations=300, random_state=0, verbose=False, allow_writing_files=False
+    )
+    drawn = PerUserNegativeSampler(random_state=0)
+    model = CandidateRankingModel(generators, LastNSplitter(1), CatBoostReranker(ranker), drawn).fit(dataset)
     return lists_of(model, dataset, asked)
 
 

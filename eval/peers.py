@@ -4,11 +4,16 @@
 
 Each library is installed into a virtual environment of its own, under runs/peers, and run in a process of its
 own. Everything is trained on the training part. Held-out events of some users choose what is chosen and train
-LightGBM; the others are asked. Full ranking, seen items excluded. Rerankers order the first
-candidates of our merge. What learns by the clock is given --minutes; our sequence models are given as long as
-Cornac's took, or until validation stops them. Answers are kept in runs/peers/NAME, and what is there is not
-made again. The defaults of ours were chosen on validation events of amazon-beauty, so there the comparison is
-an upper estimate. Writes eval/results/NAME-peers.json.
+LightGBM; the others are asked. Full ranking, seen items excluded. Rerankers order the first candidates of our
+merge. Answers are kept in runs/peers/NAME, and what is there is not made again. Writes
+eval/results/NAME-peers.json.
+
+What is not the same for all: what learns by the clock is given --minutes, our sequence models as long as
+Cornac's took or until the judging users stop them, as they stop RecTools' SASRec; Cornac has fixed epochs;
+ALS and the CrossEncoder have the settings that stand here. The CrossEncoder learns from four negatives of a
+choice, `yes_no` from the whole list, and its state that is best where it is judged is kept. Seconds are of a
+system's own training: rerankers and blends need the merge besides. The defaults of ours were chosen on
+validation events of amazon-beauty, so there the comparison is an upper estimate.
 """
 
 from __future__ import annotations
@@ -40,7 +45,7 @@ from llmrec.evaluation.protocol import make_split
 from llmrec.evaluation.split import Split
 from llmrec.features import Features
 from llmrec.fetch import resolve
-from llmrec.lm_training import in_order, train_language_model, train_words_model
+from llmrec.lm_training import hash_words, in_order, train_language_model, train_words_model
 from llmrec.metrics import Ranks, compare, holm, summary
 from llmrec.mining import mined_choices
 from llmrec.offline import core_of
@@ -79,6 +84,12 @@ class Prepared:
     asked: HeldOut
     folder: Path
     minutes: float
+    fitting: float
+
+    @property
+    def key(self) -> str:
+        """Says of which users, and of which merge, an answer is."""
+        return f"{self.asked.sha256()} {self.judging.sha256()} {hash_words(self.state)}"
 
     def timed(self, name: str) -> str:
         """Name of a system that learned for so many minutes."""
@@ -112,7 +123,9 @@ def prepare(data: Path, config: Config, users: int, minutes: float) -> Prepared:
     asked, judging = everyone.take(np.sort(half[:cut])), everyone.take(np.sort(half[cut:]))
     judging = judging.sample(config.retrieval.search_users, 0)
     judges = judging.held_out(catalog.active, exclude_seen=True)
+    begun = time.perf_counter()
     recipe, retrievers = choose_recipe(split.training, judges, texts, config.retrieval, print)
+    fitting = time.perf_counter() - begun
     state = State(catalog, texts, recipe, retrievers, repeats=False, depth=config.retrieval.depth)
     folder = RUNS / "peers" / data.name
     folder.mkdir(parents=True, exist_ok=True)
@@ -123,7 +136,7 @@ def prepare(data: Path, config: Config, users: int, minutes: float) -> Prepared:
     )
     write_split(folder, [split.train[user] for user in rows], asked_rows, judging_rows, judges.targets)
     held_out = asked.held_out(catalog.active, exclude_seen=True)
-    return Prepared(config, split, state, judges, held_out, folder, minutes)
+    return Prepared(config, split, state, judges, held_out, folder, minutes, fitting)
 
 
 def python_of(packages: tuple[str, ...], name: str) -> Path:
@@ -175,7 +188,7 @@ def sequence(p: Prepared, kind: Any, text: bool) -> Found:
 def merged(p: Prepared) -> Found:
     """Our merge: the default recipe without a language model."""
     found = p.state.pipeline().recommend(p.asked.queries, 100)
-    return Found(ranks_in((c.items for c in found), p.asked.targets), 0.0, {})
+    return Found(ranks_in((c.items for c in found), p.asked.targets), p.fitting, {})
 
 
 def hits_of(p: Prepared, held_out: HeldOut) -> dict[str, Sequence[Hits]]:
@@ -238,6 +251,7 @@ def item_tokens(p: Prepared) -> dict[str, Found]:
             data=p.split.log.fingerprint,
             folder=Path(temporary),
         )
+    lm.fit_unseen(p.judging)
     plain = p.state.recipe.history.with_lm(0.0)
 
     def features(held_out: HeldOut) -> Features:
@@ -286,8 +300,8 @@ def crossed(p: Prepared) -> Found:
 def kept(p: Prepared, name: str) -> Found:
     """What an earlier run found on the same split."""
     there = np.load(p.folder / f"{name}.npz", allow_pickle=False)
-    if str(there["users"]) != p.asked.sha256():
-        raise FileNotFoundError(f"{name} was asked for other users")
+    if str(there["key"]) != p.key:
+        raise FileNotFoundError(f"{name} was asked for other users, or beside another merge")
     return Found(there["ranks"], float(there["seconds"]), json.loads(str(there["notes"])))
 
 
@@ -299,7 +313,7 @@ def keep(p: Prepared, name: str, found: Found) -> None:
         ranks=found.ranks,
         seconds=found.seconds,
         notes=json.dumps(dict(found.notes)),
-        users=p.asked.sha256(),
+        key=p.key,
     )
 
 

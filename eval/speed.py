@@ -35,6 +35,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from peer_cross import cross_encoder
 from rich.console import Console
 
 from llmrec.assembly import read_catalog, read_log
@@ -217,9 +218,6 @@ def prompts(words: WordsModel, query: Query, items: Codes, last: list[int]) -> l
 
 def others(base: Path, texts: Texts, counts: Any, precision: Precision) -> list[System]:
     """The same model asked by other means."""
-    from sentence_transformers import CrossEncoder
-    from sentence_transformers.base.modules import Transformer
-    from sentence_transformers.cross_encoder.modules import LogitScore
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     dtype = body_dtype(precision)
@@ -230,8 +228,7 @@ def others(base: Path, texts: Texts, counts: Any, precision: Precision) -> list[
     labels = torch.tensor(letter_labels(words.vocabulary))
     model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype).eval()
     decode = AutoTokenizer.from_pretrained(base).decode
-    transformer = Transformer(str(base), transformer_task="text-generation", model_kwargs={"dtype": dtype})
-    cross = CrossEncoder(modules=[transformer, LogitScore(yes, no)], device="cpu")
+    cross = cross_encoder(base, words.vocabulary, dtype=dtype)
 
     def crossed(size: int) -> Answer:
         def answer(query: Query, items: Codes) -> Any:
@@ -267,7 +264,7 @@ def others(base: Path, texts: Texts, counts: Any, precision: Precision) -> list[
             pad_token_id=words.vocabulary.end,
         )
 
-    body = transformer.model.base_model
+    body = cross[0].model.base_model
     return [
         *(System(f"CrossEncoder, batches of {n}", crossed(n), body, slow=True) for n in BATCHES),
         System(ONE_BY_ONE, one_by_one, model.base_model, slow=True),

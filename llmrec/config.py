@@ -69,9 +69,6 @@ class Config(BaseModel):
     def _consistent(self) -> Config:
         if self.data.clock == "none" and self.protocol.split == "time":
             raise ValueError("protocol.split = 'time' needs a clock, and data.clock is 'none'")
-        bases = {self.lm.base, *(more.lm.base for more in self.beside)}
-        if len(bases) > 1:
-            raise ValueError(f"language models beside each other need one base, got {sorted(bases)}")
         return self
 
     @classmethod
@@ -113,6 +110,19 @@ class Config(BaseModel):
         for section, flags in sections.items():
             values[section] |= {name: value for name, value in flags.items() if value is not None}
         return Config.of(values)
+
+
+def one_base(config: Config) -> None:
+    """Make sure that language models beside each other have one base.
+
+    Raises
+    ------
+    ConfigError
+        If they have not.
+    """
+    bases = {config.lm.base, *(more.lm.base for more in config.beside)}
+    if len(bases) > 1:
+        raise ConfigError(f"language models beside each other need one base, got {sorted(bases)}")
 
 
 def _keys(place: Sequence[int | str]) -> list[str]:

@@ -138,9 +138,8 @@ def continue_tuning(
         raise ModelError("there is no tuned language model to continue; fine-tune without `since` first")
     if isinstance(before, SeveralModels):
         raise ModelError("several language models are in the blend, and one is continued; fine-tune anew")
-    _check_shape(before, config)
     after = _since(before, since)
-    search, training = config.retrieval, config.training.lasting(minutes)
+    search, training = config.retrieval, _training(before, config).lasting(minutes)
     news = News.of(log, after, search.lm_users, search.seed)
     state = replace(state, retrievers=fit_retrievers(news.log, state.texts, state.recipe))
     base = resolve(config.lm.base, allow_hub=config.allow_hub)
@@ -179,13 +178,18 @@ def continue_tuning(
     return cast(TunedModel, kept.lm), FinetuneReport(report, *weights, gain, continued)
 
 
-def _check_shape(before: TunedModel, config: Config) -> None:
-    """Refuse settings of `lm` that the tuned model was not made with."""
+def _training(before: TunedModel, config: Config) -> TrainingConfig:
+    """How the tuned model is trained; refuses settings of `lm` that it was not made with."""
+    for more in config.beside:
+        # One that took the place of the first.
+        if more.lm == before.config:
+            return more.training
     now, then = config.lm.model_dump(), before.config.model_dump()
     names = [name for name in {**then, **now} if then.get(name) != now.get(name)]
     if names:
         changed = ", ".join(f"{name} {then.get(name)!r} -> {now.get(name)!r}" for name in names)
         raise ConfigError(f"the tuned model has other settings of lm: {changed}; fine-tune anew to use these")
+    return config.training
 
 
 def _since(before: TunedModel, since: Since) -> int:

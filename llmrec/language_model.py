@@ -49,6 +49,8 @@ class TunedModel(Protocol):
         What it belongs to; None before it is trained.
     scored
         How many of the first candidates it scores; None for all.
+    scores_all
+        Whether it scores all candidates, so that weights can be fitted anew with its score.
     judged
         How many held-out users choose its weight, at most; None for `retrieval.lm_users`.
     proposes
@@ -59,6 +61,7 @@ class TunedModel(Protocol):
 
     card: Card | None
     scored: int | None
+    scores_all: bool
     judged: int | None
     proposes: bool
     reads_unlisted: bool
@@ -158,6 +161,7 @@ class LanguageModel:
         many = len(model.counts) > EXACT_UP_TO
         self.scorer = self.scorer_of(model, _indexed if many else None)
         self.scored: int | None = None
+        self.scores_all = True
         self.judged: int | None = None
         self.proposes = True
         self.reads_unlisted = True

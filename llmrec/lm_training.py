@@ -13,8 +13,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from llmrec.card import make_card
-from llmrec.config import Config
+from llmrec.card import Card, make_card
+from llmrec.config import Config, one_base
 from llmrec.families import Texts, TrainingLog
 from llmrec.fetch import licence_of, resolve
 from llmrec.language_model import LanguageModel, TunedModel
@@ -57,6 +57,7 @@ class Trained:
     mode: str
     report: TrainingReport
     entry: dict[str, Any]
+    card: Card | None
 
     def __str__(self) -> str:
         if not self.entry:
@@ -104,6 +105,7 @@ def fine_tune(
     data: str,
     folder: Path | None = None,
     minutes: float | None = None,
+    natural: bool = True,
     on_step: OnStep | None = None,
 ) -> tuple[TunedModel, list[Trained], Recipe]:
     """Train on a log, then fit the model's weights in the recipe on what was held out.
@@ -117,7 +119,10 @@ def fine_tune(
         Of the first model.
     minutes
         Of each further one; those that its configuration says if None.
+    natural
+        Whether what is held out says how often items without training events are chosen.
     """
+    one_base(config)
     base = resolve(config.lm.base, allow_hub=config.allow_hub)
     wanted = [(config.lm, training), *((more.lm, more.training.lasting(minutes)) for more in config.beside)]
     made: list[Trained] = []
@@ -130,6 +135,8 @@ def fine_tune(
             new: TunedModel
             if isinstance(shape, ItemTokensConfig):
                 new, report = train_language_model(log, held_out, state.texts, base, shape, how, **where)
+                if natural:
+                    new.fit_unseen(held_out)
             else:
                 new, report = train_words_model(state, log, held_out, base, shape, how, **where)
             entry: dict[str, Any] = {}
@@ -137,7 +144,7 @@ def fine_tune(
                 lm = new
             else:
                 lm, entry = beside(lm, new, state.recipe, state.retrievers, held_out, config.retrieval)
-            made.append(Trained(shape.mode, report, entry))
+            made.append(Trained(shape.mode, report, entry, new.card))
     assert lm is not None
     recipe = with_language_model(
         state.recipe,
@@ -148,6 +155,7 @@ def fine_tune(
         config.retrieval,
         proposes=lm.proposes,
         scored=lm.scored,
+        scores_all=lm.scores_all,
         judged=lm.judged,
     )
     return lm, made, replace(recipe, log=[*recipe.log, *(one.entry for one in made if one.entry)])
@@ -194,7 +202,7 @@ def train_language_model(
         folder=folder,
         on_step=on_step,
     )
-    lm.fit_unseen(held_out)
+    lm.scorer.forget()
     return lm, report
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from llmrec.assembly import read_catalog, read_log
 from llmrec.catalog import Catalog
-from llmrec.config import Config
+from llmrec.config import Config, one_base
 from llmrec.environment import environment
 from llmrec.errors import DataError, LeakError
 from llmrec.evaluation import leaks
@@ -153,6 +153,8 @@ def evaluate(
         catalog, split, len(sampled), len(reported), typed_queries, config, lm=lm, minutes=minutes
     )
     on_stage(f"expected: {in_words(expected)}")
+    if lm:
+        one_base(config)
     texts = cached_texts(catalog, config, cache, on_stage)
     clock.lap("encode")
     search = config.retrieval.for_repeats(not exclude_seen)
@@ -172,7 +174,8 @@ def evaluate(
         state, training = tuned(state, split, judged, config, minutes, cache, on_step)
         assert state.lm is not None
         fresh = state.lm.scorer.forget
-        checked += leaks.check_language_model(state.lm.counts, training, split, judged)
+        for one in (training, *training.get("beside", ())):
+            checked += leaks.check_language_model(state.lm.counts, one, split, judged)
         checked += leaks.check_recipe(state.recipe, held_out, judged)
         clock.lap("finetune")
     else:

@@ -16,7 +16,7 @@ from llmrec import persistence
 from llmrec.assembly import encode, read_catalog, read_log
 from llmrec.catalog import Catalog
 from llmrec.changing import Changing
-from llmrec.config import Config
+from llmrec.config import Config, one_base
 from llmrec.errors import ConfigError, RequestError
 from llmrec.evaluation.run import Systems, run_systems
 from llmrec.evaluation.split import Part, tail
@@ -439,7 +439,9 @@ class Recommender(Changing):
         sections: dict[str, Any] = {
             n: getattr(given, n) for n in given.model_fields_set & {"lm", "training", "beside"}
         }
-        self.config = self.config.model_copy(update=sections)
+        merged = self.config.model_copy(update=sections)
+        one_base(merged)
+        self.config = merged
 
     def close(self) -> None:
         """Release the event store and the vector index; vectors on a server go if nothing was saved."""

@@ -62,6 +62,7 @@ class RemoteLanguageModel:
         self.lines, self.counts = lines, counts
         self.card: Card | None = card
         self.scored: int | None = config.candidates
+        self.scores_all = False
         self.judged: int | None = config.judged
         self.reads_unlisted = config.mode == "yes_no"
         self.scorer = KINDS[config.mode, config.normalise](prompt, engine, model, scale)

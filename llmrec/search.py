@@ -83,6 +83,7 @@ def with_language_model(
     *,
     proposes: bool = True,
     scored: int | None = None,
+    scores_all: bool = True,
     judged: int | None = None,
 ) -> Recipe:
     """Fit the weight of the language model for requests by history and with typed words.
@@ -90,15 +91,17 @@ def with_language_model(
     Typed words of people without a history get a weight of their own: there the model may know nothing but
     what is popular.
 
-    Neither `retrievers` nor `model` may have been fitted on `held_out`.
+    Neither `retrievers` nor `model` may have been trained on `held_out`.
 
     Parameters
     ----------
     proposes
         Whether the model's own best items join the candidates; then it is a `Retriever` too.
     scored
-        How many of the first candidates the model scores; None for all. Where it does not score all, its
-        score is added to the blend that is there, since other weights would show it other candidates.
+        How many of the first candidates the model scores; None for all.
+    scores_all
+        Where it does not score all, its score is added to the blend that is there, since other weights would
+        show it other candidates.
     judged
         Held-out users that are asked, at most.
     """
@@ -122,7 +125,7 @@ def with_language_model(
         features = Features.with_lm(hits, proposed, model, part, weights, scored)
         if kind.startswith("query"):
             return weights.with_lm(lm_weight(features, weights, log, kind, config.seed))
-        if scored is None:
+        if scored is None and scores_all:
             chosen = weights_with_lm(features, weights, log, kind, config.seed)
         else:
             chosen = weights.with_lm(lm_weight(features, weights, log, kind, config.seed))

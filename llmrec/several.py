@@ -11,16 +11,19 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from llmrec.blending import OBJECTIVE, best_lm_weight, cross_fitted
+from llmrec.blending import OBJECTIVE, best_lm_weight
 from llmrec.card import Card
 from llmrec.errors import ModelError
 from llmrec.families import Texts
 from llmrec.features import Features
 from llmrec.language_model import CachingScorer, TunedModel, load_language_model
-from llmrec.pipeline import Weights, normalise, with_rest
+from llmrec.metrics import per_user
+from llmrec.pipeline import normalise, with_rest
 from llmrec.protocols import Codes, Floats, Hits, Query, Retriever
 from llmrec.recipe import HeldOut, Recipe, RetrievalConfig
 from llmrec.score.config import LMConfig
+from llmrec.score.engine import Engine
+from llmrec.search import chosen_on
 
 SEVERAL = "several.json"
 """File that says of an adapter's folder that it holds several, each in a folder by its number."""
@@ -47,7 +50,8 @@ class SeveralScorer:
     """The sum of what several models say, each scaled to [0, 1] among a request's candidates.
 
     Candidates come as the merge ordered them: a model that reads words scores the first ones, as it does
-    alone, and the others get its lowest score.
+    alone, and the others get its lowest score. Since each query is scaled by itself, scores of two queries
+    are comparable in their order alone.
     """
 
     name = "lm"
@@ -89,7 +93,9 @@ class SeveralModels:
         self.members = tuple(members)
         models = [member.model for member in members]
         self.scorer: CachingScorer = SeveralScorer(members)
-        self.scored: int | None = None
+        scored = [model.scored for model in models]
+        self.scored: int | None = None if None in scored else max(n for n in scored if n is not None)
+        self.scores_all = all(model.scores_all for model in models)
         judged = [model.judged for model in models if model.judged is not None]
         self.judged = min(judged) if judged else None
         self.proposes = any(model.proposes for model in models)
@@ -131,24 +137,37 @@ class SeveralModels:
         return SeveralModels([Member(m.model.recounted(counts), m.share) for m in self.members])
 
 
-def load_models(folder: Path, base: Path, texts: Texts, data: str | None, **how: Any) -> TunedModel:
+def load_models(
+    folder: Path,
+    base: Path,
+    texts: Texts,
+    data: str | None,
+    *,
+    engine: Engine | None = None,
+    served: str = "",
+) -> TunedModel:
     """Load what `save` of one model, or of several, wrote; see `load_language_model`.
 
     Raises
     ------
     ModelError
-        As there, or if what says how many there are is damaged.
+        As there, if what says how many there are is damaged, or if several should run on one server.
     """
     path = folder / SEVERAL
     if not path.is_file():
-        return load_language_model(folder, base, texts, data, **how)
+        return load_language_model(folder, base, texts, data, engine=engine, served=served)
+    if engine is not None:
+        raise ModelError(
+            f"{folder} holds several language models, and an inference server runs one: unset engine.url and "
+            f"LLMREC_ENGINE_URL, or tune one"
+        )
     try:
         shares = [float(share) for share in json.loads(path.read_text(encoding="utf-8"))["shares"]]
     except (OSError, ValueError, KeyError, TypeError) as broken:
         raise ModelError(f"{path} is damaged: {broken!r}") from broken
     return SeveralModels(
         [
-            Member(load_language_model(folder / str(number), base, texts, data, **how), share)
+            Member(load_language_model(folder / str(number), base, texts, data), share)
             for number, share in enumerate(shares)
         ]
     )
@@ -190,15 +209,17 @@ def beside(
 ) -> tuple[TunedModel, dict[str, Any]]:
     """Whether a further model joins the one before, takes its place, or is left out; and what says so.
 
-    Each way is judged by the NDCG@10 of the blend with the best weight for it, cross-fitted over users: the
-    best way has to beat the model before by more than twice the standard error of the gain. Neither model
-    nor `retrievers` may have been fitted on `held_out`.
+    By cross-fitting over users: the way, the share and the weight that are best in NDCG@10 on one half are
+    judged on the other, and have to beat the model before, with the best weight for it, by more than twice
+    the standard error of the gain. Neither model nor `retrievers` may have been trained on `held_out`.
     """
     judged = [model.judged for model in (earlier, new) if model.judged is not None]
     entry: dict[str, Any] = {"search": f"language model, {new.config.mode} beside what was there"}
     if not len(held_out.targets):
         return earlier, {**entry, "users": 0, "gain": 0.0, "standard_error": 0.0, "chosen": "earlier"}
-    part = held_out.sample(config.lm_users, config.seed).sample(min([config.lm_users, *judged]), config.seed)
+    part = held_out.sample(config.lm_users, config.seed)
+    entry = chosen_on(entry["search"], part)
+    part = part.sample(min([config.lm_users, *judged]), config.seed)
     weights = recipe.history.with_lm(0.0)
     used = [name for name in recipe.settings if weights.ever_uses(name)]
     hits = {n: retrievers[n].retrieve(part.queries, config.depth) for n in used}
@@ -206,29 +227,39 @@ def beside(
     known = [(cast(TunedModel, _Remembered(m.model)), m.share) for m in before]
     added = cast(TunedModel, _Remembered(new))
 
-    def judge(share_before: float, share: float) -> NDArray[np.float64]:
+    def blended(share_before: float, share: float) -> Features:
         shares = [*((model, share_before * own) for model, own in known), (added, share)]
         members = [Member(model, own) for model, own in shares if own > 0]
         scorer = SeveralScorer(members)
         proposes = any(member.model.proposes for member in members)
         proposed = scorer.retrieve(part.queries, config.depth) if proposes else None
-        features = Features.with_lm(hits, proposed, scorer, part, weights)
-
-        def fitted(some: Features) -> Weights:
-            return weights.with_lm(best_lm_weight(some, weights)[1])
-
-        return cross_fitted(features, fitted, config.seed)
+        return Features.with_lm(hits, proposed, scorer, part, weights)
 
     ways = {"earlier": (1.0, 0.0), "new": (0.0, 1.0)} | {f"both, {s:g}": (1.0, s) for s in SHARES}
-    values = {name: judge(*shares) for name, shares in ways.items()}
-    means = {name: round(float(value.mean()), 5) for name, value in values.items()}
-    best = max((name for name in ways if name != "earlier"), key=lambda name: means[name])
-    gain = values[best] - values["earlier"]
+    features = {name: blended(*shares) for name, shares in ways.items()}
+
+    def fitted(names: Sequence[str], rows: NDArray[np.int64]) -> tuple[str, float, dict[str, float]]:
+        """The best of some ways on some users, its weight, and NDCG@10 of each way with the best weight."""
+        found = {name: best_lm_weight(features[name].take(rows), weights) for name in names}
+        means = {name: values[weight] for name, (values, weight) in found.items()}
+        best = max(names, key=lambda name: round(means[name], 7))
+        return best, found[best][1], means
+
+    half = np.random.default_rng(config.seed).permutation(len(part.targets)) % 2
+    gain = np.zeros(len(half))
+    new_ways = [name for name in ways if name != "earlier"]
+    for side in (0, 1):
+        own, rest = np.flatnonzero(half == side), np.flatnonzero(half != side)
+        for names, sign in ((new_ways, 1.0), (["earlier"], -1.0)):
+            name, weight, _ = fitted(names, rest)
+            ranks = features[name].take(own).of_targets(weights.with_lm(weight))
+            gain[own] += sign * per_user(ranks, OBJECTIVE)
+    best, _, means = fitted(list(ways), np.arange(len(half)))
     error = float(gain.std(ddof=1) / np.sqrt(len(gain))) if len(gain) > 1 else np.inf
-    taken = bool(gain.mean() > 2 * error)
+    taken = best != "earlier" and bool(gain.mean() > 2 * error)
     entry |= {
         "users": len(part.targets),
-        OBJECTIVE: means,
+        OBJECTIVE: {name: round(value, 5) for name, value in means.items()},
         "gain": round(float(gain.mean()), 5),
         "standard_error": round(error, 5),
         "chosen": best if taken else "earlier",

@@ -6,7 +6,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -141,7 +141,6 @@ def tuned(
 ) -> tuple[State, dict[str, Any]]:
     """Train the language model, or take up what a run of the same settings left, and fit its weight."""
     from llmrec.lm_training import fine_tune
-    from llmrec.several import SeveralModels
 
     settings = config.training.lasting(minutes)
     with tempfile.TemporaryDirectory(prefix="llmrec-") as temporary:
@@ -172,14 +171,15 @@ def tuned(
             data=split.log.fingerprint,
             folder=place,
             minutes=minutes,
+            natural=config.protocol.split != "cold-item",
             on_step=on_step,
         )
-    first = model.members[0].model if isinstance(model, SeveralModels) else model
-    card = first.card.training if first.card else {}
+    cards = [one.card.training if one.card else {} for one in made]
     speed = made[0].report.events_per_second
-    training: dict[str, Any] = {**card, "minutes": settings.minutes, "events_per_second": speed}
+    training: dict[str, Any] = {**cards[0], "minutes": settings.minutes, "events_per_second": speed}
     if len(made) > 1:
-        training["beside"] = [asdict(one) for one in made[1:]]
+        further = zip(made[1:], cards[1:], strict=True)
+        training["beside"] = [{"mode": one.mode, **card, "joining": one.entry} for one, card in further]
     return replace(state, recipe=recipe, lm=model), training
 
 

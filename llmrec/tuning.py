@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from llmrec.config import Config
+from llmrec.config import Config, one_base
 from llmrec.errors import ConfigError
 from llmrec.evaluation.split import tail
 from llmrec.events import EventLog
@@ -98,8 +98,10 @@ def tune(
     Raises
     ------
     ConfigError
-        If there is a stream, and the mode learns from candidates for each event, which needs the log.
+        If models beside each other have several bases, or there is a stream, and the mode learns from
+        candidates for each event, which needs the log.
     """
+    one_base(config)
     modes = [config.lm.mode, *(more.lm.mode for more in config.beside)]
     listwise = [mode for mode in modes if mode in ("yes_no", "letters")]
     if stream is not None and listwise:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from llmrec.adapter import fresh_adapter, kept_adapter, on_device, write_adapter
 from llmrec.card import Card
+from llmrec.errors import ConfigError
 from llmrec.families import Texts, changed_lines
 from llmrec.persistence import Arrays, load_arrays, save_arrays
 from llmrec.prompt import Prompt
@@ -73,6 +74,7 @@ class WordLanguageModel:
         self.dtype = body_dtype(config.precision)
         self.scorer = self._scorer()
         self.scored: int | None = config.candidates
+        self.scores_all = False
         self.judged: int | None = config.judged
         self.proposes = config.mode == "generate"
         # The tree of all lines is not grown for one request.
@@ -113,13 +115,21 @@ class WordLanguageModel:
             The catalogue in words, by code.
         counts
             Weight of the training events of each item, shape (items,).
+
+        Raises
+        ------
+        ConfigError
+            If it shall learn from wishes, and its prompt has no place for one.
         """
+        layout = layout_of(config)
+        if config.wishes > 0 and not any("{wish}" in line for line in layout.between):
+            raise ConfigError(f"lm.wishes needs a line with {{wish}} in the prompt {config.prompt_name!r}")
         torch.manual_seed(seed)
         body, head = load_causal(base, config.layers, body_dtype(config.precision))
         vocabulary = Vocabulary(base)
         tokens = vocabulary.lines(lines, config.line_tokens)
         adapted = fresh_adapter(body, config)
-        words = WordsModel(adapted, head, vocabulary, layout_of(config), tokens, config.window)
+        words = WordsModel(adapted, head, vocabulary, layout, tokens, config.window)
         if SLOTS[config.mode] is None:
             torch.nn.init.constant_(words.scale, FIRST_SCALE)
         return cls(words, config, lines, counts)

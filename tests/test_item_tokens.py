@@ -257,6 +257,7 @@ def test_the_bias_of_items_without_events_is_what_held_out_users_say(base, vecto
         return -found[np.arange(60), targets].astype(np.float64).sum() + bias**2 / (2 * UNSEEN_SPREAD**2)
 
     expected = minimize_scalar(cost, bounds=(-8, 8), method="bounded").x
+    lm.model.unseen.zero_()
     lm.fit_unseen(held_out)
     assert float(lm.model.unseen) == pytest.approx(expected, abs=0.02) and expected > 0.5
     share = np.exp(lm.scorer.log_probs(asked))[:, :6].sum(axis=1).mean()
@@ -265,8 +266,12 @@ def test_the_bias_of_items_without_events_is_what_held_out_users_say(base, vecto
     # Who chose nothing new says that it is rare, and nobody says nothing.
     lm.fit_unseen(HeldOut(held_out.queries, np.full(60, 20, np.int32)))
     assert float(lm.model.unseen) < -1
+    before = float(lm.model.unseen)
     lm.fit_unseen(HeldOut([], np.empty(0, np.int32)))
-    assert float(lm.model.unseen) == 0
+    assert float(lm.model.unseen) == before
+    # What was fitted to many stays where few are asked.
+    lm.fit_unseen(HeldOut(held_out.queries[:2], held_out.targets[6:8]))
+    assert abs(float(lm.model.unseen) - before) < abs(before)
 
 
 def test_the_bias_of_items_without_events_is_kept_with_the_model(base, vectors, tmp_path):
@@ -278,6 +283,7 @@ def test_the_bias_of_items_without_events_is_kept_with_the_model(base, vectors, 
     steps = TrainingConfig(minutes=None, steps=2, validations=1)
     where = {"data": "d", "folder": tmp_path / "run"}
     lm, _ = train_language_model(log, held_out, texts, base, config(base), steps, **where)
+    lm.fit_unseen(held_out)
     assert float(lm.model.unseen) > 1
     lm.save(tmp_path / "adapter")
     again = load_language_model(tmp_path / "adapter", base, texts, "d")

@@ -15,7 +15,7 @@ from llmrec.offline import evaluate
 from llmrec.pipeline import LM
 from llmrec.protocols import Hits, Query
 from llmrec.recipe import HeldOut, fit_retrievers
-from llmrec.several import SEVERAL, Member, SeveralModels, SeveralScorer, beside
+from llmrec.several import SEVERAL, Member, SeveralModels, SeveralScorer, beside, load_models
 from llmrec.testing import tiny_lm, toy_data
 
 ITEMS, EVENTS = toy_data(users=80, items=30, seed=1)
@@ -26,6 +26,7 @@ class Said:
 
     def __init__(self, of, scored=None, proposes=False, judged=None):
         self.of, self.scored, self.proposes, self.judged = of, scored, proposes, judged
+        self.scores_all = scored is None
         self.scorer, self.config = self, SimpleNamespace(mode="said")
         self.card, self.reads_unlisted, self.asked = None, True, 0
 
@@ -200,14 +201,25 @@ def test_saved_and_loaded_both_answer_the_same_and_grow_with_the_catalogue(tuned
     again.forget("u3")
 
 
+def save_members(rec, folder):
+    rec._state.lm.save(folder / "adapter")
+    return folder / "adapter"
+
+
+def test_where_all_read_words_none_scores_more_than_each_does_alone():
+    few, more = Said(knowing(EVEN), scored=3), Said(knowing(ODD), scored=5)
+    both = SeveralModels([Member(few, 1.0), Member(more, 1.0)])
+    assert (both.scored, both.scores_all, both.proposes) == (5, False, False)
+
+
 def test_an_evaluation_trains_both_and_reports_both(base, tmp_path):
     found = evaluate(ITEMS, EVENTS, settings(base), folder=tmp_path).result
     training = found["training"]
     assert training["steps"] == 6
     (further,) = training["beside"]
-    assert further["mode"] == "yes_no" and further["report"]["steps"] == 6
-    assert further["entry"]["chosen"] in further["entry"]["ndcg@10"]
-    assert further["entry"] in found["recipe"]["log"]
+    assert further["mode"] == "yes_no" and further["steps"] == 6
+    assert further["joining"]["chosen"] in further["joining"]["ndcg@10"]
+    assert further["joining"] in found["recipe"]["log"]
     # What is kept is taken up again.
     again = evaluate(ITEMS, EVENTS, settings(base), folder=tmp_path).result
     assert again["systems"] == found["systems"]
@@ -218,8 +230,14 @@ def test_what_cannot_be_is_a_clear_error(tuned, base, tmp_path):
     rec, _ = tuned
     with pytest.raises(ModelError, match="several language models"):
         rec.finetune(since="last")
+    other = [{"lm": {"mode": "yes_no", "base": "another"}}]
     with pytest.raises(ConfigError, match="one base"):
-        settings(base, beside=[{"lm": {"mode": "yes_no", "base": "another"}}])
+        rec.configure({"beside": other})
+    assert rec.config.beside[0].lm.base == str(base)
+    with pytest.raises(ConfigError, match="one base"):
+        evaluate(ITEMS, EVENTS, settings(base, beside=other))
+    with pytest.raises(ModelError, match="holds several language models"):
+        load_models(save_members(rec, tmp_path), base, rec.texts, None, engine=object())
     with pytest.raises(ConfigError, match="yes_no"):
         rec.finetune(stream=[])
     rec.save(tmp_path / "model")

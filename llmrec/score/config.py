@@ -62,7 +62,10 @@ class WordsConfig(BaseModel):
     listed: int = Field(20, ge=2, le=26, description="candidates in a list of yes_no and letters")
     mined: int = Field(20_000, ge=1, description="events that yes_no and letters learn from, at most")
     wishes: float = Field(
-        0.0, ge=0, le=1, description="share of training examples whose item is asked for in words"
+        0.0,
+        ge=0,
+        le=1,
+        description="share of windows, or of events that candidates are looked for, asked for in words",
     )
     normalise: Literal["trie", "vocabulary"] = Field(
         "trie",

@@ -22,8 +22,8 @@ def fit_unseen(
     """Fit the bias of items without training events, one number for all, to what held-out users chose.
 
     Training says nothing of it: such items are never chosen there. The number minimises the nats of the
-    targets plus those of a normal prior around the bias of an item that counts 1; then the items without
-    events together have about the probability that users choose one of them.
+    targets plus those of a normal prior around what it was, at first that of an item that counts 1; then the
+    items without events together have about the probability that users choose one of them.
 
     Parameters
     ----------
@@ -33,21 +33,22 @@ def fit_unseen(
         Of the held-out users, which the model was not trained on; shape (users,).
     """
     unseen = (model.counts == 0).cpu().numpy()
-    model.unseen.zero_()
+    before = float(model.unseen)
     if not len(targets) or unseen.all() or not unseen.any():
         return
     scorer.forget()
-    # Log-odds, with the bias at 0, of the items without events against the others.
+    # Log-odds, with the bias as it was, of the items without events against the others.
     odds = []
     for start in range(0, len(targets), ROWS):
         p = np.exp(scorer.log_probs(histories[start : start + ROWS]).astype(np.float64))
         odds.append(np.log(p[:, unseen].sum(axis=1)) - np.log(p[:, ~unseen].sum(axis=1)))
     known, chosen = np.concatenate(odds), float(unseen[targets].sum())
+    # Of what is added to the bias.
     low, high = -20.0, 20.0
     for _ in range(60):
         middle = (low + high) / 2
         # The slope of the nats falls to 0 where the expected choices are those that were made.
         slope = chosen - float((1 / (1 + np.exp(-(known + middle)))).sum()) - middle / UNSEEN_SPREAD**2
         low, high = (middle, high) if slope > 0 else (low, middle)
-    model.unseen.fill_((low + high) / 2)
+    model.unseen.fill_(before + (low + high) / 2)
     scorer.forget()
