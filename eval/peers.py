@@ -284,7 +284,7 @@ def yes_no(p: Prepared) -> Found:
             data=p.split.log.fingerprint,
             folder=Path(temporary),
         )
-    return reranked(p, lm.scorer, report.seconds, words=report.events)
+    return reranked(p, lm.scorer, report.seconds, choices=report.events)
 
 
 def crossed(p: Prepared) -> Found:
