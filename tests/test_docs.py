@@ -15,7 +15,7 @@ import pytest
 
 from llmrec import Recommender
 from llmrec.catalog import Catalog
-from llmrec.config import DataConfig
+from llmrec.config import Config, DataConfig
 from llmrec.errors import DataError
 from llmrec.serve import ServeConfig, create_app
 from llmrec.streaming import StreamedLog
@@ -121,7 +121,9 @@ def test_the_page_about_fine_tuning_runs(guide, monkeypatch, capsys):
     assert names["rec"].adapters == ("shop-b",)
     names["rec"].close()
     assert capsys.readouterr().out.splitlines()[-1] == "('shop-b',)"
-    (adapters,) = blocks("finetuning.md", "toml")
+    modes, adapters = blocks("finetuning.md", "toml")
+    config = Config.of(tomllib.loads(modes))
+    assert [config.lm.mode, *(more.lm.mode for more in config.beside)] == ["item_tokens", "yes_no"]
     assert ServeConfig.of(tomllib.loads(adapters)).adapters["shop-b"].weight == 0.5
 
 

@@ -20,10 +20,14 @@ ROOT = Path(__file__).parent.parent
 
 
 def program(name):
-    spec = importlib.util.spec_from_file_location(name.replace("/", "_"), ROOT / f"{name}.py")
+    path = ROOT / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name.replace("/", "_"), path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look there
-    spec.loader.exec_module(module)
+    # As a program that is run finds what lies beside it.
+    with pytest.MonkeyPatch.context() as patched:
+        patched.syspath_prepend(path.parent)
+        spec.loader.exec_module(module)
     return module
 
 
@@ -238,6 +242,34 @@ def test_ablations_hold_each_trial_against_another_and_are_not_repeated(
     for c in result["comparisons"]:
         own, other = (found[c[side]]["systems"][c["of"]]["ndcg@10"] for side in "ab")
         assert c["difference"] == pytest.approx(own - other)
+    # The table has a row a trial, with what was measured.
+    rows = program("eval/tables_trials").ablations("toy-ablations", result).splitlines()
+    for trial, own in found.items():
+        (row,) = [row for row in rows if row.startswith((f"| {trial} |", f"| {trial}: "))]
+        for values in (own["systems"].get(kind) for kind in ("alone", "first 20")):
+            assert values is None or f"| {values['ndcg@10']:.4f} |" in row
+    assert any("(to default)" in row for row in rows if row.startswith("| random-lora"))
+
+
+def test_what_workers_of_other_libraries_are_given_and_judge_by(tmp_path):
+    split = program("eval/peer_split")
+    rng = np.random.default_rng(0)
+    histories = [rng.permutation(40)[:n] for n in (3, 1, 7)]
+    split.write_split(tmp_path, histories, np.array([2, 0]), np.array([1]), np.array([5]))
+    there, asked = split.read_split(tmp_path)
+    assert [h.tolist() for h in there] == [h.tolist() for h in histories] and asked.tolist() == [2, 0]
+    assert [part.tolist() for part in split.read_judges(tmp_path)] == [[1], [5]]
+    rows, items, places = split.columns(there)
+    assert [items[(rows == row)][np.argsort(places[rows == row])].tolist() for row in range(3)] == [
+        h.tolist() for h in histories
+    ]
+    lists = [rng.permutation(40)[:100] for _ in range(200)]
+    targets = rng.integers(0, 40, 200)
+    ranks = np.array([int(np.flatnonzero(own == t)[0]) + 1 for own, t in zip(lists, targets, strict=True)])
+    assert split.ndcg_at_10(lists, targets) == pytest.approx(summary(ranks, ["ndcg@10"])["ndcg@10"])
+    split.write_lists(tmp_path, "some", [np.arange(3), np.arange(150)], 1.5)
+    written = np.load(tmp_path / "some.npz")["lists"]
+    assert written.shape == (2, 100) and (written[0, 3:] == -1).all() and written[1, 99] == 99
 
 
 def test_the_trials_that_are_shipped_are_valid_and_held_against_trials_that_there_are():
