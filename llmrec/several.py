@@ -216,7 +216,7 @@ def beside(
     judged = [model.judged for model in (earlier, new) if model.judged is not None]
     entry: dict[str, Any] = {"search": f"language model, {new.config.mode} beside what was there"}
     if not len(held_out.targets):
-        return earlier, {**entry, "users": 0, "gain": 0.0, "standard_error": 0.0, "chosen": "earlier"}
+        return earlier, {**entry, "judged": 0, "gain": 0.0, "standard_error": 0.0, "chosen": "earlier"}
     part = held_out.sample(config.lm_users, config.seed)
     entry = chosen_on(entry["search"], part)
     part = part.sample(min([config.lm_users, *judged]), config.seed)
@@ -258,7 +258,7 @@ def beside(
     error = float(gain.std(ddof=1) / np.sqrt(len(gain))) if len(gain) > 1 else np.inf
     taken = best != "earlier" and bool(gain.mean() > 2 * error)
     entry |= {
-        "users": len(part.targets),
+        "judged": len(part.targets),
         OBJECTIVE: {name: round(value, 5) for name, value in means.items()},
         "gain": round(float(gain.mean()), 5),
         "standard_error": round(error, 5),
