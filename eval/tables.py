@@ -426,7 +426,7 @@ def pages() -> dict[Path, str]:
                 load(),
                 reasons(),
                 *(ablations(path.stem, read_json(path)) for path in results_like("*-ablations.json")),
-                compared("*-peers.json", "`eval/peers.py`: other libraries and ours, full ranking"),
+                compared("*-peers.json", "`eval/peers.py`: the systems below on one split, full ranking"),
                 compared(
                     "*-encoder.json",
                     "`finetune/encoder.py`: items near the one before the target, by text, before and after",
