@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from llmrec.card import Card
 from llmrec.errors import ModelError
+from llmrec.lora import fused
 from llmrec.model_card import model_card
 from llmrec.score.config import ItemTokensConfig, LMConfig, WordsConfig
 from llmrec.tensors import read_tensors, write_tensors
@@ -33,14 +34,14 @@ def fresh_adapter(body: Any, config: LMConfig) -> Any:
     adapted: Any = get_peft_model(body, settings)
     # peft notes the folder, which says nothing on another machine.
     adapted.peft_config["default"].base_model_name_or_path = config.base
-    return adapted
+    return fused(adapted)
 
 
 def kept_adapter(body: Any, folder: Path, *, trainable: bool = False) -> Any:
     """The body with the LoRA matrices that `write_adapter` wrote, for serving or to train them further."""
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(body, str(folder), is_trainable=trainable)
+    return fused(PeftModel.from_pretrained(body, str(folder), is_trainable=trainable))
 
 
 def write_adapter(

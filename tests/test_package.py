@@ -35,7 +35,7 @@ LAYERS = [
     {"blending"},
     {"search"},
     {"selection"},
-    {"encoder_training", "evaluation", "fetch", "persistence", "processes", "progress", "tensors"},
+    {"encoder_training", "evaluation", "fetch", "lora", "persistence", "processes", "progress", "tensors"},
     {"run_log", "sharding"},
     {"training"},
     {"card", "config"},

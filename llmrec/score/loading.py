@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from llmrec.errors import ModelError
 from llmrec.quiet import quiet_transformers
+from llmrec.score.attention import use_blocks
 from llmrec.score.config import Precision
 
 _shared: weakref.WeakValueDictionary[tuple[str, int | None, torch.dtype, bool], nn.Module] = (
@@ -49,6 +50,7 @@ def load_body(folder: Path, layers: int | None, dtype: torch.dtype) -> nn.Module
         )
     if info["missing_keys"]:
         raise ModelError(f"{folder} lacks weights: {', '.join(sorted(info['missing_keys'])[:5])}")
+    use_blocks(body)
     return first_layers(body, layers, folder)
 
 
@@ -94,6 +96,7 @@ def load_causal(folder: Path, layers: int | None, dtype: torch.dtype) -> tuple[n
     head = model.get_output_embeddings()
     if head is None or getattr(head, "bias", None) is not None:
         raise ModelError(f"{type(model).__name__} has no plain word head; use another base model")
+    use_blocks(model.base_model)
     return first_layers(model.base_model, layers, folder), head.weight.detach()
 
 

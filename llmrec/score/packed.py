@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from llmrec.protocols import Codes, Floats, Query
+from llmrec.score.attention import mask_of
 from llmrec.score.trie import Ints, Tree
 
 logger = logging.getLogger(__name__)
@@ -110,7 +111,7 @@ def forward(
     from transformers import DynamicCache
 
     embedding: Tensor = body.get_input_embeddings().weight  # type: ignore[operator]
-    device, dtype = embedding.device, embedding.dtype
+    device = embedding.device
     longest, read = max(len(row.tokens) for row in rows), max(row.read for row in rows)
     tokens = np.zeros((len(rows), longest), dtype=np.int64)
     positions = np.zeros((len(rows), longest), dtype=np.int64)
@@ -122,12 +123,11 @@ def forward(
         tokens[i, :n], positions[i, :n] = row.tokens, row.positions
         sees[i, :n, : row.read] = row.sees[:, : row.read]
         sees[i, :n, read : read + n] = row.sees[:, row.read :]
-    mask = torch.zeros(sees.shape, dtype=dtype).masked_fill_(~torch.from_numpy(sees), torch.finfo(dtype).min)
     past = DynamicCache(_stacked(rows, read)) if read else None
     output = body(
         input_ids=torch.from_numpy(tokens).to(device),
         position_ids=torch.from_numpy(positions).to(device),
-        attention_mask=mask[:, None].to(device),
+        attention_mask=mask_of(sees, embedding),
         past_key_values=past,
         use_cache=keep,
     )

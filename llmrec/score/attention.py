@@ -1,0 +1,187 @@
+"""Attention of packed prompts on a processor: blocks of queries meet the keys that they see, not all.
+
+In a packed prompt most pairs of a query and a key are hidden by the mask: branches do not see each other,
+and nothing sees what comes after it. The dense kernel multiplies all of them. Here the keys that a block of
+queries sees are gathered first; what a block does not see is never multiplied, and the rest is the usual
+softmax over the same keys.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional
+
+NAME = "llmrec_blocks"
+"""Of this attention among those of transformers."""
+
+BLOCK = 64
+"""Queries that share their keys."""
+
+ALIKE = 0.8
+"""Blocks with at least this share of the most keys of a group are multiplied together, padded."""
+
+WORTH = 0.75
+"""Share of all pairs up to which gathering pays."""
+
+
+@dataclass(slots=True)
+class Group:
+    """Blocks of queries that see about as many keys.
+
+    Parameters
+    ----------
+    queries, keys
+        Places among the queries and keys of all rows, shape (blocks * BLOCK,) and (blocks * keys,).
+    mask
+        What is added to the products, shape (blocks, BLOCK, keys).
+    scratch
+        Kept from layer to layer.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    mask: Tensor
+    scratch: Tensor | None = None
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+        """Attention of the queries, shape (blocks * BLOCK, heads, dim), from those of all rows.
+
+        `query` has shape (heads, queries, dim), `key` and `value` (key heads, keys, dim).
+        """
+        blocks, block, n = self.mask.shape
+        heads, shared = len(query), len(query) // len(key)
+        # Heads that share their keys are further queries of these.
+        q = query.index_select(1, self.queries).view(len(key), shared, blocks, block, -1)
+        q = q.permute(2, 0, 1, 3, 4).reshape(blocks, len(key), shared * block, -1)
+        k, v = (
+            x.index_select(1, self.keys).view(len(x), blocks, n, -1).transpose(0, 1) for x in (key, value)
+        )
+        mask = self.mask.to(q.dtype).repeat(1, shared, 1)[:, None]
+        if q.dtype == torch.bfloat16 and not torch.is_grad_enabled():
+            # The kernel multiplies in float32; two products in bfloat16 take little more than half its time.
+            scale = q.shape[-1] ** -0.5 if scale is None else scale
+            scores, shares = self._scratch((blocks, len(key), shared * block, n), q)
+            torch.matmul(q * scale, k.transpose(-1, -2), out=scores)
+            torch.softmax(scores.add_(mask), dim=-1, out=shares)
+            found = shares @ v
+        else:
+            found = functional.scaled_dot_product_attention(q, k, v, mask, scale=scale)
+        found = found.view(blocks, len(key), shared, block, -1).permute(0, 3, 1, 2, 4)
+        given: Tensor = found.reshape(blocks * block, heads, -1)
+        return given
+
+    def _scratch(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """Memory for two such products, the same for all layers: new pages would take as long again."""
+        if self.scratch is None or self.scratch.shape[1:] != shape or self.scratch.dtype != like.dtype:
+            self.scratch = like.new_empty((2, *shape))
+        return self.scratch
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """Which queries meet which keys.
+
+    Parameters
+    ----------
+    groups
+        All queries, some of them more than once.
+    places
+        Of each query among those of the groups, shape (rows * queries,).
+    """
+
+    groups: list[Group]
+    places: Tensor
+
+    @classmethod
+    def of(cls, sees: NDArray[np.bool_], dtype: torch.dtype) -> Blocks | None:
+        """From what each query of each row sees, shape (rows, queries, keys); None where it would not pay."""
+        rows, n, m = sees.shape
+        found = []
+        for row in range(rows):
+            for start in range(0, n, BLOCK):
+                own = np.minimum(np.arange(start, start + BLOCK), n - 1)
+                found.append((row, own, np.flatnonzero(sees[row, start : start + BLOCK].any(axis=0))))
+        found.sort(key=lambda block: -len(block[2]))
+        grouped: list[list[tuple[int, NDArray[Any], NDArray[Any]]]] = []
+        for block in found:
+            if not grouped or len(block[2]) < ALIKE * len(grouped[-1][0][2]):
+                grouped.append([])
+            grouped[-1].append(block)
+        pairs = sum(BLOCK * len(group) * len(group[0][2]) for group in grouped)
+        if pairs > WORTH * sees.size:
+            return None
+        groups, at = [], 0
+        places = np.empty(rows * n, np.int64)
+        for group in grouped:
+            keys = np.zeros((len(group), len(group[0][2])), np.int64)
+            seen = np.zeros((len(group), BLOCK, keys.shape[1]), np.bool_)
+            queries = np.stack([row * n + own for row, own, _ in group])
+            for b, (row, own, own_keys) in enumerate(group):
+                keys[b, : len(own_keys)] = row * m + own_keys
+                seen[b, :, : len(own_keys)] = sees[row][own][:, own_keys]
+            places[queries.ravel()] = at + np.arange(queries.size)
+            at += queries.size
+            mask = torch.zeros(seen.shape, dtype=dtype)
+            mask.masked_fill_(~torch.from_numpy(seen), torch.finfo(dtype).min)
+            groups.append(Group(torch.from_numpy(queries.ravel()), torch.from_numpy(keys.ravel()), mask))
+        return cls(groups, torch.from_numpy(places))
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+        """(rows, heads, queries, dim), twice (rows, key heads, keys, dim) -> (rows, queries, heads, dim)."""
+        rows, _, n, _ = query.shape
+        flat = [x.transpose(0, 1).flatten(1, 2) for x in (query, key, value)]
+        found = torch.cat([group.attend(flat[0], flat[1], flat[2], scale) for group in self.groups])
+        ordered: Tensor = found.index_select(0, self.places)
+        return ordered.view(rows, n, *ordered.shape[1:])
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """Attention as transformers calls it: by blocks where the mask has them, else as `sdpa`."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    blocks: Blocks | None = getattr(attention_mask, "blocks", None)
+    if blocks is None or dropout or any(others.get(name) is not None for name in ("softcap", "s_aux")):
+        found, _ = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others
+        )
+        return found, None
+    return blocks.attend(query, key, value, scaling), None
+
+
+def use_blocks(body: Any) -> None:
+    """Let a body that attends as `sdpa` does take masks with blocks."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    if getattr(body.config, "_attn_implementation", None) != "sdpa":
+        return
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    body.set_attn_implementation(NAME)
+
+
+def mask_of(sees: NDArray[np.bool_], like: Tensor) -> Tensor:
+    """The mask of what each query of each row sees, (rows, 1, queries, keys), with blocks where they pay.
+
+    Of the dtype and on the device of another tensor.
+    """
+    mask = torch.zeros(sees.shape, dtype=like.dtype)
+    mask = mask.masked_fill_(~torch.from_numpy(sees), torch.finfo(like.dtype).min)[:, None].to(like.device)
+    if like.device.type == "cpu":
+        mask.blocks = Blocks.of(sees, like.dtype)  # type: ignore[attr-defined]
+    return mask
