@@ -167,6 +167,9 @@ def trained(
         base = random_base(base, RUNS / "random-base")
     log, seed = p.split.training, config.training.seed
     counts = log.counts(len(texts.lines))
+    if "decay" in trial:
+        weights = [trial["decay"] ** np.arange(len(h), dtype=np.float32)[::-1] for h in log.histories]
+        log = replace(log, weights=weights)
     lm: LanguageModel | WordLanguageModel
     task: Task[Any]
     training = config.training
@@ -336,7 +339,18 @@ def described(path: Path, events: int, words: int) -> dict[str, dict[str, Any]]:
     with path.open("rb") as opened:
         stored: dict[str, dict[str, Any]] = tomllib.load(opened)
     for name, trial in stored.items():
-        known = ("lm", "training", "weights", "full", "texts", "events", "against", "detail", "typed")
+        known = (
+            "lm",
+            "training",
+            "weights",
+            "full",
+            "texts",
+            "events",
+            "against",
+            "detail",
+            "typed",
+            "decay",
+        )
         unknown = set(trial) - {*known, "negatives", "retriever", "says", "tokens"}
         if unknown:
             raise ConfigError(f"{path}, trial {name}: unknown {', '.join(sorted(unknown))}")

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tables_speed import speed
 from tables_trials import ablations
 
 from llmrec.pipeline import Weights
@@ -414,9 +415,11 @@ def pages() -> dict[Path, str]:
     read = {path: read_json(path) for path in results_like("*-test-*.json")}
     # Numbers in names in the order of numbers: 10min before 30min.
     results = dict(sorted(read.items(), key=lambda kv: (kv[0].stem.split("-test-")[0], _minutes(kv[1]))))
+    timed = stored("speed.json")
+    quick, slow = (speed(timed, short=yes) if timed else "" for yes in (True, False))
     return {
-        ROOT / "docs" / "results.md": f"{short(results)}\n\n{retrieval(results)}",
-        ROOT / "README.md": f"{short(results)}\n\n{retrieval(results)}\n\n{growth(short=True)}",
+        ROOT / "docs" / "results.md": f"{short(results)}\n\n{retrieval(results)}\n\n{quick}",
+        ROOT / "README.md": f"{short(results)}\n\n{retrieval(results)}\n\n{quick}\n\n{growth(short=True)}",
         ROOT / "eval" / "README.md": "\n\n".join(
             [
                 *(table(path, found) for path, found in results.items()),
@@ -425,6 +428,7 @@ def pages() -> dict[Path, str]:
                 limits(),
                 load(),
                 reasons(),
+                slow,
                 *(ablations(path.stem, read_json(path)) for path in results_like("*-ablations.json")),
                 compared("*-peers.json", "`eval/peers.py`: the systems below on one split, full ranking"),
                 compared(

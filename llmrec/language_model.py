@@ -300,4 +300,5 @@ def _model(
         config.dropout,
         config.id_dropout,
         config.id_out_dropout,
+        config.sharpness,
     )

@@ -11,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import Linear
 from torch.nn.functional import scaled_dot_product_attention
 
+from llmrec.errors import ModelError
 from llmrec.lora import FusedLinear, fused
 from llmrec.score.attention import BLOCK, NAME, Blocks, mask_of
 from llmrec.score.loading import load_body, load_causal
@@ -147,3 +148,17 @@ def test_fused_layers_equal_those_of_peft(make, tmp_path):
     assert (alone - states).abs().max() > 0.01
     made.save_pretrained(str(tmp_path / "kept"))
     assert (tmp_path / "kept" / "adapter_model.safetensors").is_file()
+
+
+def test_a_model_that_carries_a_state_along_is_refused(tmp_path):
+    from transformers import AutoTokenizer, MambaConfig, MambaForCausalLM
+
+    plain = tiny_lm(tmp_path / "plain", seed=1)
+    tokenizer = AutoTokenizer.from_pretrained(plain)
+    shape = MambaConfig(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=2, state_size=4)
+    folder = tmp_path / "mamba"
+    MambaForCausalLM(shape).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    for load in (load_body, load_causal):
+        with pytest.raises(ModelError, match="cannot read several candidates"):
+            load(folder, None, torch.float32)

@@ -15,6 +15,7 @@ from llmrec.errors import ModelError
 from llmrec.quiet import quiet_transformers
 from llmrec.score.attention import use_blocks
 from llmrec.score.config import Precision
+from llmrec.score.packed import takes_branches
 
 _shared: weakref.WeakValueDictionary[tuple[str, int | None, torch.dtype, bool], nn.Module] = (
     weakref.WeakValueDictionary()
@@ -39,8 +40,8 @@ def load_body(folder: Path, layers: int | None, dtype: torch.dtype) -> nn.Module
     Raises
     ------
     ModelError
-        If weights are missing, if the model has fewer layers than asked for, or keeps them where we do
-        not know.
+        If weights are missing, if the model has fewer layers than asked for, keeps them where we do not
+        know, or cannot read packed prompts.
     """
     from transformers import AutoModel
 
@@ -50,8 +51,20 @@ def load_body(folder: Path, layers: int | None, dtype: torch.dtype) -> nn.Module
         )
     if info["missing_keys"]:
         raise ModelError(f"{folder} lacks weights: {', '.join(sorted(info['missing_keys'])[:5])}")
+    return _readable(body, layers, folder)
+
+
+def _readable(body: nn.Module, layers: int | None, folder: Path) -> nn.Module:
+    """The first layers of an inner transformer that can read packed prompts."""
     use_blocks(body)
-    return first_layers(body, layers, folder)
+    body = first_layers(body, layers, folder)
+    if not takes_branches(body.eval()):
+        raise ModelError(
+            f"{type(body).__name__} in {folder} cannot read several candidates behind one history: it does not "
+            "follow an attention mask of pairs and given positions, or it is too deep for this precision; use a "
+            "base model with plain causal attention"
+        )
+    return body
 
 
 def first_layers(body: nn.Module, layers: int | None, folder: Path) -> nn.Module:
@@ -96,8 +109,7 @@ def load_causal(folder: Path, layers: int | None, dtype: torch.dtype) -> tuple[n
     head = model.get_output_embeddings()
     if head is None or getattr(head, "bias", None) is not None:
         raise ModelError(f"{type(model).__name__} has no plain word head; use another base model")
-    use_blocks(model.base_model)
-    return first_layers(model.base_model, layers, folder), head.weight.detach()
+    return _readable(model.base_model, layers, folder), head.weight.detach()
 
 
 def shared_body(folder: Path, layers: int | None, dtype: torch.dtype) -> nn.Module:

@@ -135,6 +135,32 @@ def forward(
     return output.last_hidden_state, [(layer.keys, layer.values) for layer in layers]
 
 
+def takes_branches(body: nn.Module) -> bool:
+    """Whether branches behind one beginning have the states that they have in prompts of their own.
+
+    They do where attention follows the mask and positions are given: not in models that carry a state along.
+    """
+    embedding: Tensor = body.get_input_embeddings().weight  # type: ignore[operator]
+    device = embedding.device
+    words = (np.arange(8) % len(embedding)).tolist()
+    beginning, branches = words[:3], [words[3:6], words[6:]]
+    tree, ends = Tree.of(branches)
+    try:
+        with torch.inference_mode():
+            packed = forward(body, [row_of(beginning, tree)], keep=False)[0][0].float()
+            alone = [
+                body(input_ids=torch.tensor([beginning + branch], device=device), use_cache=False)
+                .last_hidden_state[0, -1]
+                .float()
+                for branch in branches
+            ]
+    except (TypeError, ValueError, RuntimeError, AttributeError):
+        return False
+    expected = torch.stack(alone)
+    apart = (packed[len(beginning) + torch.from_numpy(ends)] - expected).norm(dim=1) / expected.norm(dim=1)
+    return bool(apart.max() < (0.1 if embedding.dtype == torch.bfloat16 else 1e-3))
+
+
 def _stacked(rows: Sequence[Row], read: int) -> list[tuple[Tensor, Tensor]]:
     """Keys and values of several pasts by layer, padded on the right: (rows, heads, read, dim)."""
     if len(rows) == 1 and rows[0].past is not None:
