@@ -9,8 +9,8 @@ def speed(found: dict[str, Any], *, short: bool) -> str:
     """One table a precision and number of candidates; in short the first of them alone."""
     lines = [
         f"`{found['command']}`: {found['base']} after {found['history']} items of {found['data']} "
-        f"({found['items']:,} items), {found['environment']['machine']}, {found['threads']} threads. All systems "
-        "answer a request before the next one; a ratio is that of medians.",
+        f"({found['items']:,} items), {found['environment']['machine']}, {found['threads']} threads. All "
+        "systems answer a request before the next one; a ratio is that of medians.",
     ]
     if not short:
         lines = ["### speed (bring data)", "", *lines]
@@ -18,16 +18,15 @@ def speed(found: dict[str, Any], *, short: bool) -> str:
     for precision, candidates in list(kinds)[: 1 if short else None]:
         lines += [
             "",
-            f"| {precision}, {candidates} candidates | median, ms | p95, ms | times as fast as the CrossEncoder "
-            "| positions read | share of the limit | memory, MB |",
-            "|---|---|---|---|---|---|---|",
+            f"| {precision}, {candidates} candidates | median, ms | p95, ms "
+            "| times as fast as the CrossEncoder | positions read | share of the limit |",
+            "|---|---|---|---|---|---|",
         ]
         for row in found["systems"]:
             if (row["precision"], row["candidates"]) == (precision, candidates):
                 share = f"{row['share_of_limit']:.2f}" if row["positions"] else ""
                 lines.append(
                     f"| {row['system']} | {row['median_ms']:,.1f} | {row['p95_ms']:,.1f} "
-                    f"| {row['times_as_fast_as_cross_encoder']:,.1f} | {row['positions']:,} | {share} "
-                    f"| {row['memory_mb']:,} |"
+                    f"| {row['times_as_fast_as_cross_encoder']:,.1f} | {row['positions']:,} | {share} |"
                 )
     return "\n".join(lines)

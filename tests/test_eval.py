@@ -8,12 +8,17 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+import torch
 
 from llmrec import cli
 from llmrec.config import Config
 from llmrec.errors import DataError
 from llmrec.metrics import summary
 from llmrec.offline import evaluate
+from llmrec.protocols import Query
+from llmrec.score.loading import load_causal
+from llmrec.score.packed import forward, row_of
+from llmrec.score.trie import Tree
 from llmrec.testing import tiny_lm, toy_data
 
 ROOT = Path(__file__).parent.parent
@@ -369,3 +374,49 @@ def test_the_load_program_measures_real_servers(folder, tmp_path, capsys):
     budgets = size["with_language_model"]["budgets_ms"]
     assert [budgets[b]["degraded"] for b in ("0.001", "60000")] == [1.0, 0.0]
     assert all(part["degraded"] == 0 for part in size["without_language_model"]["clients"].values())
+
+
+def test_the_timing_of_candidates_counts_what_is_read_and_keeps_systems_side_by_side(tmp_path):
+    speed = program("eval/speed")
+    body, _ = load_causal(tiny_lm(tmp_path, seed=1), None, torch.float32)
+    tree, _ = Tree.of([[5, 6, 7], [5, 8]])
+    row = row_of([3, 4, 9], tree)
+    asked, order = [(Query(np.array([0], np.int32)), np.arange(2, dtype=np.int32))] * 6, []
+
+    def packed(query, items):
+        order.append("packed")
+        return forward(body.eval(), [row], keep=False)
+
+    def plain(query, items):
+        order.append("plain")
+        return body(input_ids=torch.tensor([[3, 4, 9, 5]] * 2), use_cache=False)
+
+    systems = [speed.System("packed", packed, body), speed.System("plain", plain, body, slow=True)]
+    with speed.reads_of(body) as read:
+        packed(*asked[0])
+        plain(*asked[0])
+    assert read == [speed.Read(7, int(row.sees.sum())), speed.Read(8, 2 * 10)]
+    order.clear()
+    rows = speed.timed(systems, asked, torch.float32)
+    assert order == ["packed", "plain"] * (1 + speed.SLOW) + ["packed"] * (5 - speed.SLOW)
+    assert [row["requests"] for row in rows] == [5, speed.SLOW]
+    assert [row["positions"] for row in rows] == [7, 8]
+    assert all(row["share_of_limit"] > 0 and row["p95_ms"] >= row["median_ms"] > 0 for row in rows)
+    # Twice the positions are twice the products of the linear layers, and their pairs come on top.
+    alone = speed.limit_seconds(body, [speed.Read(4096, 0)], torch.float32)
+    assert speed.limit_seconds(body, [speed.Read(4096, 4096**2)], torch.float32) > 2 * alone > 0
+    told = [
+        {"system": name, "precision": "float32", "candidates": 20, "median_ms": ms}
+        for name, ms in (("CrossEncoder, batches of 8", 50.0), ("ours", 4.0))
+    ]
+    ratios = speed.with_ratios(told)
+    assert [row["times_as_fast_as_cross_encoder"] for row in ratios] == [1.0, 12.5]
+    table = program("eval/tables_speed").speed(
+        {
+            "command": "c", "base": "b", "history": 20, "data": "d", "items": 9, "threads": 2,
+            "environment": {"machine": "m"},
+            "systems": [row | {"p95_ms": 60.0, "positions": 7, "share_of_limit": 0.5} for row in ratios],
+        },
+        short=True,
+    )  # fmt: skip
+    assert "| ours | 4.0 | 60.0 | 12.5 | 7 | 0.50 |" in table

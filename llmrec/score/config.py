@@ -32,8 +32,8 @@ class ItemTokensConfig(BaseModel):
     sharpness: float | None = Field(
         None,
         gt=0,
-        description="state and output vectors have length 1 and their product counts so many times, learned from "
-        "there on; None: vectors of any length",
+        description="state and output vectors have length 1 and their product counts so many times, learned "
+        "from there on; None: vectors of any length",
     )
     wishes: float = Field(
         0.0,

@@ -60,9 +60,8 @@ def _readable(body: nn.Module, layers: int | None, folder: Path) -> nn.Module:
     body = first_layers(body, layers, folder)
     if not takes_branches(body.eval()):
         raise ModelError(
-            f"{type(body).__name__} in {folder} cannot read several candidates behind one history: it does not "
-            "follow an attention mask of pairs and given positions, or it is too deep for this precision; use a "
-            "base model with plain causal attention"
+            f"{type(body).__name__} in {folder} cannot read several candidates behind one history: it does "
+            "not follow a mask of pairs and given positions; use a base with plain causal attention"
         )
     return body
 
