@@ -277,6 +277,45 @@ def test_what_workers_of_other_libraries_are_given_and_judge_by(tmp_path):
     assert written.shape == (2, 100) and (written[0, 3:] == -1).all() and written[1, 99] == 99
 
 
+def test_items_added_after_training_are_held_against_a_retrained_model(folder, tmp_path, monkeypatch):
+    added = program("eval/added_items")
+    monkeypatch.setattr(sys.modules["ablations"], "HERE", tmp_path / "eval")
+    monkeypatch.setattr(sys.modules["ablations"], "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(added, "RUNS", tmp_path / "runs")
+    given = ["--data", str(folder), "--config", str(folder / "c.toml"), "--out", str(tmp_path)]
+    with pytest.raises(DataError, match="too few items for lists of 20"):
+        added.main([*given, "--modes", "item_tokens", "--events", "900", "--users", "30"])
+    for name, value in (("LISTED", 8), ("NEW", 2), ("SHARE", 0.4)):
+        monkeypatch.setattr(added, name, value)
+    asked, read = [], []
+    trained = added.trained
+
+    def noted(p, name, trial, where):
+        asked.append(p)
+        read.append(p.split.training.counts(len(p.state.catalog)))
+        return trained(p, name, trial, where)
+
+    monkeypatch.setattr(added, "trained", noted)
+    added.main([*given, "--modes", "item_tokens", "--events", "900", "--users", "30"])
+    (path,) = tmp_path.glob("*-added-items.json")
+    found = json.loads(path.read_text())
+    (mode,) = found["modes"].values()
+    table = program("eval/tables_trials").added_items(path.stem, found)
+    assert f"| item_tokens | {mode['added']:.2f} | {mode['retrained']:.2f} | {mode['bias']:+.2f} [" in table
+    assert mode["bias"] == pytest.approx(mode["added"] - mode["retrained"], abs=2e-4)
+    # Without their events, and nothing else, is what the first model was trained on.
+    assert (read[0] == 0).sum() == found["drawn"] and (read[1] > 0).all()
+    assert (read[0][read[0] > 0] == read[1][read[0] > 0]).all()
+    drawn = np.flatnonzero(read[0] == 0).astype(np.int32)
+    for query, items in zip(
+        asked[1].asked.queries, added.lists_of(asked[1].asked, drawn, len(read[0]), 0), strict=True
+    ):
+        assert len(set(items.tolist())) == added.LISTED and not set(items) & set(query.history)
+        assert set(items[: added.NEW]) <= set(drawn) and not set(items[added.NEW :]) & set(drawn)
+    scores = [np.array([5.0, 1, 1, 4, 2, 3, 3, 0]), np.array([1.0, 0, 2, 1, 0, 0, 0, 0])]
+    assert added.ranks_of_new(scores).tolist() == [(1 + 6.5) / 2, (2.5 + 6) / 2]
+
+
 def test_the_trials_that_are_shipped_are_valid_and_held_against_trials_that_there_are():
     ablations = program("eval/ablations")
     trials = ablations.described(ROOT / "eval" / "ablations" / "trials.toml", 900, 60)
