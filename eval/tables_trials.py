@@ -105,8 +105,8 @@ def added_items(stem: str, found: dict[str, Any]) -> str:
         "",
         f"`{found['command']}`: {found['drawn']:,} of {found['items']:,} items, with "
         f"{100 * found['events_of_drawn']:.0f} % of the events, left out of training against a model that "
-        f"was trained with them; validation, {found['users']:,} users, {found['new_in_a_list']} such items in "
-        f"each list of {found['listed']}.",
+        f"was trained with them; validation, {found['users']:,} users, {found['new_in_a_list']} such items "
+        f"in each list of {found['listed']}.",
         "",
         "| mode | mean rank, added after training | retrained | bias, 95 % interval |",
         "|---|---|---|---|",
