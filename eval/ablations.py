@@ -167,9 +167,6 @@ def trained(
         base = random_base(base, RUNS / "random-base")
     log, seed = p.split.training, config.training.seed
     counts = log.counts(len(texts.lines))
-    if "decay" in trial:
-        weights = [trial["decay"] ** np.arange(len(h), dtype=np.float32)[::-1] for h in log.histories]
-        log = replace(log, weights=weights)
     lm: LanguageModel | WordLanguageModel
     task: Task[Any]
     training = config.training

@@ -300,5 +300,4 @@ def _model(
         config.dropout,
         config.id_dropout,
         config.id_out_dropout,
-        config.sharpness,
     )

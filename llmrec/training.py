@@ -99,8 +99,6 @@ class LoRATrainer(Generic[Batch]):
         self.model: nn.Module = model.to(self.team.device)
         self.optimiser: Any = optimiser
         self.parameters = trainable(model)
-        # What is validated and kept in place of the weights themselves.
-        self.averages = {n: p.detach().clone() for n, p in self.parameters.items()} if config.average else {}
 
     def run(
         self, validate: Validate | None = None, on_step: Callable[[Progress, float], None] | None = None
@@ -212,12 +210,6 @@ class LoRATrainer(Generic[Batch]):
         torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.config.clip)
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
-        if self.averages:
-            # The first weights are drawn: what they count falls faster at first.
-            kept = min(self.config.average, (1 + self.progress.step) / (10 + self.progress.step))
-            torch._foreach_lerp_(
-                list(self.averages.values()), [p.detach() for p in self.parameters.values()], 1 - kept
-            )
         self.progress.step += 1
         self.progress.events += self.task.events(batch)
         return loss
@@ -241,9 +233,6 @@ class LoRATrainer(Generic[Batch]):
         """Measure, keep the state if it is the best so far, and return the seconds it took."""
         begun = time.monotonic()
         p = self.progress
-        own = {name: p.detach().clone() for name, p in self.parameters.items()} if self.averages else {}
-        if self.averages:
-            self._load(self.averages)
         self.model.eval()
         # Layers that are spread can only be read by all together.
         asked = self.team.main or self.layers is not None
@@ -258,8 +247,6 @@ class LoRATrainer(Generic[Batch]):
             p.best, p.stale = measures["ndcg@10"], 0
             if self.team.main:
                 write_tensors(self.folder / BEST, self.parameters, {"step": str(p.step)})
-        if self.averages:
-            self._load(own)
         p.stopped = self.config.patience is not None and p.stale >= self.config.patience
         if p.cooling is None:
             p.cooling = cooling(p.curve, self._rate())
@@ -286,8 +273,6 @@ class LoRATrainer(Generic[Batch]):
             tensors, metadata = read_tensors(best)
             self._load(tensors)
             best_step = int(metadata["step"])
-        elif self.averages:
-            self._load(self.averages)
         # The main process may remove the folder as soon as it has its report.
         self.team.wait()
         if self.layers is not None:
@@ -317,7 +302,6 @@ class LoRATrainer(Generic[Batch]):
         for name, parameter in self.parameters.items():
             for key, value in self.optimiser.state[parameter].items():
                 state[f"optimiser.{key}.{name}"] = value
-        state |= {f"average.{name}": values for name, values in self.averages.items()}
         state["rng"] = drawn
         metadata = {"fingerprint": self.fingerprint, "progress": json.dumps(asdict(self.progress))}
         write_tensors(self.folder / CHECKPOINT, state, metadata)
@@ -341,8 +325,6 @@ class LoRATrainer(Generic[Batch]):
             self.optimiser.state[parameter] = {
                 key: tensors[f"optimiser.{key}.{name}"].to(parameter.device) for key in keys
             }
-        for name, values in self.averages.items():
-            values.copy_(tensors[f"average.{name}"])
         set_random_state(tensors["rng"][self.team.index], self.team.device)
         self.progress = Progress.of(json.loads(metadata["progress"]))
         logger.info("continuing at step %d", self.progress.step)

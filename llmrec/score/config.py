@@ -29,12 +29,6 @@ class ItemTokensConfig(BaseModel):
     dropout: float = Field(0.2, ge=0, lt=1, description="dropout on the item input vectors")
     id_dropout: float = Field(0.5, ge=0, lt=1, description="share of read items left without their id vector")
     id_out_dropout: float = Field(0.3, ge=0, lt=1, description="the same of the output vectors, each step")
-    sharpness: float | None = Field(
-        None,
-        gt=0,
-        description="state and output vectors have length 1 and their product counts so many times, learned "
-        "from there on; None: vectors of any length",
-    )
     wishes: float = Field(
         0.0,
         ge=0,
@@ -143,13 +137,6 @@ class TrainingConfig(BaseModel):
     validations: int = Field(8, ge=1, description="validations over the budget, at least")
     patience: int | None = Field(
         None, ge=1, description="end after so many validations without a better NDCG@10; None: never"
-    )
-    average: float = Field(
-        0.0,
-        ge=0,
-        lt=1,
-        description="share that the average of the weights so far keeps at each step, the average is what is "
-        "validated and kept; 0: the weights themselves are",
     )
     checkpoint_seconds: float = Field(60.0, gt=0, description="between checkpoints")
     log_steps: int = Field(50, ge=1, description="steps between lines of the log; validations have their own")

@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional
 
 from llmrec.errors import ModelError
 from llmrec.protocols import Codes, Floats, Hits, Query, VectorIndex
@@ -115,9 +114,6 @@ class ItemTokenModel(nn.Module):
     id_dropout, id_out_dropout
         Share of items that are known by their text alone for one step of training, where they are read and
         where they are scored. Id vectors learn single histories by heart; this makes the text carry the rest.
-    sharpness
-        State and output vectors have length 1, and their product counts so many times at first; None for
-        vectors of any length.
     """
 
     text_vectors: Tensor
@@ -135,7 +131,6 @@ class ItemTokenModel(nn.Module):
         dropout: float = 0.2,
         id_dropout: float = 0.0,
         id_out_dropout: float = 0.0,
-        sharpness: float | None = None,
     ) -> None:
         super().__init__()
         if len(instruction) == 0:
@@ -166,7 +161,6 @@ class ItemTokenModel(nn.Module):
         nn.init.zeros_(self.text_in.bias)
         nn.init.normal_(self.id_in.weight, std=spread / 2)
         nn.init.normal_(self.id_out.weight, std=0.02)
-        self.sharpness = None if sharpness is None else nn.Parameter(torch.tensor(math.log(sharpness)))
 
     @property
     def head_names(self) -> list[str]:
@@ -189,7 +183,7 @@ class ItemTokenModel(nn.Module):
         known = self._with_id(codes, self.id_out_dropout)
         with torch.autocast(known.device.type, enabled=False):
             vectors: Tensor = self.text_out(self.text_vectors[codes]) + self.id_out(codes) * known
-            return vectors if self.sharpness is None else functional.normalize(vectors, dim=-1)
+        return vectors
 
     def _with_id(self, codes: Tensor, dropout: float) -> Tensor:
         """Which items have an id vector, this time: codes of any shape -> (..., 1)."""
@@ -293,9 +287,7 @@ class ItemTokenModel(nn.Module):
         """Project hidden states to the space of the output vectors: (..., hidden) -> (..., head_dim)."""
         with torch.autocast(hidden.device.type, enabled=False):
             state: Tensor = self.state(self.norm(hidden.float()))
-            if self.sharpness is None:
-                return state
-            return functional.normalize(state, dim=-1) * self.sharpness.exp() / self._scale(state)
+        return state
 
     def logits(self, states: Tensor, outputs: Tensor, popularity: Tensor) -> Tensor:
         """Unnormalised log-probabilities: (..., head_dim) and (items, head_dim) -> (..., items)."""
