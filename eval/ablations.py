@@ -336,18 +336,7 @@ def described(path: Path, events: int, words: int) -> dict[str, dict[str, Any]]:
     with path.open("rb") as opened:
         stored: dict[str, dict[str, Any]] = tomllib.load(opened)
     for name, trial in stored.items():
-        known = (
-            "lm",
-            "training",
-            "weights",
-            "full",
-            "texts",
-            "events",
-            "against",
-            "detail",
-            "typed",
-            "decay",
-        )
+        known = ("lm", "training", "weights", "full", "texts", "events", "against", "detail", "typed")
         unknown = set(trial) - {*known, "negatives", "retriever", "says", "tokens"}
         if unknown:
             raise ConfigError(f"{path}, trial {name}: unknown {', '.join(sorted(unknown))}")
