@@ -10,7 +10,8 @@ def speed(found: dict[str, Any], *, short: bool) -> str:
     lines = [
         f"`{found['command']}`: {found['base']} after {found['history']} items of {found['data']} "
         f"({found['items']:,} items), {found['environment']['machine']}, {found['threads']} threads. All "
-        "systems answer a request before the next one; a ratio is that of medians.",
+        "systems answer a request before the next one, slow ones only the first; a ratio is the median over the "
+        "requests that both answer. The limit is the time of the products that a system needs.",
     ]
     if not short:
         lines = ["### speed (bring data)", "", *lines]
@@ -18,15 +19,16 @@ def speed(found: dict[str, Any], *, short: bool) -> str:
     for precision, candidates in list(kinds)[: 1 if short else None]:
         lines += [
             "",
-            f"| {precision}, {candidates} candidates | median, ms | p95, ms "
-            "| times as fast as the CrossEncoder | positions read | share of the limit |",
-            "|---|---|---|---|---|---|",
+            f"| {precision}, {candidates} candidates | median, ms | p95, ms | requests "
+            "| times as fast as the CrossEncoder | positions read | share of the limit | memory, MB |",
+            "|---|---|---|---|---|---|---|---|",
         ]
         for row in found["systems"]:
             if (row["precision"], row["candidates"]) == (precision, candidates):
                 share = f"{row['share_of_limit']:.2f}" if row["positions"] else ""
                 lines.append(
-                    f"| {row['system']} | {row['median_ms']:,.1f} | {row['p95_ms']:,.1f} "
-                    f"| {row['times_as_fast_as_cross_encoder']:,.1f} | {row['positions']:,} | {share} |"
+                    f"| {row['system']} | {row['median_ms']:,.1f} | {row['p95_ms']:,.1f} | {row['requests']} "
+                    f"| {row['times_as_fast_as_cross_encoder']:,.1f} | {row['positions']:,} | {share} "
+                    f"| {row['memory_mb']:,} |"
                 )
     return "\n".join(lines)

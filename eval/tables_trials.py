@@ -96,25 +96,3 @@ def _typed(trials: dict[str, Found]) -> list[str]:
             f"| {blend['gain']:+.4f} ± {blend['standard_error']:.4f} |"
         )
     return lines
-
-
-def added_items(stem: str, found: dict[str, Any]) -> str:
-    """Rank bias of items that came after training, one row a mode."""
-    lines = [
-        f"### {stem} (bring data)",
-        "",
-        f"`{found['command']}`: {found['drawn']:,} of {found['items']:,} items, with "
-        f"{100 * found['events_of_drawn']:.0f} % of the events, left out of training against a model that "
-        f"was trained with them; validation, {found['users']:,} users, {found['new_in_a_list']} such items "
-        f"in each list of {found['listed']}.",
-        "",
-        "| mode | mean rank, added after training | retrained | bias, 95 % interval |",
-        "|---|---|---|---|",
-    ]
-    for mode, row in found["modes"].items():
-        low, high = row["ci95"]
-        lines.append(
-            f"| {mode} | {row['added']:.2f} | {row['retrained']:.2f} "
-            f"| {row['bias']:+.2f} [{low:+.2f}, {high:+.2f}] |"
-        )
-    return "\n".join(lines)

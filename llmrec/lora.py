@@ -16,6 +16,7 @@ class FusedLinear(Linear):  # type: ignore[misc]
         """Y = base(x) + scale * B(A(x)); peft's own way wherever the layer is more than that."""
         names = [name for name in self.active_adapters if name in self.lora_A]
         plain = len(names) == 1 and not (self.disable_adapters or self.merged or self.lora_variant)
+        plain = plain and not self.lora_bias.get(names[0])
         if not plain or args or kwargs or not isinstance(self.lora_dropout[names[0]], nn.Identity):
             other: Tensor = super().forward(x, *args, **kwargs)
             return other

@@ -33,10 +33,10 @@ def packed_sees(rows, past, new, branches, branch, rng):
     return sees
 
 
-def tensors(rows, heads, shared, n, m, seed, dtype=torch.float32):
+def tensors(rows, heads, shared, n, m, seed, dtype=torch.float32, dim=8):
     torch.manual_seed(seed)
-    q = torch.randn(rows, heads * shared, n, 8)
-    k, v = torch.randn(2, rows, heads, m, 8)
+    q = torch.randn(rows, heads * shared, n, dim)
+    k, v = torch.randn(2, rows, heads, m, dim)
     return [x.to(dtype).requires_grad_(dtype == torch.float32) for x in (q, k, v)]
 
 
@@ -74,13 +74,14 @@ def test_blocks_equal_dense_attention_and_its_gradients(rows, past, new, branche
 
 def test_products_in_bfloat16_are_as_near_as_bfloat16_is():
     sees = packed_sees(2, 50, 90, 12, 20, np.random.default_rng(0))
-    exact = tensors(2, 2, 3, sees.shape[1], sees.shape[2], 0)
-    low = [x.detach().bfloat16() for x in exact]
+    q, k, v = tensors(2, 2, 3, sees.shape[1], sees.shape[2], 0, dim=64)
+    # Large products: what is rounded before the softmax would show.
+    low = [x.detach().bfloat16() for x in (3 * q, 3 * k, v)]
     with torch.no_grad():
         truth = dense(*(x.float() for x in low), sees)
         apart = (Blocks.of(sees, torch.bfloat16).attend(*low, None).float() - truth).abs()
         kernel = (dense(*low, sees).float() - truth).abs()
-    assert apart.max() < 0.03 and apart.mean() < 3 * kernel.mean()
+    assert 0 < apart.mean() < 1.5 * kernel.mean() and apart.max() < 2 * kernel.max()
 
 
 def test_fewer_pairs_are_multiplied_and_only_where_that_pays():
@@ -122,8 +123,9 @@ def test_a_packed_forward_is_the_same_with_blocks_and_without(make, tmp_path, mo
             torch.testing.assert_close(value[i, :, :n], other_value[i, :, :n], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("low", [False, True])
 @pytest.mark.parametrize("make", ["llama", "gpt2"])
-def test_fused_layers_equal_those_of_peft(make, tmp_path):
+def test_fused_layers_equal_those_of_peft(make, low, tmp_path):
     body = load_body(tiny_lm(tmp_path, make=make, seed=1), None, torch.float32)
     plain = get_peft_model(body, LoraConfig(r=4, lora_alpha=12, target_modules="all-linear"))
     torch.manual_seed(0)
@@ -134,14 +136,27 @@ def test_fused_layers_equal_those_of_peft(make, tmp_path):
     kinds = {type(module) for module in made.modules()}
     assert FusedLinear in kinds and Linear not in kinds
     tokens = torch.arange(5, 30)[None]
-    states, expected = (model(input_ids=tokens).last_hidden_state for model in (made, plain))
-    torch.testing.assert_close(states, expected, atol=1e-5, rtol=1e-4)
+    if low:
+        # As in training: bfloat16 below, and each layer read again on the way back.
+        made.gradient_checkpointing_enable()
+        for module in [*made.train().modules(), *plain.train().modules()]:
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+    with torch.autocast("cpu", torch.bfloat16, enabled=low):
+        states, expected = (model(input_ids=tokens).last_hidden_state.float() for model in (made, plain))
+    near = {"atol": 0.1, "rtol": 0.1} if low else {"atol": 1e-5, "rtol": 1e-4}
+    torch.testing.assert_close(states, expected, **near)
     for model, out in ((made, states), (plain, expected)):
         out.square().mean().backward()
         assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
     for own, other in zip(made.parameters(), plain.parameters(), strict=True):
-        if own.requires_grad:
+        if own.requires_grad and low:
+            apart = (own.grad - other.grad).norm() / other.grad.norm().clamp(min=1e-6)
+            assert apart < 0.1
+        elif own.requires_grad:
             torch.testing.assert_close(own.grad, other.grad, atol=1e-6, rtol=1e-3)
+    for model in (made, plain):
+        model.eval()
     with made.disable_adapter(), plain.disable_adapter():
         alone = made(tokens).last_hidden_state
         torch.testing.assert_close(alone, plain(tokens).last_hidden_state)

@@ -277,45 +277,6 @@ def test_what_workers_of_other_libraries_are_given_and_judge_by(tmp_path):
     assert written.shape == (2, 100) and (written[0, 3:] == -1).all() and written[1, 99] == 99
 
 
-def test_items_added_after_training_are_held_against_a_retrained_model(folder, tmp_path, monkeypatch):
-    added = program("eval/added_items")
-    monkeypatch.setattr(sys.modules["ablations"], "HERE", tmp_path / "eval")
-    monkeypatch.setattr(sys.modules["ablations"], "RUNS", tmp_path / "runs")
-    monkeypatch.setattr(added, "RUNS", tmp_path / "runs")
-    given = ["--data", str(folder), "--config", str(folder / "c.toml"), "--out", str(tmp_path)]
-    with pytest.raises(DataError, match="too few items for lists of 20"):
-        added.main([*given, "--modes", "item_tokens", "--events", "900", "--users", "30"])
-    for name, value in (("LISTED", 8), ("NEW", 2), ("SHARE", 0.4)):
-        monkeypatch.setattr(added, name, value)
-    asked, read = [], []
-    trained = added.trained
-
-    def noted(p, name, trial, where):
-        asked.append(p)
-        read.append(p.split.training.counts(len(p.state.catalog)))
-        return trained(p, name, trial, where)
-
-    monkeypatch.setattr(added, "trained", noted)
-    added.main([*given, "--modes", "item_tokens", "--events", "900", "--users", "30"])
-    (path,) = tmp_path.glob("*-added-items.json")
-    found = json.loads(path.read_text())
-    (mode,) = found["modes"].values()
-    table = program("eval/tables_trials").added_items(path.stem, found)
-    assert f"| item_tokens | {mode['added']:.2f} | {mode['retrained']:.2f} | {mode['bias']:+.2f} [" in table
-    assert mode["bias"] == pytest.approx(mode["added"] - mode["retrained"], abs=2e-4)
-    # Without their events, and nothing else, is what the first model was trained on.
-    assert (read[0] == 0).sum() == found["drawn"] and (read[1] > 0).all()
-    assert (read[0][read[0] > 0] == read[1][read[0] > 0]).all()
-    drawn = np.flatnonzero(read[0] == 0).astype(np.int32)
-    for query, items in zip(
-        asked[1].asked.queries, added.lists_of(asked[1].asked, drawn, len(read[0]), 0), strict=True
-    ):
-        assert len(set(items.tolist())) == added.LISTED and not set(items) & set(query.history)
-        assert set(items[: added.NEW]) <= set(drawn) and not set(items[added.NEW :]) & set(drawn)
-    scores = [np.array([5.0, 1, 1, 4, 2, 3, 3, 0]), np.array([1.0, 0, 2, 1, 0, 0, 0, 0])]
-    assert added.ranks_of_new(scores).tolist() == [(1 + 6.5) / 2, (2.5 + 6) / 2]
-
-
 def test_the_trials_that_are_shipped_are_valid_and_held_against_trials_that_there_are():
     ablations = program("eval/ablations")
     trials = ablations.described(ROOT / "eval" / "ablations" / "trials.toml", 900, 60)
@@ -440,13 +401,15 @@ def test_the_timing_of_candidates_counts_what_is_read_and_keeps_systems_side_by_
     assert order == ["packed", "plain"] * (1 + speed.SLOW) + ["packed"] * (5 - speed.SLOW)
     assert [row["requests"] for row in rows] == [5, speed.SLOW]
     assert [row["positions"] for row in rows] == [7, 8]
+    assert all(len(row["shared_ms"]) == speed.SLOW for row in rows)
+    assert speed.best_batch(systems[:1], *asked[0]) is systems[0]
     assert all(row["share_of_limit"] > 0 and row["p95_ms"] >= row["median_ms"] > 0 for row in rows)
-    # Twice the positions are twice the products of the linear layers, and their pairs come on top.
+    # The pairs of so long a prompt take more than its linear layers.
     alone = speed.limit_seconds(body, [speed.Read(4096, 0)], torch.float32)
     assert speed.limit_seconds(body, [speed.Read(4096, 4096**2)], torch.float32) > 2 * alone > 0
     told = [
-        {"system": name, "precision": "float32", "candidates": 20, "median_ms": ms}
-        for name, ms in (("CrossEncoder, batches of 8", 50.0), ("ours", 4.0))
+        {"system": name, "precision": "float32", "candidates": 20, "median_ms": ms[0], "shared_ms": ms}
+        for name, ms in (("CrossEncoder, batches of 8", [50.0, 70.0, 60.0]), ("ours", [4.0, 10.0, 1.0]))
     ]
     ratios = speed.with_ratios(told)
     assert [row["times_as_fast_as_cross_encoder"] for row in ratios] == [1.0, 12.5]
@@ -454,8 +417,11 @@ def test_the_timing_of_candidates_counts_what_is_read_and_keeps_systems_side_by_
         {
             "command": "c", "base": "b", "history": 20, "data": "d", "items": 9, "threads": 2,
             "environment": {"machine": "m"},
-            "systems": [row | {"p95_ms": 60.0, "positions": 7, "share_of_limit": 0.5} for row in ratios],
+            "systems": [
+                row | {"p95_ms": 60.0, "positions": 7, "share_of_limit": 0.5, "requests": 3, "memory_mb": 9}
+                for row in ratios
+            ],
         },
         short=True,
     )  # fmt: skip
-    assert "| ours | 4.0 | 60.0 | 12.5 | 7 | 0.50 |" in table
+    assert "| ours | 4.0 | 60.0 | 3 | 12.5 | 7 | 0.50 | 9 |" in table

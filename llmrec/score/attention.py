@@ -26,11 +26,14 @@ BLOCK = 64
 ALIKE = 0.8
 """Blocks with at least this share of the most keys of a group are multiplied together, padded."""
 
+UNKNOWN = ("softcap", "s_aux", "position_bias")
+"""What a model may ask of attention beside the mask, and only dense attention does."""
+
 WORTH = 0.75
 """Share of all pairs up to which gathering pays."""
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Group:
     """Blocks of queries that see about as many keys.
 
@@ -40,14 +43,11 @@ class Group:
         Places among the queries and keys of all rows, shape (blocks * BLOCK,) and (blocks * keys,).
     mask
         What is added to the products, shape (blocks, BLOCK, keys).
-    scratch
-        Kept from layer to layer.
     """
 
     queries: Tensor
     keys: Tensor
     mask: Tensor
-    scratch: Tensor | None = None
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
         """Attention of the queries, shape (blocks * BLOCK, heads, dim), from those of all rows.
@@ -63,24 +63,10 @@ class Group:
             x.index_select(1, self.keys).view(len(x), blocks, n, -1).transpose(0, 1) for x in (key, value)
         )
         mask = self.mask.to(q.dtype).repeat(1, shared, 1)[:, None]
-        if q.dtype == torch.bfloat16 and not torch.is_grad_enabled():
-            # The kernel multiplies in float32; two products in bfloat16 take little more than half its time.
-            scale = q.shape[-1] ** -0.5 if scale is None else scale
-            scores, shares = self._scratch((blocks, len(key), shared * block, n), q)
-            torch.matmul(q * scale, k.transpose(-1, -2), out=scores)
-            torch.softmax(scores.add_(mask), dim=-1, out=shares)
-            found = shares @ v
-        else:
-            found = functional.scaled_dot_product_attention(q, k, v, mask, scale=scale)
+        found = functional.scaled_dot_product_attention(q, k, v, mask, scale=scale)
         found = found.view(blocks, len(key), shared, block, -1).permute(0, 3, 1, 2, 4)
         given: Tensor = found.reshape(blocks * block, heads, -1)
         return given
-
-    def _scratch(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
-        """Memory for two such products, the same for all layers: new pages would take as long again."""
-        if self.scratch is None or self.scratch.shape[1:] != shape or self.scratch.dtype != like.dtype:
-            self.scratch = like.new_empty((2, *shape))
-        return self.scratch
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +141,7 @@ def attention(
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     blocks: Blocks | None = getattr(attention_mask, "blocks", None)
-    if blocks is None or dropout or any(others.get(name) is not None for name in ("softcap", "s_aux")):
+    if blocks is None or dropout or any(others.get(name) is not None for name in UNKNOWN):
         found, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others
         )

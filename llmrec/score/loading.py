@@ -56,12 +56,18 @@ def load_body(folder: Path, layers: int | None, dtype: torch.dtype) -> nn.Module
 
 def _readable(body: nn.Module, layers: int | None, folder: Path) -> nn.Module:
     """The first layers of an inner transformer that can read packed prompts."""
-    use_blocks(body)
+    with quiet_transformers():
+        use_blocks(body)
     body = first_layers(body, layers, folder)
-    if not takes_branches(body.eval()):
+    why = "their states are not those of prompts of their own"
+    try:
+        able = takes_branches(body.eval())
+    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+        able, why = False, f"{type(error).__name__}: {error}"
+    if not able:
         raise ModelError(
-            f"{type(body).__name__} in {folder} cannot read several candidates behind one history: it does "
-            "not follow a mask of pairs and given positions; use a base with plain causal attention"
+            f"{type(body).__name__} in {folder} cannot read several candidates behind one history ({why}); "
+            "use a base model with plain causal attention"
         )
     return body
 
