@@ -10,8 +10,8 @@ def speed(found: dict[str, Any], *, short: bool) -> str:
     lines = [
         f"`{found['command']}`: {found['base']} after {found['history']} items of {found['data']} "
         f"({found['items']:,} items), {found['environment']['machine']}, {found['threads']} threads. All "
-        "systems answer a request before the next one, slow ones only the first; a ratio is the median over the "
-        "requests that both answer. The limit is the time of the products that a system needs.",
+        "systems answer a request before the next one, slow ones only the first; a ratio is the median over "
+        "the requests that both answer. The limit is the time of the products that a system needs.",
     ]
     if not short:
         lines = ["### speed (bring data)", "", *lines]
