@@ -138,7 +138,9 @@ def adapted(make, folder):
 
 
 def gradients(model, states):
-    states.square().mean().backward()
+    # Not their squares: after the last normalisation these hardly change.
+    wanted = torch.randn(states.shape, generator=torch.Generator().manual_seed(0))
+    (states * wanted).mean().backward()
     found = [p.grad for p in model.parameters() if p.requires_grad]
     assert all(gradient is not None for gradient in found)
     return found
@@ -169,11 +171,16 @@ def test_fused_layers_learn_as_those_of_peft_in_bfloat16_with_checkpointing(make
     for module in [*made.train().modules(), *plain.train().modules()]:
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    with torch.autocast("cpu", torch.bfloat16):
-        states, expected = (model(input_ids=TOKENS).last_hidden_state.float() for model in (made, plain))
-    torch.testing.assert_close(states, expected, atol=0.1, rtol=0.1)
-    for own, other in zip(gradients(made, states), gradients(plain, expected), strict=True):
-        assert (own - other).norm() < 0.1 * other.norm()
+    learned = {}
+    for name, model, low in (("exact", plain, False), ("peft", plain, True), ("fused", made, True)):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=low):
+            states = model(input_ids=TOKENS).last_hidden_state.float()
+        grads = torch.cat([gradient.clone().flatten() for gradient in gradients(model, states)])
+        learned[name] = states.detach().flatten(), grads
+    for own, other, exact in zip(learned["fused"], learned["peft"], learned["exact"], strict=True):
+        # About as near to float32 as peft's own layers are; which is nearer is chance.
+        assert 0 < (own - exact).norm() < 3 * (other - exact).norm() < 0.4 * exact.norm()
 
 
 def test_a_model_that_carries_a_state_along_is_refused(tmp_path):
