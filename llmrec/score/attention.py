@@ -113,8 +113,7 @@ class Blocks:
                 seen[b, :, : len(own_keys)] = sees[row][own][:, own_keys]
             places[queries.ravel()] = at + np.arange(queries.size)
             at += queries.size
-            mask = torch.zeros(seen.shape, dtype=dtype)
-            mask.masked_fill_(~torch.from_numpy(seen), torch.finfo(dtype).min)
+            mask = additive(torch.from_numpy(seen), dtype)
             groups.append(Group(torch.from_numpy(queries.ravel()), torch.from_numpy(keys.ravel()), mask))
         return cls(groups, torch.from_numpy(places))
 
@@ -161,13 +160,19 @@ def use_blocks(body: Any) -> None:
     body.set_attn_implementation(NAME)
 
 
+def additive(sees: Tensor, dtype: torch.dtype) -> Tensor:
+    """Added to the products of queries and keys: 0 where a query sees a key, the least number elsewhere."""
+    return torch.zeros(sees.shape, dtype=dtype, device=sees.device).masked_fill_(
+        ~sees, torch.finfo(dtype).min
+    )
+
+
 def mask_of(sees: NDArray[np.bool_], like: Tensor) -> Tensor:
     """The mask of what each query of each row sees, (rows, 1, queries, keys), with blocks where they pay.
 
     Of the dtype and on the device of another tensor.
     """
-    mask = torch.zeros(sees.shape, dtype=like.dtype)
-    mask = mask.masked_fill_(~torch.from_numpy(sees), torch.finfo(like.dtype).min)[:, None].to(like.device)
+    mask = additive(torch.from_numpy(sees), like.dtype)[:, None].to(like.device)
     if like.device.type == "cpu":
         mask.blocks = Blocks.of(sees, like.dtype)  # type: ignore[attr-defined]
     return mask

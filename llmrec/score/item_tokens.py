@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from llmrec.errors import ModelError
 from llmrec.protocols import Codes, Floats, Hits, Query, VectorIndex
 from llmrec.ranking import tops
+from llmrec.score.attention import additive
 from llmrec.score.nearest import Nearest
 from llmrec.score.words import Vocabulary
 from llmrec.sequences import Window, pad, rows_of
@@ -267,8 +268,7 @@ class ItemTokenModel(nn.Module):
         words = self.body.get_input_embeddings()(self.instruction)  # type: ignore[operator]
         prefix = words.float().unsqueeze(0).expand(len(rows), -1, -1)
         items = self.inputs(torch.from_numpy(elements).to(device))
-        mask = torch.zeros(sees.shape, dtype=words.dtype, device=device)
-        mask = mask.masked_fill_(~sees, torch.finfo(words.dtype).min)[:, None]
+        mask = additive(sees, words.dtype)[:, None]
         hidden = self.body(
             inputs_embeds=torch.cat([prefix, items], dim=1).to(words.dtype),
             attention_mask=mask,
