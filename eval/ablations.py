@@ -7,8 +7,8 @@
 Trials are described in eval/ablations/trials.toml. Each trains a model on the training part for a given
 number of events, so that fast and slow machines learn the same, and is judged on validation events: a quarter
 of the users choose the retrievers' recipe and the state that is kept, the others are reported. Test events
-are not touched. A trial that is there is not repeated. Writes runs/ablations/NAME/TRIAL.json, and
-eval/results/NAME-ablations.json.
+are not touched. A trial that is there is not repeated. Writes runs/ablations/NAME/TRIAL.json; --gather writes
+eval/results/NAME-ablations.json from them, and keeps what is published of other trials.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from gathering import description, gather, write
 from rich.console import Console
 
 from llmrec.assembly import read_catalog, read_log
@@ -49,7 +50,7 @@ from llmrec.lm_training import (
     measure_words,
     run_training,
 )
-from llmrec.metrics import Ranks, compare, holm, summary
+from llmrec.metrics import Ranks, summary
 from llmrec.mining import mined_choices
 from llmrec.offline import core_of
 from llmrec.protocols import Codes, Floats, Query
@@ -345,36 +346,6 @@ def described(path: Path, events: int, words: int) -> dict[str, dict[str, Any]]:
     return stored
 
 
-def write(path: Path, text: str) -> None:
-    """Write a file to a temporary name first."""
-    draft = path.with_name(f".{path.name}")
-    draft.write_text(text, encoding="utf-8")
-    draft.replace(path)
-
-
-def gather(folder: Path, trials: Mapping[str, dict[str, Any]], out: Path, name: str) -> None:
-    """Write the results file: measures of every trial, and its difference to the trial it is held against."""
-    found, ranks = {}, {}
-    for trial in trials:
-        path = folder / f"{trial}.json"
-        if path.is_file():
-            found[trial] = json.loads(path.read_text(encoding="utf-8"))
-            with np.load(folder / f"{trial}.npz") as stored:
-                ranks[trial] = dict(stored)
-    compared = []
-    for trial, own in ranks.items():
-        other = trials[trial].get("against", "")
-        for kind in sorted(set(own) & set(ranks.get(other, {}))):
-            pair = {trial: own[kind], other: ranks[other][kind]}
-            compared.append((kind, compare(pair, trial, other, "ndcg@10")))
-    corrected = holm([c for _, c in compared])
-    result = {
-        "trials": found,
-        "comparisons": [{"of": k, **c.as_dict()} for (k, _), c in zip(compared, corrected, strict=True)],
-    }
-    write(out / f"{name}-ablations.json", json.dumps(result, indent=1))
-
-
 def main(argv: list[str] | None = None) -> None:
     """Run."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
@@ -407,7 +378,6 @@ def main(argv: list[str] | None = None) -> None:
     wanted = [t for t in trials if not args.only or t in args.only][k - 1 :: n]
     for trial in wanted:
         path = folder / f"{trial}.json"
-        described_by = {k: v for k, v in trials[trial].items() if k != "says"}
         whose = {
             "users_sha256": p.asked.sha256(),
             "merge_sha256": hash_words(p.state),
@@ -415,7 +385,7 @@ def main(argv: list[str] | None = None) -> None:
         }
         if path.is_file():
             there = json.loads(path.read_text(encoding="utf-8"))
-            if {k: there.get(k) for k in ("trial", *whose)} == {"trial": described_by, **whose}:
+            if {k: there.get(k) for k in ("trial", *whose)} == {"trial": description(trials[trial]), **whose}:
                 continue
         begun = time.perf_counter()
         found, ranks = run(p, trial, trials[trial], folder / f"{trial}.run")
@@ -428,7 +398,7 @@ def main(argv: list[str] | None = None) -> None:
             json.dumps(
                 {
                     "says": trials[trial].get("says", ""),
-                    "trial": described_by,
+                    "trial": description(trials[trial]),
                     "users": users,
                     **whose,
                     **found,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -98,6 +99,13 @@ class Comparison:
         if self.p_holm is not None and self.p_holm > 0.05:
             return ": not shown among all comparisons of this run"
         return ""
+
+    @classmethod
+    def of(cls, stored: Mapping[str, Any]) -> Comparison:
+        """Read what `as_dict` wrote."""
+        low, high = stored["ci95"]
+        values = {k: stored[k] for k in ("a", "b", "metric", "difference", "p", "users", "p_holm")}
+        return cls(**values, low=low, high=high, effect=stored["effect_size"])
 
     def as_dict(self) -> dict[str, object]:
         """The form written to results files."""

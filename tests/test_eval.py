@@ -254,6 +254,20 @@ def test_ablations_hold_each_trial_against_another_and_are_not_repeated(
         for values in (own["systems"].get(kind) for kind in ("alone", "first 20")):
             assert values is None or f"| {values['ndcg@10']:.4f} |" in row
     assert any("(to default)" in row for row in rows if row.startswith("| random-lora"))
+    # Trials of another machine are held against what is published, and without its ranks nothing is lost.
+    (tmp_path / "runs" / "toy" / "default.json").unlink()
+    ablations.main([*given, *sizes, "--name", "toy", "--gather"])
+    assert json.loads((tmp_path / "toy-ablations.json").read_text()) == result
+    (tmp_path / "toy-ablations.ranks.npz").unlink()
+    ablations.main([*given, *sizes, "--name", "toy", "--gather"])
+    again = json.loads((tmp_path / "toy-ablations.json").read_text())
+    assert again["trials"] == found
+    assert sorted(map(str, again["comparisons"])) == sorted(map(str, result["comparisons"]))
+    # A trial that is described otherwise than it was run is not published as what it is called now.
+    (tmp_path / "trials.toml").write_text(TRIALS.replace('normalise = "vocabulary", ', ""))
+    (tmp_path / "runs" / "toy" / "vocabulary.json").unlink()
+    ablations.main([*given, *sizes, "--name", "toy", "--gather"])
+    assert "vocabulary" not in json.loads((tmp_path / "toy-ablations.json").read_text())["trials"]
 
 
 def test_what_workers_of_other_libraries_are_given_and_judge_by(tmp_path):
