@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tables_speed import speed
-from tables_trials import ablations
+from tables_trials import ablations, added_items
 
 from llmrec.pipeline import Weights
 
@@ -430,6 +430,7 @@ def pages() -> dict[Path, str]:
                 reasons(),
                 slow,
                 *(ablations(path.stem, read_json(path)) for path in results_like("*-ablations.json")),
+                *(added_items(path.stem, read_json(path)) for path in results_like("*-added-items.json")),
                 compared("*-peers.json", "`eval/peers.py`: the systems below on one split, full ranking"),
                 compared(
                     "*-encoder.json",

@@ -1,4 +1,4 @@
-"""Tables of the ablations, from eval/results/*-ablations.json; `tables.py` puts them where they belong."""
+"""Tables of ablations and of added items; `tables.py` puts them where they belong."""
 
 from __future__ import annotations
 
@@ -47,6 +47,35 @@ def ablations(name: str, found: Found) -> str:
         ]
         lines.append("| " + " | ".join(cells) + " |")
     lines += _detail(trials) + _typed(trials)
+    return "\n".join(lines)
+
+
+def added_items(name: str, found: Found) -> str:
+    """One row a mode: how a model ranks items that were added after it was trained."""
+    chose = found["who chose an added item"]
+    lines = [
+        f"### {name} (bring data)",
+        "",
+        f"`{found['command']}`: {found['added']:,} of {found['items']:,} items are taken out, a model learns "
+        "the rest and then knows them by their texts; another learns everything. Validation, "
+        f"{found['users']:,} users, {chose:,} of whom chose an added item; lists of ten added and ten "
+        "other items. Ahead: share of the pairs of an added and another item in which the added one comes "
+        "first; .5 is no preference. First ten: share of added items among the first ten of the catalogue.",
+        "",
+        "| mode | ahead, grown | retrained | difference | first ten, grown | retrained "
+        "| NDCG@10 of an added item, grown | retrained | of another, grown | retrained |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for mode, own in found["modes"].items():
+        low, high = own["comparisons"][0]["ci95"]
+        cells = [mode]
+        for measure in ("ahead", "first ten", "ndcg@10 of an added item", "ndcg@10 of another"):
+            for side in ("grown", "retrained"):
+                value = own[side][measure]
+                cells.append("" if value is None else f"{value:.3f}")
+            if measure == "ahead":
+                cells.append(f"{own['comparisons'][0]['difference']:+.3f} [{low:+.3f}, {high:+.3f}]")
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

@@ -1,14 +1,12 @@
 """The evaluation programs, run on toy data, and the tables that must say what the results say."""
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pytest
 import torch
+from programs import ROOT, program, write_data
 
 from llmrec import cli
 from llmrec.config import Config
@@ -19,43 +17,12 @@ from llmrec.protocols import Query
 from llmrec.score.loading import load_causal
 from llmrec.score.packed import forward, row_of
 from llmrec.score.trie import Tree
-from llmrec.testing import tiny_lm, toy_data
-
-ROOT = Path(__file__).parent.parent
-
-
-def program(name):
-    path = ROOT / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name.replace("/", "_"), path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look there
-    # As a program that is run finds what lies beside it.
-    with pytest.MonkeyPatch.context() as patched:
-        patched.syspath_prepend(path.parent)
-        spec.loader.exec_module(module)
-    return module
+from llmrec.testing import tiny_lm
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    items, events = toy_data()
-    rows = [
-        {
-            "item_id": i.item_id,
-            "title": i.title,
-            **{k: list(v) if isinstance(v, tuple) else v for k, v in i.attributes.items()},
-        }
-        for i in items
-    ]
-    pl.DataFrame(rows).write_parquet(folder / "items.parquet")
-    pl.DataFrame(
-        [{"user_id": e.user_id, "item_id": e.item_id, "timestamp": e.timestamp} for e in events]
-    ).write_parquet(folder / "events.parquet")
-    base = tiny_lm(tmp_path_factory.mktemp("lm"))
-    lines = ["[encoder]", 'name = "light"', "[lm]", f'base = "{base}"', "layers = 2", 'precision = "float32"']
-    (folder / "c.toml").write_text("\n".join([*lines, "[training]", "steps = 10"]))
-    return folder
+    return write_data(tmp_path_factory.mktemp("data"), tmp_path_factory.mktemp("lm"))
 
 
 @pytest.fixture(scope="module")

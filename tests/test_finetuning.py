@@ -1,17 +1,16 @@
 """Fine-tuning as a product: steps in parts, early ends, logs, cards, and a model that is continued."""
 
-import importlib.util
 import itertools
 import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pytest
 import torch
+from programs import ROOT, program
 
 from llmrec import Event, Item, Recommender, cli
 from llmrec.errors import ConfigError, DataError, ModelError
@@ -588,15 +587,7 @@ def test_the_command_line_continues(yesterday, tmp_path, monkeypatch, capsys):
 
 # ---- programs ----------------------------------------------------------------------------------------
 
-ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "finetune" / "configs"
-
-
-def program(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "finetune" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -627,7 +618,7 @@ def test_the_program_for_words_goes_from_a_log_to_an_adapter(base, files, tmp_pa
     lm |= {"candidates": 5, "listed": 5, "mined": 80, "judged": 20}
     config = toml(tmp_path / "c.toml", lm, {"steps": 3, "validations": 1, "tokens_per_step": 300})
     arguments = [*files, "--out", str(tmp_path / "out"), "--config", config, "--mode", mode]
-    listwise = program("listwise")
+    listwise = program("finetune/listwise")
     listwise.main(arguments)
     shown = capsys.readouterr()
     assert "3 steps" in shown.out and "lm - merge, ndcg@10" in shown.out and "untrained: ndcg@10" in shown.err
@@ -648,7 +639,7 @@ def test_the_program_for_words_refuses_a_model_that_reads_vectors(base, files, t
     with pytest.raises(
         ConfigError, match=r"c\.toml has no lm\.mode of likelihood, generate, yes_no, letters"
     ):
-        program("listwise").main([*files, "--out", str(tmp_path / "out"), "--config", config])
+        program("finetune/listwise").main([*files, "--out", str(tmp_path / "out"), "--config", config])
 
 
 def test_configurations_of_accelerate_are_ones_that_it_can_load():

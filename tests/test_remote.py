@@ -1,6 +1,5 @@
 """A language model on an inference server: what is sent, what comes back, what happens if nothing does."""
 
-import importlib.util
 import json
 import os
 import shutil
@@ -9,12 +8,12 @@ import threading
 import time
 from contextlib import closing
 from dataclasses import replace
-from pathlib import Path
 
 import httpx2
 import numpy as np
 import pytest
 import torch
+from programs import program
 
 from llmrec import Item, Recommender, Request
 from llmrec.config import Config
@@ -254,15 +253,11 @@ def test_an_answer_of_another_kind_of_server_is_an_error(saved, monkeypatch):
 
 @pytest.mark.skipif("LLMREC_ENGINES" not in os.environ, reason="needs vLLM: make test-engines")
 def test_a_real_vllm_gives_the_scores_of_this_process(saved, base, tmp_path):
-    place = Path(__file__).parent.parent / "eval" / "engine.py"
-    spec = importlib.util.spec_from_file_location("engine", place)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     with socket.create_server(("127.0.0.1", 0)) as free:
         free_port = free.getsockname()[1]
     rec, folder = saved
     adapter = next(folder.glob("*/adapter"))
-    with module.served(base, {"rec": adapter}, free_port, tmp_path / "log") as url:
+    with program("eval/engine").served(base, {"rec": adapter}, free_port, tmp_path / "log") as url:
         remote = Recommender.load(folder, engine=url)
         # The first answers take long: the server compiles.
         remote.config = remote.config.with_flags(engine={"timeout_seconds": 300.0})
