@@ -22,11 +22,11 @@ def ablations(name: str, found: Found) -> str:
     lines = [
         f"### {name} (bring data)",
         "",
-        f"`eval/ablations.py`: one change at a time; validation, {first['users']['asked']:,} users"
-        + ("" if first["users"]["few"] == first["users"]["asked"] else f", {first['users']['few']:,} of them")
-        + " for the order of the merge's first 20. NDCG@10; a difference is that of the trial to the one in "
-        "brackets, user by user, in the measure named, corrected over all differences of the table. The gain "
-        "is that of the blend over the merge without the model, cross-fitted, with its standard error.",
+        f"`eval/ablations.py`: one change at a time; validation, {first['users']['asked']:,} users; "
+        "the merge's first 20 are ordered for all or for so many as stand there. NDCG@10; a difference is "
+        "that of the trial to the one in brackets, user by user, in the measure named, corrected over all "
+        "differences of the table. The gain is that of the blend over the merge without the model, "
+        "cross-fitted, with its standard error.",
         "",
         "| trial | events | events/s | nats | alone | first 20 | difference | gain in the blend |",
         "|---|---|---|---|---|---|---|---|",
@@ -38,16 +38,23 @@ def ablations(name: str, found: Found) -> str:
             f"{training['events']:,}" if "events" in training else "",
             f"{training['events_per_second']:,.0f}" if "events_per_second" in training else "",
             f"{own['nats']:.3f}" if "nats" in own else "",
-            *(
-                f"{own['systems'][kind]['ndcg@10']:.4f}" if kind in own["systems"] else ""
-                for kind in ("alone", "first 20")
-            ),
+            f"{own['systems']['alone']['ndcg@10']:.4f}" if "alone" in own["systems"] else "",
+            _first(own),
             _difference(trial, found),
             f"{blend['gain']:+.4f} ± {blend['standard_error']:.4f}" if blend else "",
         ]
         lines.append("| " + " | ".join(cells) + " |")
     lines += _detail(trials) + _typed(trials)
     return "\n".join(lines)
+
+
+def _first(own: Found) -> str:
+    """NDCG@10 of the order of the merge's first 20, and of how many users if not of all."""
+    if "first 20" not in own["systems"]:
+        return ""
+    asked, few = own["users"]["asked"], own["users"]["few"]
+    value = f"{own['systems']['first 20']['ndcg@10']:.4f}"
+    return value if few == asked else f"{value} ({few:,} users)"
 
 
 def added_items(name: str, found: Found) -> str:
