@@ -19,11 +19,11 @@ import sys
 import tempfile
 import time
 import urllib.request
-import venv
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from own_environment import python_in
 from transformers import AutoConfig
 
 from llmrec.adapter import SETTINGS, export_adapter, read_adapter
@@ -42,13 +42,7 @@ UNWANTED = ("torchvision", "torchaudio", "torchcodec")
 
 def environment() -> Path:
     """Python of the environment; made if it is not there."""
-    python = FOLDER / "bin" / "python"
-    if not (FOLDER / "ready").exists():
-        venv.create(FOLDER, with_pip=True, clear=True)
-        subprocess.run([python, "-m", "pip", "install", "--quiet", *PACKAGES], check=True)
-        subprocess.run([python, "-m", "pip", "uninstall", "--quiet", "--yes", *UNWANTED], check=True)
-        (FOLDER / "ready").touch()
-    return python
+    return python_in(FOLDER, PACKAGES, unwanted=UNWANTED)
 
 
 def command(base: Path, adapters: Mapping[str, Path], port: int) -> list[str]:

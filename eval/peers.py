@@ -24,7 +24,6 @@ import json
 import subprocess
 import tempfile
 import time
-import venv
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -32,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from own_environment import python_in
 from peer_cross import CrossScorer
 from peer_split import write_split
 
@@ -142,13 +142,7 @@ def prepare(data: Path, config: Config, users: int, minutes: float) -> Prepared:
 def python_of(packages: tuple[str, ...], name: str) -> Path:
     """Python of a virtual environment with these packages; made if it is not there."""
     pinned = hashlib.sha256(" ".join(packages).encode()).hexdigest()[:8]
-    folder = RUNS / "peers" / f"{name}-{pinned}"
-    python = folder / "bin" / "python"
-    if not (folder / "ready").exists():
-        venv.create(folder, with_pip=True, clear=True)
-        subprocess.run([python, "-m", "pip", "install", "--quiet", *packages], check=True)
-        (folder / "ready").touch()
-    return python
+    return python_in(RUNS / "peers" / f"{name}-{pinned}", packages)
 
 
 def worked(p: Prepared, packages: tuple[str, ...], library: str, name: str, *more: str) -> dict[str, Any]:

@@ -16,6 +16,7 @@ ours carry LoRA matrices, as they are served, the others do not. Systems:
 - one by one: plain transformers, a prompt a candidate.
 - letters, plain: all candidates in one prompt, as LlamaRec reads them, by plain transformers.
 - titles as text: the model writes as many tokens as ten titles have, greedily.
+- llama.cpp: the 4-bit file of the same weights, a prompt a candidate, what they share read once.
 
 The limit is the time of the multiply-adds that a system needs, as a matrix product: that of the linear
 layers alone for the tokens that it reads, same type and shapes, on the same cores, and at that rate the
@@ -27,6 +28,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
+import subprocess
 import sys
 import threading
 import time
@@ -40,10 +42,12 @@ import numpy as np
 import torch
 from peer_cross import cross_encoder
 from rich.console import Console
+from speed_llama import PACKAGES, Llama, started
 
 from llmrec.assembly import read_catalog, read_log
 from llmrec.config import Config
 from llmrec.environment import environment
+from llmrec.errors import ConfigError
 from llmrec.evaluation.cache import StageCache
 from llmrec.families import Texts
 from llmrec.fetch import resolve
@@ -79,7 +83,7 @@ class System:
     answer
         Gives the scores of a request.
     body
-        The inner transformer that it runs.
+        The inner transformer that it runs; None where that is in another process.
     begin
         Drops what was kept before the first request; each request has another history, so all are cold.
     before
@@ -106,8 +110,11 @@ class Read:
 
 @contextmanager
 def reads_of(body: Any) -> Iterator[list[Read]]:
-    """What each forward of a body reads."""
+    """What each forward of a body reads; nothing of a body in another process."""
     read: list[Read] = []
+    if body is None:
+        yield read
+        return
 
     def note(_: Any, args: tuple[Any, ...], named: dict[str, Any]) -> None:
         given = named.get("inputs_embeds")
@@ -158,6 +165,8 @@ def peak_memory() -> Iterator[list[float]]:
 
 def limit_seconds(body: Any, reads: Sequence[Read], dtype: torch.dtype) -> float:
     """Time of the products that some forwards need, LoRA not counted; those of attention at the same rate."""
+    if not reads:
+        return 0.0
     shapes: dict[tuple[int, int], int] = {}
     for name, module in body.named_modules():
         if isinstance(module, torch.nn.Linear) and "lora" not in name:
@@ -180,7 +189,7 @@ def limit_seconds(body: Any, reads: Sequence[Read], dtype: torch.dtype) -> float
             total += count * float(np.median(times))
     # Each pair is multiplied once for the product and once for the sum of values.
     attended = pairs * 2 * config.num_hidden_layers * config.hidden_size
-    return total * (1 + attended / done) if done else 0.0
+    return total * (1 + attended / done)
 
 
 def timed(systems: Sequence[System], requests: Sequence[Asked], dtype: torch.dtype) -> list[dict[str, Any]]:
@@ -217,7 +226,7 @@ def timed(systems: Sequence[System], requests: Sequence[Asked], dtype: torch.dty
                 "median_ms": round(1000 * float(np.median(took[1:])), 2),
                 "p95_ms": round(1000 * float(np.quantile(took[1:], 0.95)), 2),
                 "requests": len(took) - 1,
-                "memory_mb": round(most),
+                "memory_mb": round(most) if system.body is not None else None,
                 "positions": int(np.median([sum(one.positions for one in read_by[n]) for n in shared])),
                 "share_of_limit": round(float(np.median(shares)), 3),
                 "shared_ms": [round(1000 * took[n], 2) for n in shared],
@@ -275,7 +284,9 @@ def prompts(words: WordsModel, query: Query, items: Codes, last: list[int]) -> l
     return [[*beginning, *words.lines[code], words.vocabulary.end, *last] for code in items]
 
 
-def others(base: Path, texts: Texts, counts: Any, precision: Precision) -> tuple[list[System], list[System]]:
+def others(
+    base: Path, texts: Texts, counts: Any, precision: Precision, llama: Llama | None
+) -> tuple[list[System], list[System]]:
     """The same model asked by other means: the CrossEncoder by size of its batches, and all others."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -323,12 +334,17 @@ def others(base: Path, texts: Texts, counts: Any, precision: Precision) -> tuple
             pad_token_id=words.vocabulary.end,
         )
 
+    def four_bit(query: Query, items: Codes) -> Any:
+        assert llama is not None
+        return llama.score(prompts(words, query, items, scorer.last), [yes, no])
+
     body = cross[0].model.base_model
     batched = [System(f"CrossEncoder, batches of {n}", crossed(n), body, slow=True) for n in BATCHES]
     return batched, [
         System(ONE_BY_ONE, one_by_one, model.base_model, slow=True),
         System("letters, plain transformers, at most 26", listed, model.base_model, slow=True),
         System("ten titles written as text", written, model.base_model, slow=True),
+        *([System("llama.cpp, 4 bits", four_bit, None, slow=True)] if llama is not None else []),
     ]
 
 
@@ -346,7 +362,7 @@ def apart(systems: Sequence[System], query: Query, items: Codes) -> dict[str, fl
         found = {
             s.name: np.ravel(s.answer(query, items))
             for s in systems
-            if s.name == ONE_BY_ONE or s.name.startswith(("CrossEncoder", "yes_no, cold"))
+            if s.name == ONE_BY_ONE or s.name.startswith(("CrossEncoder", "yes_no, cold", "llama.cpp"))
         }
     truth = found.pop(ONE_BY_ONE)
     return {name: round(float(np.abs(values - truth).max()), 6) for name, values in found.items()}
@@ -376,6 +392,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--candidates", type=int, nargs="+", default=[20, 100])
     parser.add_argument("--requests", type=int, default=20)
     parser.add_argument("--precisions", nargs="+", default=["bfloat16", "float32"])
+    parser.add_argument("--llama", action=argparse.BooleanOptionalAction, default=True, help="with llama.cpp")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=HERE / "results" / "speed.json")
     args = parser.parse_args(argv)
@@ -389,11 +406,20 @@ def main(argv: list[str] | None = None) -> None:
     base = resolve(args.base)
     counts = np.bincount(log.item, minlength=len(catalog))
     histories = [log.history(user) for user in range(log.n_users)]
+    llama = None
+    try:
+        llama = (
+            started(args.base, HERE.parent / "runs" / "llama", torch.get_num_threads())
+            if args.llama
+            else None
+        )
+    except (ConfigError, subprocess.CalledProcessError) as error:
+        console.print(f"without llama.cpp: {error}")
     rows: list[dict[str, Any]] = []
     differences: dict[str, dict[str, float]] = {}
     for precision in args.precisions:
         own = ours(base, texts, counts, precision, args.layers)
-        batched, plain = others(base, texts, counts, precision)
+        batched, plain = others(base, texts, counts, precision, llama)
         for candidates in args.candidates:
             asked = requests_of(histories, len(catalog), candidates, args.requests, args.seed)
             systems = [*own, best_batch(batched, *asked[0]), *plain]
@@ -402,6 +428,8 @@ def main(argv: list[str] | None = None) -> None:
                 rows.append(row | measured)
                 console.print(rows[-1])
         differences[precision] = apart(systems, *asked[0])
+    if llama is not None:
+        llama.close()
     result = {
         "command": " ".join(["python eval/speed.py", *(sys.argv[1:] if argv is None else argv)]),
         "data": folder.name,
@@ -411,7 +439,7 @@ def main(argv: list[str] | None = None) -> None:
         "threads": torch.get_num_threads(),
         "yes_no_apart_from_one_by_one": differences,
         "systems": with_ratios(rows),
-        "environment": environment(),
+        "environment": {**environment(), "llama.cpp": PACKAGES if llama else None},
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     draft = args.out.with_suffix(".tmp")

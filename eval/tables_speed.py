@@ -29,6 +29,6 @@ def speed(found: dict[str, Any], *, short: bool) -> str:
                 lines.append(
                     f"| {row['system']} | {row['median_ms']:,.1f} | {row['p95_ms']:,.1f} | {row['requests']} "
                     f"| {row['times_as_fast_as_cross_encoder']:,.1f} | {row['positions']:,} | {share} "
-                    f"| {row['memory_mb']:,} |"
+                    f"| {'' if row['memory_mb'] is None else format(row['memory_mb'], ',')} |"
                 )
     return "\n".join(lines)

@@ -1,6 +1,8 @@
 """The evaluation programs, run on toy data, and the tables that must say what the results say."""
 
 import json
+import sys
+from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -10,7 +12,7 @@ from programs import ROOT, program, write_data
 
 from llmrec import cli
 from llmrec.config import Config
-from llmrec.errors import DataError
+from llmrec.errors import ConfigError, DataError
 from llmrec.metrics import summary
 from llmrec.offline import evaluate
 from llmrec.protocols import Query
@@ -372,13 +374,18 @@ def test_the_timing_of_candidates_counts_what_is_read_and_keeps_systems_side_by_
         order.append("plain")
         return body(input_ids=torch.tensor([[3, 4, 9, 5]] * 2), use_cache=False)
 
-    systems = [speed.System("packed", packed, body), speed.System("plain", plain, body, slow=True)]
+    systems = [
+        speed.System("packed", packed, body),
+        speed.System("plain", plain, body, slow=True),
+        speed.System("elsewhere", lambda query, items: None, None),
+    ]
     with speed.reads_of(body) as read:
         packed(*asked[0])
         plain(*asked[0])
     assert read == [speed.Read(7, int(row.sees.sum())), speed.Read(8, 2 * 10)]
     order.clear()
-    rows = speed.timed(systems, asked, torch.float32)
+    *rows, elsewhere = speed.timed(systems, asked, torch.float32)
+    assert elsewhere["memory_mb"] is None and elsewhere["positions"] == elsewhere["share_of_limit"] == 0
     assert order == ["packed", "plain"] * (1 + speed.SLOW) + ["packed"] * (5 - speed.SLOW)
     assert [row["requests"] for row in rows] == [5, speed.SLOW]
     assert [row["positions"] for row in rows] == [7, 8]
@@ -401,8 +408,54 @@ def test_the_timing_of_candidates_counts_what_is_read_and_keeps_systems_side_by_
             "systems": [
                 row | {"p95_ms": 60.0, "positions": 7, "share_of_limit": 0.5, "requests": 3, "memory_mb": 9}
                 for row in ratios
-            ],
+            ]
+            + [{**ratios[1], **elsewhere, "system": "elsewhere"}],
         },
         short=True,
     )  # fmt: skip
+    (line,) = [line for line in table.splitlines() if line.startswith("| elsewhere")]
+    assert line.endswith("| 0 |  |  |")
     assert "| ours | 4.0 | 60.0 | 3 | 12.5 | 7 | 0.50 | 9 |" in table
+
+
+LLAMA = """
+import math
+
+
+class Options:
+    def __init__(self):
+        self.model, self.cpuparams, self.cpuparams_batch = Sizes(), Sizes(), Sizes()
+
+
+class Sizes:
+    pass
+
+
+CommonParams = Options
+
+
+class Server:
+    def __init__(self, params):
+        assert params.model.path == "some.gguf" and params.cpuparams_batch.n_threads == 2
+
+    def handle_completions(self, asked):
+        raised = dict(asked["logit_bias"])
+        total = sum(asked["prompt"])
+        logits = {token: math.sin(token * total) + raised.get(token, 0.0) for token in range(50)}
+        total = sum(map(math.exp, logits.values()))
+        top = sorted(logits, key=logits.get, reverse=True)[: asked["n_probs"]]
+        rows = [{"id": token, "prob": math.exp(logits[token]) / total} for token in top]
+        return {"choices": [{"logprobs": {"content": [{"top_probs": rows}]}}]}
+"""
+
+
+def test_llama_cpp_is_asked_for_two_labels_in_a_process_of_its_own(tmp_path, monkeypatch):
+    (tmp_path / "xllamacpp.py").write_text(LLAMA)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    llama = program("eval/speed_llama").Llama(Path(sys.executable), Path("some.gguf"), 2)
+    prompts = [[1, 2, 3], [4]]
+    expected = [np.sin(7 * sum(prompt)) - np.sin(9 * sum(prompt)) for prompt in prompts]
+    np.testing.assert_allclose(llama.score(prompts, [7, 9]), expected, atol=1e-9)
+    llama.close()
+    with pytest.raises(ConfigError, match="no GGUF file"):
+        program("eval/speed_llama").started("some/folder", tmp_path, 2)
