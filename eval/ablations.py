@@ -27,6 +27,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from gathering import description, gather, write
+from latest_words import InWords, Latest, LatestTask
 from rich.console import Console
 
 from llmrec.assembly import read_catalog, read_log
@@ -177,16 +178,17 @@ def trained(
             lm.model.body.requires_grad_(True)
         typed = lm.typing(texts.lines)
         training = lasting(training, trial["events"])
-        task = ItemTokensTask(
-            lm.model,
-            log.source(),
-            lm_config.window,
-            training,
-            typed=typed,
-            wishes=lm_config.wishes,
-        )
+        learned = lm.model, log.source(), lm_config.window, training
         sample = p.judging.sample(VALIDATION_USERS, 0)
-        validate: Any = partial(judged, lm, sample)
+        if trial.get("latest"):
+            assert lm.wish is not None
+            latest = Latest(lm.wish, p.state.catalog.titles, trial["latest"])
+            task = LatestTask(latest, *learned)
+            lm.scorer = cast(Any, InWords(lm.scorer, latest))
+        else:
+            latest = None
+            task = ItemTokensTask(*learned, typed=typed, wishes=lm_config.wishes)
+        validate: Any = partial(judged, lm, sample, latest)
     else:
         lm = WordLanguageModel.new(lm_config, base, texts.lines, counts, seed)
         training = lasting(training, trial["events"] * trial.get("tokens", 1))
@@ -226,7 +228,9 @@ def trained(
 
 def settings(config: Config, trial: Mapping[str, Any]) -> Config:
     """The configuration of a trial; another mode of the language model has settings of its own."""
-    values, given = config.model_dump(), trial.get("lm", {})
+    values, given = config.model_dump(), dict(trial.get("lm", {}))
+    if "prompt" in given:
+        given["prompt"] = str(HERE / "ablations" / given["prompt"])
     other = given.get("mode", config.lm.mode) != config.lm.mode
     values["lm"] = {"base": config.lm.base, **given} if other else {**values["lm"], **given}
     values["training"] |= trial.get("training", {})
@@ -239,9 +243,10 @@ def lasting(training: TrainingConfig, units: int) -> TrainingConfig:
     return TrainingConfig(**{**training.model_dump(), "minutes": None, "steps": steps})
 
 
-def judged(lm: LanguageModel, held_out: HeldOut) -> dict[str, float]:
+def judged(lm: LanguageModel, held_out: HeldOut, latest: Latest | None) -> dict[str, float]:
     """Measures of a state of the model."""
-    return measure(lm.scorer_of(lm.model), held_out)
+    scorer: Any = lm.scorer_of(lm.model)
+    return measure(InWords(scorer, latest) if latest else scorer, held_out)
 
 
 def on_device(lm: Any) -> Any:
@@ -357,7 +362,7 @@ def described(path: Path, events: int, words: int) -> dict[str, dict[str, Any]]:
         stored: dict[str, dict[str, Any]] = tomllib.load(opened)
     for name, trial in stored.items():
         known = ("lm", "training", "weights", "full", "texts", "events", "against", "detail", "typed")
-        unknown = set(trial) - {*known, "negatives", "retriever", "says", "tokens"}
+        unknown = set(trial) - {*known, "negatives", "retriever", "says", "tokens", "latest"}
         if unknown:
             raise ConfigError(f"{path}, trial {name}: unknown {', '.join(sorted(unknown))}")
         reads_words = trial.get("lm", {}).get("mode", "item_tokens") != "item_tokens"

@@ -61,8 +61,8 @@ def marked(protocol: dict[str, Any]) -> str:
 def short(results: dict[Path, dict[str, Any]]) -> str:
     """One row a results file: what the language model adds to the merge."""
     lines = [
-        "| data | minutes | users | merge R@10 | merge N@10 | LM alone N@10 | blend R@10 | blend N@10 "
-        "| blend - merge, N@10 | typed words: merge N@10 | typed words: served N@10 |",
+        "| data | minutes at most | users | merge R@10 | merge N@10 | LM alone N@10 | blend R@10 "
+        "| blend N@10 | blend - merge, N@10 | typed words: merge N@10 | typed words: served N@10 |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for path, found in results.items():
@@ -114,7 +114,7 @@ def retrieval(results: dict[Path, dict[str, Any]]) -> str:
     lines = [
         "Without a language model; 95 % intervals over users:",
         "",
-        "| data | families in the blend | chosen in | users | R@10 | N@10 "
+        "| results | families in the blend | chosen in | users | R@10 | N@10 "
         "| coverage, novelty, popularity lift at 10 |",
         "|---|---|---|---|---|---|---|",
     ]
@@ -132,7 +132,7 @@ def retrieval(results: dict[Path, dict[str, Any]]) -> str:
         weights = Weights.from_dict(found["recipe"]["history"])
         families = ", ".join(name for name in found["recipe"]["settings"] if weights.ever_uses(name))
         lines.append(
-            f"| {path.stem.split('-test-')[0]} ({source(found)}) | {families} "
+            f"| {path.stem.replace('-test-', ', ')} ({source(found)}) | {families} "
             f"| {chosen} | {found['protocol']['users']:,} "
             f"| {' | '.join(cells)} | {more} |"
         )
@@ -171,7 +171,8 @@ def costs(found: dict[str, Any]) -> list[str]:
     curve = [(row["events"], row["nats"], row["ndcg@10"]) for row in training["curve"]]
     shown = ", ".join(f"{events // 1000:,} k {nats:.2f}/{ndcg:.4f}" for events, nats, ndcg in curve)
     return [
-        f"- trained {_minutes(found):g} minutes, {training['events_per_second']:.0f} events/s; "
+        f"- trained {training['seconds'] / 60:.1f} of {_minutes(found):g} minutes, "
+        f"{training['events_per_second']:.0f} events/s; "
         f"weight in the blend {lm_weight(found):g}",
         f"- events, validation nats/NDCG@10 of the language model alone: {shown}",
         f"- milliseconds a request with 20 history items, merge / with the language model: single, cold "

@@ -1,8 +1,10 @@
 """The evaluation programs, run on toy data, and the tables that must say what the results say."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import polars as pl
@@ -16,9 +18,11 @@ from llmrec.errors import ConfigError, DataError
 from llmrec.metrics import summary
 from llmrec.offline import evaluate
 from llmrec.protocols import Query
+from llmrec.score.config import TrainingConfig
 from llmrec.score.loading import load_causal
 from llmrec.score.packed import forward, row_of
 from llmrec.score.trie import Tree
+from llmrec.sequences import Source
 from llmrec.testing import tiny_lm
 
 
@@ -181,6 +185,9 @@ tokens = 100
 [sasrec]
 retriever = "sasrec"
 against = "default"
+[latest]
+lm = { window = 4, wishes = 1.0, prompt = "latest.md" }
+latest = 2
 """
 
 
@@ -191,6 +198,7 @@ def test_ablations_hold_each_trial_against_another_and_are_not_repeated(
     monkeypatch.setattr(ablations, "HERE", tmp_path / "eval")
     monkeypatch.setattr(ablations, "RUNS", tmp_path / "runs")
     (tmp_path / "trials.toml").write_text(TRIALS)
+    shutil.copytree(ROOT / "eval" / "ablations", tmp_path / "eval" / "ablations")
     sizes = ["--events", "900", "--words", "60", "--users", "30", "--few", "10", "--out", str(tmp_path)]
     given = [
         "--data",
@@ -202,7 +210,7 @@ def test_ablations_hold_each_trial_against_another_and_are_not_repeated(
     ]
     ablations.main([*given, *sizes, "--name", "toy"])
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs" / "toy").glob("*.json")}
-    assert len(kept) == 6
+    assert len(kept) == 7
     ablations.main([*given, *sizes, "--name", "toy"])
     assert kept == {path: path.stat().st_mtime_ns for path in kept}
     ablations.main([*given, *sizes, "--name", "toy", "--gather"])
@@ -237,6 +245,26 @@ def test_ablations_hold_each_trial_against_another_and_are_not_repeated(
     (tmp_path / "runs" / "toy" / "vocabulary.json").unlink()
     ablations.main([*given, *sizes, "--name", "toy", "--gather"])
     assert "vocabulary" not in json.loads((tmp_path / "toy-ablations.json").read_text())["trials"]
+
+
+def test_the_latest_items_in_words_come_before_the_item_that_is_predicted():
+    words = program("eval/latest_words")
+    written = []
+
+    class Wish:
+        def tokens(self, text):
+            written.append(text)
+            return [len(text), 7]
+
+    latest = words.Latest(Wish(), ["a", "b", "c", "d"], 2)
+    source = Source([np.array([0, 1, 2, 3], np.int32), np.array([2], np.int32)])
+    task = words.LatestTask(latest, None, source, 4, TrainingConfig())
+    windows = [window for batch in task.epoch(np.random.default_rng(0)) for window in batch]
+    assert {len(window): tuple(window.typed) for window in windows} == {4: (4, 7), 1: ()}
+    assert written == ["c; b"]
+    asked = words.InWords(SimpleNamespace(score=lambda queries, lists: queries), latest)
+    (query,) = asked.score([Query(np.array([3, 0, 2], np.int32))], [])
+    assert query.text == "c; a" and query.history.tolist() == [3, 0, 2]
 
 
 def test_what_workers_of_other_libraries_are_given_and_judge_by(tmp_path):
