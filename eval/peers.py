@@ -266,7 +266,7 @@ def item_tokens(p: Prepared) -> dict[str, Found]:
 def yes_no(p: Prepared) -> Found:
     """Our language model that reads the candidates in words, all in one forward."""
     shape = WordsConfig(mode="yes_no", base=p.config.lm.base, window=WINDOW)
-    training = p.config.training.lasting(p.minutes).model_copy(update={"tokens_per_step": 3600})
+    training = p.config.training.lasting(p.minutes).model_copy(update={"tokens_per_step": 1200})
     with tempfile.TemporaryDirectory() as temporary:
         lm, report = train_words_model(
             p.state,

@@ -30,6 +30,12 @@ logger = logging.getLogger(__name__)
 VALIDATION_SECONDS = 90.0
 """Longest stretch of training between two validations in a run that lasts by minutes."""
 
+VALIDATING = 0.25
+"""What validations add to the time of such a run, about, where they take long."""
+
+WARMUP = 0.1
+"""Share of the budget over which the learning rate rises, at most."""
+
 CHECKPOINT, BEST = "checkpoint.safetensors", "best.safetensors"
 
 Validate = Callable[[], Mapping[str, float]]
@@ -99,6 +105,7 @@ class LoRATrainer(Generic[Batch]):
         self.model: nn.Module = model.to(self.team.device)
         self.optimiser: Any = optimiser
         self.parameters = trainable(model)
+        self._validating = 0.0
 
     def run(
         self, validate: Validate | None = None, on_step: Callable[[Progress, float], None] | None = None
@@ -163,18 +170,25 @@ class LoRATrainer(Generic[Batch]):
         return max(self._spent(), p.events / p.cooling.end if p.cooling else 0.0)
 
     def _rate(self) -> float:
-        """Share of the learning rate: up over the first steps, then down to 0 at the end of the run."""
+        """Share of the learning rate: up over the first steps, then down to 0 at the end of the run.
+
+        It is up after a tenth of the budget at the latest: a short run would spend itself on the way.
+        """
         p = self.progress
         rate = max(0.0, 1.0 - self._spent())
         if p.cooling is not None:
             c = p.cooling
             rate = min(rate, max(0.0, c.rate * (c.end - p.events) / (c.end - c.start)))
-        return rate * min(1.0, (p.step + 1) / max(1, self.config.warmup_steps))
+        warm = max((p.step + 1) / max(1, self.config.warmup_steps), self._spent() / WARMUP)
+        return rate * min(1.0, warm)
 
     def _validations(self) -> int:
-        """How often the model is validated over the whole budget."""
-        minutes = self.config.minutes or 0.0
-        return max(self.config.validations, math.ceil(60 * minutes / VALIDATION_SECONDS))
+        """How often the model is validated over the whole budget; in a run of steps that is as it is set."""
+        seconds = 60 * (self.config.minutes or 0.0)
+        wanted = max(self.config.validations, math.ceil(seconds / VALIDATION_SECONDS))
+        if not seconds or not self._validating:
+            return wanted
+        return max(1, min(wanted, math.floor(VALIDATING * seconds / self._validating)))
 
     def _stream(self) -> Iterator[Batch]:
         """Batches without end; their order depends on seed and epoch alone, so a resumed run is exact."""
@@ -250,8 +264,10 @@ class LoRATrainer(Generic[Batch]):
         p.stopped = self.config.patience is not None and p.stale >= self.config.patience
         if p.cooling is None:
             p.cooling = cooling(p.curve, self._rate())
+        seconds = time.monotonic() - begun
+        (self._validating,) = self.team.agreed_numbers([seconds])
         p.validated = math.floor(self._done() * self._validations() + 1e-9)
-        return time.monotonic() - begun
+        return seconds
 
     def _note(self, kind: str, values: Mapping[str, float]) -> None:
         """Write a line of the log."""

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import numpy as np
 import polars as pl
@@ -300,6 +301,36 @@ def test_tensorboard_has_the_numbers_of_the_log_or_says_what_to_install(base, tm
     with pytest.raises(ImportError, match=r'pip install "llmrec\[tensorboard\]"'):
         train(base, tmp_path / "other", steps=1, tensorboard=True)
     assert not (tmp_path / "other").exists()
+
+
+def test_the_rate_is_up_after_a_tenth_of_a_short_run(base, tmp_path):
+    task = next(tasks(base))
+    for name, warmup, expected in (
+        ("short", 1000, [1 / 1000, 0.475, 0.9, 0.85]),
+        ("long", 2, [0.5, 0.95, 0.9, 0.85]),
+    ):
+        config = settings(steps=20, warmup_steps=warmup, log_steps=1)
+        trainer, rates = LoRATrainer(task, config, tmp_path / name, "f"), []
+        trainer.run(
+            on_step=lambda p, done, of=trainer, to=rates: to.append(of.optimiser.param_groups[0]["lr"])
+        )
+        np.testing.assert_allclose(np.array(rates[:4]) / config.learning_rate, expected, err_msg=name)
+
+
+def test_validations_that_take_long_are_fewer_in_a_run_by_minutes(base, tmp_path):
+    def slow():
+        time.sleep(0.4)
+        return {"ndcg@10": 0.0}
+
+    def curve(name, validate, **values):
+        config = settings(**{"minutes": 0.05, "steps": None, **values})
+        return LoRATrainer(next(tasks(base)), config, tmp_path / name, "f").run(validate).curve
+
+    # A quarter of three seconds holds one of .4 s; the first is before it is known how long it takes.
+    assert len(curve("slow", slow)) == 2
+    assert len(curve("fast", lambda: {"ndcg@10": 0.0})) >= 8
+    # A run of steps has to repeat itself.
+    assert len(curve("steps", slow, minutes=None, steps=8, validations=4)) == 4
 
 
 # ---- weights and replay ------------------------------------------------------------------------------

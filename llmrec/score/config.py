@@ -122,7 +122,9 @@ class TrainingConfig(BaseModel):
     learning_rate: float = Field(1e-3, gt=0, description="of the LoRA matrices")
     head_learning_rate: float = Field(5e-3, gt=0, description="of item projections and id vectors")
     weight_decay: float = Field(0.01, ge=0)
-    warmup_steps: int = Field(30, ge=0)
+    warmup_steps: int = Field(
+        30, ge=0, description="over which the learning rate rises; a tenth of the budget at most"
+    )
     tokens_per_step: int = Field(
         900, ge=1, description="items of histories in one step, in each process and for each `accumulate`"
     )
