@@ -365,7 +365,12 @@ def described(path: Path, events: int, words: int) -> dict[str, dict[str, Any]]:
         unknown = set(trial) - {*known, "negatives", "retriever", "says", "tokens", "latest"}
         if unknown:
             raise ConfigError(f"{path}, trial {name}: unknown {', '.join(sorted(unknown))}")
-        reads_words = trial.get("lm", {}).get("mode", "item_tokens") != "item_tokens"
+        lm = trial.get("lm", {})
+        reads_words = lm.get("mode", "item_tokens") != "item_tokens"
+        if trial.get("latest") and (reads_words or not lm.get("wishes") or {"typed", "detail"} & set(trial)):
+            raise ConfigError(
+                f"{path}, trial {name}: latest is for item_tokens with lm.wishes, without typed and detail"
+            )
         trial["events"] = int(trial.get("events", 1) * (words if reads_words else events))
     return stored
 
@@ -385,6 +390,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--few", type=int, default=500, help="of these, users whose candidates are ordered")
     parser.add_argument("--part", default="1/1", help="K/N: every N-th trial, from the K-th")
     parser.add_argument("--gather", action="store_true", help="write the results file and end")
+    parser.add_argument("--drop", nargs="+", default=[], help="published trials that --gather leaves out")
     parser.add_argument("--name", help="of the results file; that of the data if not given")
     parser.add_argument("--out", type=Path, default=HERE / "results")
     args = parser.parse_args(argv)
@@ -394,7 +400,7 @@ def main(argv: list[str] | None = None) -> None:
     folder = RUNS / name
     folder.mkdir(parents=True, exist_ok=True)
     if args.gather:
-        gather(folder, trials, args.out, name)
+        gather(folder, trials, args.out, name, dropped=args.drop)
         return
     k, n = map(int, args.part.split("/"))
     config = Config.of(args.config)
@@ -403,27 +409,27 @@ def main(argv: list[str] | None = None) -> None:
     for trial in wanted:
         path = folder / f"{trial}.json"
         whose = {
+            "users": {"asked": len(p.asked.targets), "few": len(p.few.targets)},
             "users_sha256": p.asked.sha256(),
             "merge_sha256": hash_words(p.state),
             "log_sha256": p.split.log.fingerprint,
         }
         if path.is_file():
             there = json.loads(path.read_text(encoding="utf-8"))
-            if {k: there.get(k) for k in ("trial", *whose)} == {"trial": description(trials[trial]), **whose}:
+            same = description(there["trial"]) == description(trials[trial])
+            if same and {k: there.get(k) for k in whose} == whose:
                 continue
         begun = time.perf_counter()
         found, ranks = run(p, trial, trials[trial], folder / f"{trial}.run")
         measures = {kind: summary(r, SHOWN) for kind, r in ranks.items()}
         columns: dict[str, Any] = {kind: r.astype(np.int32) for kind, r in ranks.items()}
         np.savez_compressed(folder / f"{trial}.npz", **columns)
-        users = {"asked": len(p.asked.targets), "few": len(p.few.targets)}
         write(
             path,
             json.dumps(
                 {
                     "says": trials[trial].get("says", ""),
                     "trial": description(trials[trial]),
-                    "users": users,
                     **whose,
                     **found,
                     "systems": measures,

@@ -24,11 +24,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ablations import lasting
 from gathering import write
 from numpy.typing import NDArray
 from rich.console import Console
 
-from llmrec.assembly import make_texts, read_catalog, read_log
+from llmrec.assembly import grown_texts, read_catalog, read_log
 from llmrec.catalog import Catalog
 from llmrec.config import Config
 from llmrec.environment import environment
@@ -39,8 +40,8 @@ from llmrec.evaluation.split import Part
 from llmrec.families import Texts, TrainingLog
 from llmrec.fetch import resolve
 from llmrec.language_model import TunedModel
-from llmrec.lm_training import train_language_model, train_words_model
-from llmrec.metrics import compare_values, per_user
+from llmrec.lm_training import in_order, train_language_model, train_words_model
+from llmrec.metrics import Comparison, compare_values, holm, per_user
 from llmrec.offline import core_of
 from llmrec.protocols import Codes
 from llmrec.recipe import HeldOut, ranks_in
@@ -69,10 +70,15 @@ class Side:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Both sides, and who is asked: codes below `known` are the items that were there first."""
+    """Both sides, and who is asked: codes below `known` are the items that were there first.
+
+    `texts` are those of the whole catalogue as the first side has them once the items are added: a text
+    encoder that is fitted to a catalogue stays the one of the first.
+    """
 
     before: Side
     after: Side
+    texts: Texts
     known: int
     asked: HeldOut
     lists: Sequence[Codes]
@@ -116,6 +122,8 @@ def drawn_lists(held_out: HeldOut, items: int, known: int, seed: int) -> list[Co
         for added in (True, False):
             own = [target] if (target >= known) == added else []
             others = rng.permutation(unseen[(unseen >= known) == added])[: LISTED - len(own)]
+            if len(others) + len(own) < LISTED:
+                raise DataError(f"a user has seen all but {len(others) + len(own)} items of one kind")
             kinds.append(np.append(others, own))
         lists.append(rng.permutation(np.concatenate(kinds)).astype(np.int32))
     return lists
@@ -128,6 +136,10 @@ def prepare(folder: Path, config: Config, share: float, users: int, seed: int) -
     if config.protocol.core is not None:
         catalog, log = core_of(catalog, log, config.protocol.core)
     split = make_split(log, config.protocol)
+    if config.retrieval.has_repeats(log.select(split.fitted).repeat_share()):
+        raise DataError(
+            "items come back in this log, and lists of unseen ones would not hold what was chosen"
+        )
     out = np.zeros(len(catalog), dtype=np.bool_)
     count = max(1, round(share * len(catalog)))
     out[np.random.default_rng(seed).choice(len(catalog), count, replace=False)] = True
@@ -135,8 +147,8 @@ def prepare(folder: Path, config: Config, share: float, users: int, seed: int) -
     known = len(catalog) - count
     first, grown = catalog.only(order[:known]), catalog.only(order)
     number = np.argsort(order).astype(np.int32)
-    texts = cached_texts(grown, config, StageCache(HERE.parent / "runs" / folder.name), console.print)
-    few = make_texts(first.lines(), texts.encoder, texts.vectors[:known], config.index)
+    cache = StageCache(HERE.parent / "runs" / folder.name)
+    few, texts = (cached_texts(c, config, cache, console.print) for c in (first, grown))
     everyone = split.validation
     judges = np.arange(len(everyone)) % 4 == 0
     judging, others = (everyone.take(np.flatnonzero(rows)) for rows in (judges, ~judges))
@@ -154,7 +166,14 @@ def prepare(folder: Path, config: Config, share: float, users: int, seed: int) -
     chose = int((asked.targets >= known).sum())
     if not 0 < chose < len(asked.targets):
         raise DataError(f"of {len(asked.targets)} users {chose} chose an added item: nothing to compare")
-    return Prepared(before, after, known, asked, drawn_lists(asked, len(grown), known, seed))
+    return Prepared(
+        before,
+        after,
+        grown_texts(few, grown.lines()),
+        known,
+        asked,
+        drawn_lists(asked, len(grown), known, seed),
+    )
 
 
 def trained(own: Side, shape: ItemTokensConfig | WordsConfig, training: TrainingConfig) -> TunedModel:
@@ -189,15 +208,16 @@ def measured(p: Prepared, lm: TunedModel) -> Measured:
         added, other = items >= p.known, items < p.known
         apart = own[added & (items != target), None] - own[other & (items != target)]
         ahead[row] = (apart > 0).mean() + (apart == 0).mean() / 2
-    ordered = [items[np.argsort(-s, kind="stable")] for items, s in zip(p.lists, scores, strict=True)]
     share = None
     if hasattr(scorer, "retrieve"):
         hits = scorer.retrieve(p.asked.queries, 10)
         share = float(np.mean([(found.items >= p.known).mean() for found in hits if len(found.items)]))
-    return Measured(ahead, ranks_in(ordered, p.asked.targets), share)
+    return Measured(ahead, ranks_in(in_order(p.lists, scores), p.asked.targets), share)
 
 
-def compared(p: Prepared, grown: Measured, retrained: Measured) -> dict[str, Any]:
+def compared(
+    p: Prepared, mode: str, grown: Measured, retrained: Measured
+) -> tuple[dict[str, Any], list[Comparison]]:
     """Both models and their differences, of all users and of those who chose an added item."""
     chose = p.asked.targets >= p.known
     ndcg = [per_user(m.ranks, "ndcg@10") for m in (grown, retrained)]
@@ -206,39 +226,30 @@ def compared(p: Prepared, grown: Measured, retrained: Measured) -> dict[str, Any
         "ndcg@10 of an added item": (ndcg[0][chose], ndcg[1][chose]),
         "ndcg@10 of another": (ndcg[0][~chose], ndcg[1][~chose]),
     }
-    return {
+    found = {
         "grown": {name: float(a.mean()) for name, (a, _) in values.items()} | {"first ten": grown.first_ten},
         "retrained": {name: float(b.mean()) for name, (_, b) in values.items()}
         | {"first ten": retrained.first_ten},
-        "comparisons": [
-            compare_values(a - b, "grown", "retrained", name).as_dict() for name, (a, b) in values.items()
-        ],
     }
+    pair = f"{mode}, grown", f"{mode}, retrained"
+    return found, [compare_values(a - b, *pair, name) for name, (a, b) in values.items()]
 
 
-def run_mode(p: Prepared, config: Config, mode: str, units: int) -> dict[str, Any]:
-    """Train both models of a mode and compare them."""
+def run_mode(p: Prepared, config: Config, mode: str, units: int) -> tuple[dict[str, Any], list[Comparison]]:
+    """Train both models of a mode and compare them; what is configured for another mode is left out."""
     shape: ItemTokensConfig | WordsConfig
-    training = config.training
-    if mode == "item_tokens":
-        shape = (
-            config.lm if isinstance(config.lm, ItemTokensConfig) else ItemTokensConfig(base=config.lm.base)
-        )
+    if config.lm.mode == mode:
+        shape = config.lm
+    elif mode == "item_tokens":
+        shape = ItemTokensConfig(base=config.lm.base)
     else:
         shape = WordsConfig(mode=mode, base=config.lm.base)  # type: ignore[arg-type]
-        training = training.model_copy(update={"tokens_per_step": 3600})
-    steps = max(1, units // (training.tokens_per_step * training.accumulate))
-    training = TrainingConfig(**{**training.model_dump(), "minutes": None, "steps": steps})
+    training = lasting(config.training, units)
     begun = time.perf_counter()
-    first = trained(p.before, shape, training)
-    grown = measured(p, first.grown(p.after.state.texts))
-    retrained = measured(p, trained(p.after, shape, training))
-    return {
-        "steps": steps,
-        "tokens_per_step": training.tokens_per_step,
-        **compared(p, grown, retrained),
-        "seconds": round(time.perf_counter() - begun, 1),
-    }
+    grown = measured(p, trained(p.before, shape, training).grown(p.texts))
+    found, differences = compared(p, mode, grown, measured(p, trained(p.after, shape, training)))
+    found |= {"lm": shape.model_dump(), "training": training.model_dump()}
+    return {**found, "seconds": round(time.perf_counter() - begun, 1)}, differences
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -259,8 +270,7 @@ def main(argv: list[str] | None = None) -> None:
     p = prepare(given, config, args.share, args.users, args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / f"{given.name}-added-items.json"
-    result: dict[str, Any] = {
-        "command": " ".join(["python eval/added_items.py", *(argv or sys.argv[1:])]),
+    whose = {
         "data": given.name,
         "items": len(p.after.state.catalog),
         "added": len(p.after.state.catalog) - p.known,
@@ -269,15 +279,29 @@ def main(argv: list[str] | None = None) -> None:
         "users_sha256": p.asked.sha256(),
         "log_sha256": p.after.log.sha256(),
         "seed": args.seed,
-        "modes": {},
-        "environment": environment(),
     }
+    modes: dict[str, Any] = {}
+    differences: list[Comparison] = []
+    if path.is_file():
+        # Modes of an earlier run on the same users.
+        there = json.loads(path.read_text(encoding="utf-8"))
+        if {k: there.get(k) for k in whose} == whose:
+            modes = {mode: own for mode, own in there["modes"].items() if mode not in args.modes}
+            rows = [Comparison.of(row) for row in there["comparisons"]]
+            differences = [c for c in rows if c.a.split(",")[0] in modes]
     for mode in args.modes:
-        result["modes"][mode] = run_mode(
-            p, config, mode, args.events if mode == "item_tokens" else args.words
-        )
+        units = args.events if mode == "item_tokens" else args.words
+        modes[mode], new = run_mode(p, config, mode, units)
+        differences = holm([*differences, *new])
+        result = {
+            "command": " ".join(["python eval/added_items.py", *(sys.argv[1:] if argv is None else argv)]),
+            **whose,
+            "modes": modes,
+            "comparisons": [c.as_dict() for c in differences],
+            "environment": environment(),
+        }
         write(path, json.dumps(result, indent=1))
-        console.print(mode, {k: v for k, v in result["modes"][mode].items() if k != "comparisons"})
+        console.print(mode, modes[mode]["grown"], modes[mode]["retrained"])
 
 
 if __name__ == "__main__":

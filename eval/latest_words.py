@@ -20,7 +20,7 @@ from llmrec.sequences import Window
 
 @dataclass(frozen=True)
 class Latest:
-    """Writes the titles of the last `count` items of a history, the latest first."""
+    """Writes the titles of the last `count` items of a history, the latest first; long lines are cut."""
 
     wish: Wish
     titles: Sequence[str]
@@ -44,7 +44,7 @@ class LatestTask(ItemTokensTask):
         self.latest = latest
 
     def epoch(self, rng: np.random.Generator, parts: int = 1) -> Iterator[list[Window]]:
-        """As without the words, which make a batch a little longer."""
+        """The same batches, which the words make several times as long where windows are short."""
         for group in super().epoch(rng, parts):
             yield [replace(window, typed=self.latest.tokens(window.items[:-1])) for window in group]
 

@@ -19,7 +19,6 @@ validation events of amazon-beauty, so there the comparison is an upper estimate
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import subprocess
 import tempfile
@@ -141,8 +140,7 @@ def prepare(data: Path, config: Config, users: int, minutes: float) -> Prepared:
 
 def python_of(packages: tuple[str, ...], name: str) -> Path:
     """Python of a virtual environment with these packages; made if it is not there."""
-    pinned = hashlib.sha256(" ".join(packages).encode()).hexdigest()[:8]
-    return python_in(RUNS / "peers" / f"{name}-{pinned}", packages)
+    return python_in(RUNS / "peers" / name, packages)
 
 
 def worked(p: Prepared, packages: tuple[str, ...], library: str, name: str, *more: str) -> dict[str, Any]:

@@ -16,7 +16,8 @@ ours carry LoRA matrices, as they are served, the others do not. Systems:
 - one by one: plain transformers, a prompt a candidate.
 - letters, plain: all candidates in one prompt, as LlamaRec reads them, by plain transformers.
 - titles as text: the model writes as many tokens as ten titles have, greedily.
-- llama.cpp: the 4-bit file of the same weights, a prompt a candidate, what they share read once.
+- llama.cpp: the 4-bit file of the same weights in every table, a prompt a candidate, what they share read
+  once.
 
 The limit is the time of the multiply-adds that a system needs, as a matrix product: that of the linear
 layers alone for the tokens that it reads, same type and shapes, on the same cores, and at that rate the
@@ -221,14 +222,17 @@ def timed(systems: Sequence[System], requests: Sequence[Asked], dtype: torch.dty
         # Not the first, and none that only fast systems answer.
         shared = range(1, min(SLOW + 1, len(took)))
         shares = [limit_seconds(system.body, read_by[n], dtype) / took[n] for n in shared]
+        seen = system.body is not None
         rows.append(
             {
                 "median_ms": round(1000 * float(np.median(took[1:])), 2),
                 "p95_ms": round(1000 * float(np.quantile(took[1:], 0.95)), 2),
                 "requests": len(took) - 1,
-                "memory_mb": round(most) if system.body is not None else None,
-                "positions": int(np.median([sum(one.positions for one in read_by[n]) for n in shared])),
-                "share_of_limit": round(float(np.median(shares)), 3),
+                "memory_mb": round(most) if seen else None,
+                "positions": int(np.median([sum(one.positions for one in read_by[n]) for n in shared]))
+                if seen
+                else None,
+                "share_of_limit": round(float(np.median(shares)), 3) if seen else None,
                 "shared_ms": [round(1000 * took[n], 2) for n in shared],
             }
         )

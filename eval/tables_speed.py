@@ -26,9 +26,10 @@ def speed(found: dict[str, Any], *, short: bool) -> str:
         for row in found["systems"]:
             if (row["precision"], row["candidates"]) == (precision, candidates):
                 share = f"{row['share_of_limit']:.2f}" if row["positions"] else ""
+                # What another process reads and holds was not looked at.
+                read, held = ("" if row[k] is None else f"{row[k]:,}" for k in ("positions", "memory_mb"))
                 lines.append(
                     f"| {row['system']} | {row['median_ms']:,.1f} | {row['p95_ms']:,.1f} | {row['requests']} "
-                    f"| {row['times_as_fast_as_cross_encoder']:,.1f} | {row['positions']:,} | {share} "
-                    f"| {'' if row['memory_mb'] is None else format(row['memory_mb'], ',')} |"
+                    f"| {row['times_as_fast_as_cross_encoder']:,.1f} | {read} | {share} | {held} |"
                 )
     return "\n".join(lines)

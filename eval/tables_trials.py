@@ -74,14 +74,15 @@ def added_items(name: str, found: Found) -> str:
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for mode, own in found["modes"].items():
-        low, high = own["comparisons"][0]["ci95"]
+        (ahead,) = (c for c in found["comparisons"] if (c["a"], c["metric"]) == (f"{mode}, grown", "ahead"))
         cells = [mode]
         for measure in ("ahead", "first ten", "ndcg@10 of an added item", "ndcg@10 of another"):
             for side in ("grown", "retrained"):
                 value = own[side][measure]
                 cells.append("" if value is None else f"{value:.3f}")
             if measure == "ahead":
-                cells.append(f"{own['comparisons'][0]['difference']:+.3f} [{low:+.3f}, {high:+.3f}]")
+                low, high = ahead["ci95"]
+                cells.append(f"{ahead['difference']:+.3f} [{low:+.3f}, {high:+.3f}]{ahead['verdict']}")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -240,10 +240,22 @@ def test_ablations_hold_each_trial_against_another_and_are_not_repeated(
     again = json.loads((tmp_path / "toy-ablations.json").read_text())
     assert again["trials"] == found
     assert sorted(map(str, again["comparisons"])) == sorted(map(str, result["comparisons"]))
-    # A trial that is described otherwise than it was run is not published as what it is called now.
-    (tmp_path / "trials.toml").write_text(TRIALS.replace('normalise = "vocabulary", ', ""))
-    (tmp_path / "runs" / "toy" / "vocabulary.json").unlink()
+    # What belongs to an earlier run of a trial is not shown beside a later one.
+    changed = {**found["default"], "seconds": 0.0}
+    (tmp_path / "runs" / "toy" / "default.json").write_text(json.dumps(changed))
+    (tmp_path / "runs" / "toy" / "default.npz").unlink()
     ablations.main([*given, *sizes, "--name", "toy", "--gather"])
+    assert not json.loads((tmp_path / "toy-ablations.json").read_text())["comparisons"]
+    # Nor a trial that was run otherwise than it is described, here or before, and none is lost unsaid.
+    (tmp_path / "trials.toml").write_text(TRIALS.replace('normalise = "vocabulary", ', ""))
+    for _ in range(2):
+        with pytest.raises(ConfigError, match="run: vocabulary"):
+            ablations.main([*given, *sizes, "--name", "toy", "--gather"])
+        (tmp_path / "runs" / "toy" / "vocabulary.json").unlink(missing_ok=True)
+    (tmp_path / "trials.toml").write_text(TRIALS.replace("[vocabulary]", "[words]"))
+    with pytest.raises(ConfigError, match=r"no longer described.*vocabulary"):
+        ablations.main([*given, *sizes, "--name", "toy", "--gather"])
+    ablations.main([*given, *sizes, "--name", "toy", "--gather", "--drop", "vocabulary"])
     assert "vocabulary" not in json.loads((tmp_path / "toy-ablations.json").read_text())["trials"]
 
 
@@ -257,7 +269,7 @@ def test_the_latest_items_in_words_come_before_the_item_that_is_predicted():
             return [len(text), 7]
 
     latest = words.Latest(Wish(), ["a", "b", "c", "d"], 2)
-    source = Source([np.array([0, 1, 2, 3], np.int32), np.array([2], np.int32)])
+    source = Source([np.array([0, 1, 2, 3], np.int32), np.array([2], np.int32)], None)
     task = words.LatestTask(latest, None, source, 4, TrainingConfig())
     windows = [window for batch in task.epoch(np.random.default_rng(0)) for window in batch]
     assert {len(window): tuple(window.typed) for window in windows} == {4: (4, 7), 1: ()}
@@ -413,7 +425,7 @@ def test_the_timing_of_candidates_counts_what_is_read_and_keeps_systems_side_by_
     assert read == [speed.Read(7, int(row.sees.sum())), speed.Read(8, 2 * 10)]
     order.clear()
     *rows, elsewhere = speed.timed(systems, asked, torch.float32)
-    assert elsewhere["memory_mb"] is None and elsewhere["positions"] == elsewhere["share_of_limit"] == 0
+    assert elsewhere["memory_mb"] is elsewhere["positions"] is elsewhere["share_of_limit"] is None
     assert order == ["packed", "plain"] * (1 + speed.SLOW) + ["packed"] * (5 - speed.SLOW)
     assert [row["requests"] for row in rows] == [5, speed.SLOW]
     assert [row["positions"] for row in rows] == [7, 8]
@@ -442,7 +454,7 @@ def test_the_timing_of_candidates_counts_what_is_read_and_keeps_systems_side_by_
         short=True,
     )  # fmt: skip
     (line,) = [line for line in table.splitlines() if line.startswith("| elsewhere")]
-    assert line.endswith("| 0 |  |  |")
+    assert line.endswith("|  |  |  |")
     assert "| ours | 4.0 | 60.0 | 3 | 12.5 | 7 | 0.50 | 9 |" in table
 
 
@@ -485,5 +497,8 @@ def test_llama_cpp_is_asked_for_two_labels_in_a_process_of_its_own(tmp_path, mon
     expected = [np.sin(7 * sum(prompt)) - np.sin(9 * sum(prompt)) for prompt in prompts]
     np.testing.assert_allclose(llama.score(prompts, [7, 9]), expected, atol=1e-9)
     llama.close()
+    (tmp_path / "xllamacpp.py").write_text("raise ImportError('no such processor')")
+    with pytest.raises(ConfigError, match=r"(?s)does not start:.*no such processor"):
+        program("eval/speed_llama").Llama(Path(sys.executable), Path("some.gguf"), 2)
     with pytest.raises(ConfigError, match="no GGUF file"):
         program("eval/speed_llama").started("some/folder", tmp_path, 2)
