@@ -5,8 +5,8 @@
 Each library is installed into a virtual environment of its own, under runs/peers, and run in a process of its
 own. Everything is trained on the training part. Held-out events of some users choose what is chosen and train
 LightGBM; the others are asked. Full ranking, seen items excluded. Rerankers order the first candidates of our
-merge. Answers are kept in runs/peers/NAME, and what is there is not made again. Writes
-eval/results/NAME-peers.json.
+merge. Answers are kept in runs/peers/NAME, and with the results, eval/results/NAME-peers.json and the ranks
+beside it: what is there for the same users and merge is not made again.
 
 What is not the same for all: what learns by the clock is given --minutes, our sequence models as long as
 Cornac's took or until the judging users stop them, as they stop RecTools' SASRec; Cornac has fixed epochs;
@@ -19,6 +19,7 @@ validation events of amazon-beauty, so there the comparison is an upper estimate
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import subprocess
 import tempfile
@@ -30,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from gathering import write
 from own_environment import python_in
 from peer_cross import CrossScorer
 from peer_split import write_split
@@ -45,7 +47,7 @@ from llmrec.evaluation.split import Split
 from llmrec.features import Features
 from llmrec.fetch import resolve
 from llmrec.lm_training import hash_words, in_order, train_language_model, train_words_model
-from llmrec.metrics import Ranks, compare, holm, summary
+from llmrec.metrics import Comparison, Ranks, compare, holm, summary
 from llmrec.mining import mined_choices
 from llmrec.offline import core_of
 from llmrec.pipeline import discount, gather
@@ -82,8 +84,14 @@ class Prepared:
     judging: HeldOut
     asked: HeldOut
     folder: Path
+    published: Path
     minutes: float
     fitting: float
+
+    @property
+    def data(self) -> str:
+        """Name of the data."""
+        return self.folder.name
 
     @property
     def key(self) -> str:
@@ -104,7 +112,7 @@ class Found:
     notes: Mapping[str, Any]
 
 
-def prepare(data: Path, config: Config, users: int, minutes: float) -> Prepared:
+def prepare(data: Path, config: Config, users: int, minutes: float, out: Path) -> Prepared:
     """Read, split, choose our recipe on the judging users, and write the split for the others."""
     if config.protocol.split != "leave-last":
         raise ConfigError(
@@ -135,7 +143,8 @@ def prepare(data: Path, config: Config, users: int, minutes: float) -> Prepared:
     )
     write_split(folder, [split.train[user] for user in rows], asked_rows, judging_rows, judges.targets)
     held_out = asked.held_out(catalog.active, exclude_seen=True)
-    return Prepared(config, split, state, judges, held_out, folder, minutes, fitting)
+    published = out / f"{data.name}-peers.json"
+    return Prepared(config, split, state, judges, held_out, folder, published, minutes, fitting)
 
 
 def python_of(packages: tuple[str, ...], name: str) -> Path:
@@ -161,7 +170,10 @@ def listed(p: Prepared, packages: tuple[str, ...], library: str, name: str, *mor
 def sequence(p: Prepared, kind: Any, text: bool) -> Found:
     """One of our sequence models, for as long as Cornac's took at most."""
     given = getattr(p.config.retrieval, kind)
-    seconds = kept(p, f"cornac {kind}").seconds
+    rival = kept(p, f"cornac {kind}")
+    if rival is None:
+        raise ConfigError(f"ours is given the time that cornac {kind} took: run that first")
+    seconds = rival.seconds
     # What few users say of one epoch is noise.
     limit = {"minutes": max(seconds / 60, 0.05), "text": text, "patience": 10}
     begun = time.perf_counter()
@@ -289,12 +301,19 @@ def crossed(p: Prepared) -> Found:
     return reranked(p, scorer, seconds, pairs=pairs)
 
 
-def kept(p: Prepared, name: str) -> Found:
-    """What an earlier run found on the same split."""
-    there = np.load(p.folder / f"{name}.npz", allow_pickle=False)
-    if str(there["key"]) != p.key:
-        raise FileNotFoundError(f"{name} was asked for other users, or beside another merge")
-    return Found(there["ranks"], float(there["seconds"]), json.loads(str(there["notes"])))
+def kept(p: Prepared, name: str) -> Found | None:
+    """What an earlier run found for the same users and merge, here or in the results."""
+    path, ranks = p.folder / f"{name}.npz", p.published.with_suffix(".ranks.npz")
+    if path.is_file():
+        with np.load(path) as there:
+            if str(there["key"]) == p.key:
+                return Found(there["ranks"], float(there["seconds"]), json.loads(str(there["notes"])))
+    if p.published.is_file() and ranks.is_file():
+        told = json.loads(p.published.read_text(encoding="utf-8"))
+        if told.get("key") == p.key and name in told["systems"]:
+            with np.load(ranks) as there:
+                return Found(there[name], told["training_seconds"][name], told["notes"].get(name, {}))
+    return None
 
 
 def keep(p: Prepared, name: str, found: Found) -> None:
@@ -348,29 +367,8 @@ def pairs(p: Prepared) -> list[tuple[str, str]]:
     ]
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Run."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--data", type=Path, required=True, help="folder")
-    parser.add_argument("--config", help="TOML file")
-    parser.add_argument("--only", nargs="+", help="words in the names of the systems to run")
-    parser.add_argument("--users", type=int, default=1000, help="users asked, at most; the others judge")
-    parser.add_argument("--minutes", type=float, default=10.0, help="training of each language model")
-    parser.add_argument("--out", type=Path, default=HERE / "results")
-    args = parser.parse_args(argv)
-    p = prepare(args.data, Config.of(args.config), args.users, args.minutes)
-    found: dict[str, Found] = {}
-    for names, make in systems(p).items():
-        try:
-            found |= {name: kept(p, name) for name in names}
-        except FileNotFoundError:
-            if args.only and not any(word in name for word in args.only for name in names):
-                continue
-            made = make()
-            for name, own in made.items() if isinstance(made, Mapping) else [(names[0], made)]:
-                keep(p, name, own)
-                found[name] = own
-                print(name, {m: round(v, 4) for m, v in summary(own.ranks).items()}, flush=True)
+def publish(p: Prepared, found: Mapping[str, Found]) -> list[Comparison]:
+    """Write the results and the ranks beside them, and return the comparisons."""
     ranks = {name: own.ranks for name, own in found.items()}
     compared = holm(
         [
@@ -381,12 +379,13 @@ def main(argv: list[str] | None = None) -> None:
         ]
     )
     result = {
-        "data": args.data.name,
+        "data": p.data,
         "part": "validation",
         "users": len(p.asked.targets),
         "users_sha256": p.asked.sha256(),
         "judging users": len(p.judging.targets),
-        "minutes": args.minutes,
+        "key": p.key,
+        "minutes": p.minutes,
         "epochs of cornac": EPOCHS,
         "systems": {name: summary(own) for name, own in ranks.items()},
         "training_seconds": {name: round(own.seconds, 1) for name, own in found.items()},
@@ -394,12 +393,39 @@ def main(argv: list[str] | None = None) -> None:
         "comparisons": [c.as_dict() for c in compared],
         "environment": {**environment(), "peers": [*CORNAC, *RECTOOLS, *IMPLICIT, *LIGHTGBM]},
     }
-    args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / f"{args.data.name}-peers.json"
-    draft = path.with_suffix(".tmp")
-    draft.write_text(json.dumps(result, indent=1), encoding="utf-8")
-    draft.replace(path)
-    for comparison in compared:
+    p.published.parent.mkdir(parents=True, exist_ok=True)
+    packed = io.BytesIO()
+    np.savez_compressed(packed, **{name: own.astype(np.int32) for name, own in ranks.items()})  # type: ignore[arg-type]
+    write(p.published.with_suffix(".ranks.npz"), packed.getvalue())
+    write(p.published, json.dumps(result, indent=1))
+    return compared
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--data", type=Path, required=True, help="folder")
+    parser.add_argument("--config", help="TOML file")
+    parser.add_argument("--only", nargs="+", help="words in the names of the systems to run")
+    parser.add_argument("--users", type=int, default=1000, help="users asked, at most; the others judge")
+    parser.add_argument("--minutes", type=float, default=10.0, help="training of each language model")
+    parser.add_argument("--out", type=Path, default=HERE / "results")
+    args = parser.parse_args(argv)
+    p = prepare(args.data, Config.of(args.config), args.users, args.minutes, args.out)
+    found: dict[str, Found] = {}
+    for names, make in systems(p).items():
+        there = {name: kept(p, name) for name in names}
+        if None not in there.values():
+            found |= {name: own for name, own in there.items() if own is not None}
+            continue
+        if args.only and not any(word in name for word in args.only for name in names):
+            continue
+        made = make()
+        for name, own in made.items() if isinstance(made, Mapping) else [(names[0], made)]:
+            keep(p, name, own)
+            found[name] = own
+            print(name, {m: round(v, 4) for m, v in summary(own.ranks).items()}, flush=True)
+    for comparison in publish(p, found):
         print(comparison)
 
 

@@ -300,6 +300,31 @@ def test_what_workers_of_other_libraries_are_given_and_judge_by(tmp_path):
     assert written.shape == (2, 100) and (written[0, 3:] == -1).all() and written[1, 99] == 99
 
 
+def test_answers_of_peers_are_taken_up_from_the_results_for_the_same_users_and_merge(tmp_path):
+    peers = program("eval/peers")
+    asked = SimpleNamespace(targets=np.arange(4), sha256=lambda: "users")
+    here = SimpleNamespace(
+        folder=tmp_path / "runs", published=tmp_path / "toy-peers.json", key="k", data="toy", minutes=1.0,
+        asked=asked, judging=asked, timed="{} (1 min)".format,
+    )  # fmt: skip
+    here.folder.mkdir()
+    ranks = {"merge": np.array([1, 0, 3, 2]), "implicit als": np.array([2, 1, 0, 0])}
+    found = {name: peers.Found(own, 2.5, {"trees": 3}) for name, own in ranks.items()}
+    assert peers.kept(here, "merge") is None
+    peers.keep(here, "merge", found["merge"])
+    assert peers.kept(here, "implicit als") is None
+    np.testing.assert_array_equal(peers.kept(here, "merge").ranks, ranks["merge"])
+    compared = peers.publish(here, found)
+    assert {(c.a, c.b) for c in compared} == {("merge", "implicit als")}
+    elsewhere = SimpleNamespace(**{**vars(here), "folder": tmp_path / "new"})
+    for name, own in found.items():
+        again = peers.kept(elsewhere, name)
+        np.testing.assert_array_equal(again.ranks, own.ranks)
+        assert (again.seconds, again.notes) == (2.5, {"trees": 3})
+    other = SimpleNamespace(**{**vars(elsewhere), "key": "another merge"})
+    assert peers.kept(other, "merge") is None
+
+
 def test_the_trials_that_are_shipped_are_valid_and_held_against_trials_that_there_are():
     ablations = program("eval/ablations")
     trials = ablations.described(ROOT / "eval" / "ablations" / "trials.toml", 900, 60)
