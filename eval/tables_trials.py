@@ -36,7 +36,7 @@ def ablations(name: str, found: Found) -> str:
         cells = [
             f"{trial}: {own['says']}" if own["says"] else f"{trial}",
             f"{training['events']:,}" if "events" in training else "",
-            f"{training['events_per_second']:,.0f}" if "events_per_second" in training else "",
+            _speed(training["events_per_second"]) if "events_per_second" in training else "",
             f"{own['nats']:.3f}" if "nats" in own else "",
             f"{own['systems']['alone']['ndcg@10']:.4f}" if "alone" in own["systems"] else "",
             _first(own),
@@ -46,6 +46,10 @@ def ablations(name: str, found: Found) -> str:
         lines.append("| " + " | ".join(cells) + " |")
     lines += _detail(trials) + _typed(trials)
     return "\n".join(lines)
+
+
+def _speed(value: float) -> str:
+    return f"{value:,.0f}" if value >= 10 else f"{value:.1f}"
 
 
 def _first(own: Found) -> str:
