@@ -101,6 +101,10 @@ class CrossScorer:
         data = Dataset.from_dict({n: [row[i] for row in rows] for i, n in enumerate(names)})
         begun = time.monotonic()
 
+        class Trainer(CrossEncoderTrainer):  # type: ignore[misc]
+            def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
+                """None: its statistics of columns fail at the second text of the pairs, which is empty."""
+
         class Until(TrainerCallback):  # type: ignore[misc]
             def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
                 control.should_training_stop = time.monotonic() - begun > 60 * minutes
@@ -119,7 +123,7 @@ class CrossScorer:
             disable_tqdm=True,
             seed=0,
         )
-        trainer = CrossEncoderTrainer(
+        trainer = Trainer(
             model=self.model,
             args=arguments,
             train_dataset=data,

@@ -18,9 +18,11 @@ from llmrec.errors import ConfigError, DataError
 from llmrec.metrics import summary
 from llmrec.offline import evaluate
 from llmrec.protocols import Query
-from llmrec.score.config import TrainingConfig
+from llmrec.score.config import TrainingConfig, WordsConfig
+from llmrec.score.labels import yes_no_labels
 from llmrec.score.loading import load_causal
 from llmrec.score.packed import forward, row_of
+from llmrec.score.tasks import Choice
 from llmrec.score.trie import Tree
 from llmrec.sequences import Source
 from llmrec.testing import tiny_lm
@@ -323,6 +325,33 @@ def test_answers_of_peers_are_taken_up_from_the_results_for_the_same_users_and_m
         assert (again.seconds, again.notes) == (2.5, {"trees": 3})
     other = SimpleNamespace(**{**vars(elsewhere), "key": "another merge"})
     assert peers.kept(other, "merge") is None
+
+
+def test_the_cross_encoder_is_asked_as_plain_transformers_are_and_learns(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    cross, base = program("eval/peer_cross"), tiny_lm(tmp_path / "lm", seed=1)
+    shape = WordsConfig(mode="yes_no", base=str(base), window=3, rank=4)
+    scorer = cross.CrossScorer(base, ["some thing", "another one", "a third", "last"], shape)
+    query, items = Query(np.array([0, 2], np.int32)), np.array([1, 3], np.int32)
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    words = scorer.prompt
+    yes, no = yes_no_labels(words.vocabulary)
+    expected = []
+    for code in items:
+        tokens = [*words.beginning(query.history), *words.stem(query), *words.lines[code]]
+        tokens += [words.vocabulary.end, *words.last]
+        with torch.inference_mode():
+            logits = plain(input_ids=torch.tensor([tokens])).logits[0, -1]
+        expected.append(float(logits[yes] - logits[no]))
+    # It reads in bfloat16.
+    (before,) = scorer.score([query], [items])
+    np.testing.assert_allclose(before, expected, atol=0.05)
+    choices = [Choice(query, items, 1, 1.0)] * 40
+    seconds, pairs = scorer.train(choices, 0.1, tmp_path / "run")
+    (after,) = scorer.score([query], [items])
+    assert seconds >= 6 and pairs % cross.BATCH == 0 < pairs
+    assert after[1] - after[0] > before[1] - before[0]
 
 
 def test_the_trials_that_are_shipped_are_valid_and_held_against_trials_that_there_are():
