@@ -133,6 +133,9 @@ class CrossScorer:
         trainer.train()
         return time.monotonic() - begun, trainer.state.global_step * BATCH
 
+    def forget(self) -> None:
+        """Nothing is kept."""
+
     def score(self, queries: Sequence[Query], candidates: Sequence[Codes]) -> list[Floats]:
         """Log-odds of yes for each candidate of each query."""
         asked = [

@@ -51,7 +51,7 @@ from llmrec.metrics import Comparison, Ranks, compare, holm, summary
 from llmrec.mining import mined_choices
 from llmrec.offline import core_of
 from llmrec.pipeline import discount, gather
-from llmrec.protocols import Hits, Scorer
+from llmrec.protocols import CachingScorer, Hits
 from llmrec.recipe import HeldOut, ranks_in
 from llmrec.retrieve.popularity import PopularityRetriever
 from llmrec.retrieve.sequence import SequenceRetriever
@@ -230,9 +230,10 @@ def boosted(p: Prepared) -> Found:
     return Found(ranks, float(found["seconds"]), {"trees": int(found["trees"])})
 
 
-def reranked(p: Prepared, scorer: Scorer, seconds: float, **notes: Any) -> Found:
+def reranked(p: Prepared, scorer: CachingScorer, seconds: float, **notes: Any) -> Found:
     """A language model's own order of the merge's first candidates."""
     listed = [found.items for found in p.state.pipeline().recommend(p.asked.queries, FIRST)]
+    scorer.forget()
     begun = time.perf_counter()
     scores = scorer.score(p.asked.queries, listed)
     asking = (time.perf_counter() - begun) / len(listed)
