@@ -246,7 +246,9 @@ def lasting(training: TrainingConfig, units: int) -> TrainingConfig:
 def judged(lm: LanguageModel, held_out: HeldOut, latest: Latest | None) -> dict[str, float]:
     """Measures of a state of the model."""
     scorer: Any = lm.scorer_of(lm.model)
-    return measure(InWords(scorer, latest) if latest else scorer, held_out)
+    if latest is not None:
+        scorer = InWords(scorer, latest)
+    return measure(scorer, held_out)
 
 
 def on_device(lm: Any) -> Any:

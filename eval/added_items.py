@@ -99,7 +99,7 @@ def of_codes(log: TrainingLog, number: Codes, known: int) -> TrainingLog:
 def held_out_of(part: Part, number: Codes, known: int) -> HeldOut:
     """Held-out users whose target is below `known`, with that part of their histories."""
     rows = np.flatnonzero(number[part.targets] < known)
-    histories = [number[part.histories[row]] for row in rows]
+    histories = [number[part.histories[row]] for row in rows.tolist()]
     short = [history[history < known] for history in histories]
     return Part(part.users[rows], short, number[part.targets[rows]], part.events[rows]).held_out(
         np.ones(known, dtype=np.bool_), exclude_seen=True
@@ -143,7 +143,7 @@ def prepare(folder: Path, config: Config, share: float, users: int, seed: int) -
     out = np.zeros(len(catalog), dtype=np.bool_)
     count = max(1, round(share * len(catalog)))
     out[np.random.default_rng(seed).choice(len(catalog), count, replace=False)] = True
-    order = np.argsort(out, kind="stable")
+    order = np.argsort(out, kind="stable").astype(np.int32)
     known = len(catalog) - count
     first, grown = catalog.only(order[:known]), catalog.only(order)
     number = np.argsort(order).astype(np.int32)
@@ -243,7 +243,7 @@ def run_mode(p: Prepared, config: Config, mode: str, units: int) -> tuple[dict[s
     elif mode == "item_tokens":
         shape = ItemTokensConfig(base=config.lm.base)
     else:
-        shape = WordsConfig(mode=mode, base=config.lm.base)  # type: ignore[arg-type]
+        shape = WordsConfig(mode=mode, base=config.lm.base)
     training = lasting(config.training, units)
     begun = time.perf_counter()
     grown = measured(p, trained(p.before, shape, training).grown(p.texts))

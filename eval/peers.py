@@ -46,12 +46,13 @@ from llmrec.evaluation.protocol import make_split
 from llmrec.evaluation.split import Split
 from llmrec.features import Features
 from llmrec.fetch import resolve
+from llmrec.language_model import CachingScorer
 from llmrec.lm_training import hash_words, in_order, train_language_model, train_words_model
 from llmrec.metrics import Comparison, Ranks, compare, holm, summary
 from llmrec.mining import mined_choices
 from llmrec.offline import core_of
 from llmrec.pipeline import discount, gather
-from llmrec.protocols import CachingScorer, Hits
+from llmrec.protocols import Hits
 from llmrec.recipe import HeldOut, ranks_in
 from llmrec.retrieve.popularity import PopularityRetriever
 from llmrec.retrieve.sequence import SequenceRetriever
