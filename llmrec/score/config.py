@@ -136,7 +136,11 @@ class TrainingConfig(BaseModel):
     )
     clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
     negatives: int = Field(8192, ge=1, description="drawn items a step in a catalogue above 50,000")
-    validations: int = Field(8, ge=1, description="validations over the budget, at least")
+    validations: int = Field(
+        8,
+        ge=1,
+        description="validations over the budget, at least; in a run by minutes fewer if they are slow",
+    )
     patience: int | None = Field(
         None, ge=1, description="end after so many validations without a better NDCG@10; None: never"
     )
