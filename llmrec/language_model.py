@@ -217,7 +217,11 @@ class LanguageModel:
         """Write adapter, head and card into a folder; only a trained model can be."""
         parameters = dict(self.model.named_parameters())
         head: dict[str, Tensor] = {name: parameters[name] for name in self.model.head_names}
-        head |= {"counts": self.model.counts, "unseen": self.model.unseen}
+        head |= {
+            "counts": self.model.counts,
+            "unseen": self.model.unseen,
+            "trained": torch.tensor(self.model.trained),
+        }
         write_adapter(folder, self.model.body, head, self.config, self.card)
 
     @classmethod
@@ -238,6 +242,7 @@ class LanguageModel:
         body = kept_adapter(body, folder, trainable=trainable)
         model, _, wish = _assemble(body, config, base, texts.vectors[: len(counts)], counts)
         unseen = head.pop("unseen", torch.tensor(0.0))
+        model.trained = int(head.pop("trained", torch.tensor(len(counts))))
         model.load_state_dict(head, strict=False)
         model.unseen.copy_(unseen)
         on_device(model)
@@ -248,7 +253,7 @@ class LanguageModel:
         old, vectors = self.model, texts.vectors
         counts = np.zeros(len(vectors), dtype=np.float32)
         counts[: len(old.counts)] = old.counts.cpu().numpy()
-        model = _model(old.body, old.instruction.tolist(), vectors, counts, self.config)
+        model = _model(old.body, old.instruction.tolist(), vectors, counts, self.config, old.trained)
         state = {n: p.detach() for n, p in old.named_parameters() if not n.startswith("body.")}
         for name in ("id_in.weight", "id_out.weight"):
             state[name] = torch.nn.functional.pad(state[name], (0, 0, 0, len(vectors) - len(old.counts)))
@@ -259,8 +264,12 @@ class LanguageModel:
         return made
 
     def recounted(self, counts: NDArray[Any]) -> LanguageModel:
-        """The same model after other training events: items that had none before get id vectors."""
+        """The same model after other training events: items that had none before get id vectors.
+
+        All items of the catalogue could be chosen in these.
+        """
         self.model.counts.copy_(torch.from_numpy(counts.astype(np.float32)))
+        self.model.trained = len(counts)
         return LanguageModel(self.model, self.config, self.wish, self.card)
 
 
@@ -290,6 +299,7 @@ def _model(
     vectors: Floats,
     counts: NDArray[Any],
     config: ItemTokensConfig,
+    trained: int | None = None,
 ) -> ItemTokenModel:
     return ItemTokenModel(
         body,
@@ -300,4 +310,5 @@ def _model(
         config.dropout,
         config.id_dropout,
         config.id_out_dropout,
+        trained,
     )

@@ -27,6 +27,7 @@ from llmrec.score.lines import TokenLines
 from llmrec.score.loading import body_dtype, load_causal, shared_causal
 from llmrec.score.packed import PackedReader
 from llmrec.score.trie import ItemTrie
+from llmrec.score.unseen import expected_counts
 from llmrec.score.words import Layout, Vocabulary, WordsModel, WordsPrompt
 from llmrec.score.wordwise import VocabularyScorer
 from llmrec.text import typed_words
@@ -58,6 +59,8 @@ class WordLanguageModel:
         What it belongs to; None before it is trained.
     shape
         That of the trie of the lines (`ItemTrie.arrays`), if it is known; built where it is needed if not.
+    trained
+        How many items there were in training, the first ones; None for all.
     """
 
     def __init__(
@@ -68,8 +71,10 @@ class WordLanguageModel:
         counts: NDArray[Any],
         card: Card | None = None,
         shape: Mapping[str, NDArray[Any]] | None = None,
+        trained: int | None = None,
     ) -> None:
         self.words, self.config, self.lines, self.counts, self.card = words, config, lines, counts, card
+        self.trained = len(counts) if trained is None else trained
         self._shape = shape
         self.dtype = body_dtype(config.precision)
         self.scorer = self._scorer()
@@ -89,10 +94,11 @@ class WordLanguageModel:
         if self.config.normalise == "vocabulary":
             return VocabularyScorer(self.words, reader)
         end, smoothing = self.words.vocabulary.end, self.config.smoothing
+        counts = expected_counts(torch.from_numpy(np.asarray(self.counts)), self.trained).numpy()
         if self._shape is None:
-            trie = ItemTrie.of(self.words.lines, end, self.counts, smoothing)
+            trie = ItemTrie.of(self.words.lines, end, counts, smoothing)
         else:
-            trie = ItemTrie(self._shape, self.counts, smoothing)
+            trie = ItemTrie(self._shape, counts, smoothing)
         self._shape = trie.arrays()
         return LikelihoodScorer(LikelihoodModel(self.words, trie), reader, self.config.beam)
 
@@ -137,7 +143,7 @@ class WordLanguageModel:
     def save(self, folder: Path) -> None:
         """Write adapter, scale, counts and card into a folder; only a trained model can be."""
         counts = torch.from_numpy(np.asarray(self.counts, dtype=np.float32))
-        head = {"scale": self.words.scale, "counts": counts}
+        head = {"scale": self.words.scale, "counts": counts, "trained": torch.tensor(self.trained)}
         write_adapter(folder, self.words.body, head, self.config, self.card)
         lines = self.words.lines
         # Who loads it with the same lines maps them and their tree instead of making them again.
@@ -171,8 +177,9 @@ class WordLanguageModel:
         with torch.no_grad():
             words.scale.copy_(head["scale"])
         on_device(words)
-        counts = padded(head["counts"].numpy(), len(texts.lines))
-        return cls(words, config, texts.lines, counts, card, shape)
+        known = head["counts"].numpy()
+        trained = int(head.get("trained", torch.tensor(len(known))))
+        return cls(words, config, texts.lines, padded(known, len(texts.lines)), card, shape, trained)
 
     def grown(self, texts: Texts) -> WordLanguageModel:
         """The same for a catalogue whose texts changed or grew: new items have no events."""
@@ -182,7 +189,7 @@ class WordLanguageModel:
         words.scale = old.scale
         same = self._shape if list(lines) == list(self.lines) else None
         counts = padded(self.counts, len(lines))
-        return WordLanguageModel(words.eval(), self.config, lines, counts, self.card, same)
+        return WordLanguageModel(words.eval(), self.config, lines, counts, self.card, same, self.trained)
 
     def recounted(self, counts: NDArray[Any]) -> WordLanguageModel:
         """The same model after other training events, whose weight for each item has shape (items,)."""

@@ -289,7 +289,17 @@ def test_the_bias_of_items_without_events_is_kept_with_the_model(base, vectors, 
     again = load_language_model(tmp_path / "adapter", base, texts, "d")
     asked = histories(3, 0, seed=3)
     np.testing.assert_allclose(again.scorer.log_probs(asked), lm.scorer.log_probs(asked), atol=1e-4)
+    # An item that comes after training is no item without events: it counts what those with events do,
+    # also once it was saved and loaded.
     more = Texts([*texts.lines, "new"], np.concatenate([vectors, vectors[28:29]]), Named(), index)
-    grown = again.grown(more).scorer.log_probs(asked)
-    # An item that is put in counts as much as one of the same text that was there without events.
-    np.testing.assert_allclose(grown[:, ITEMS], grown[:, 28], atol=1e-5)
+    grown = again.grown(more)
+    grown.save(tmp_path / "grown")
+    loaded = load_language_model(tmp_path / "grown", base, more, "d")
+    seen = np.log1p(lm.counts[lm.counts > 0].astype(np.float64)).mean()
+    for model in (grown, loaded):
+        found = model.scorer.log_probs(asked)
+        np.testing.assert_allclose(found[:, ITEMS] - found[:, 28], seen - float(lm.model.unseen), atol=1e-4)
+    # Once it could be chosen and was not, it is one, and what is fitted to held-out users is of it too.
+    later = loaded.recounted(np.append(lm.counts, 0))
+    found = later.scorer.log_probs(asked)
+    np.testing.assert_allclose(found[:, ITEMS], found[:, 28], atol=1e-4)

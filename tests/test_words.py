@@ -6,10 +6,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llmrec.adapter import read_adapter
+from llmrec.card import make_card
 from llmrec.errors import ConfigError, ModelError
+from llmrec.families import Texts
 from llmrec.prompt import Prompt
 from llmrec.protocols import Query
-from llmrec.score.config import TrainingConfig
+from llmrec.score.config import TrainingConfig, WordsConfig
 from llmrec.score.labels import LettersScorer, YesNoScorer, yes_no_labels
 from llmrec.score.likelihood import LikelihoodModel, LikelihoodScorer
 from llmrec.score.line_tasks import lines_task
@@ -22,6 +25,7 @@ from llmrec.score.words import Layout, Vocabulary, WordsModel, read
 from llmrec.score.wordwise import VocabularyScorer
 from llmrec.sequences import Source
 from llmrec.testing import tiny_lm, toy_data
+from llmrec.word_model import WordLanguageModel
 
 TITLES = [item.title for item in toy_data(items=36)[0]] + ["Amber", "Amber Anchor", "Amber Anchor 2"]
 ITEMS = len(TITLES)
@@ -374,3 +378,24 @@ def test_windows_that_the_letters_cannot_name_are_errors(base):
             LettersScorer(words, PackedReader(words.body), window=window)
     with pytest.raises(ConfigError, match="26 candidates"):
         LettersScorer(words, PackedReader(words.body)).asks(QUERIES[0], np.arange(27, dtype=np.int32))
+
+
+def test_an_item_that_came_after_training_is_as_likely_as_a_middling_one(base, tmp_path):
+    config = WordsConfig(mode="likelihood", base=str(base), precision="float32")
+    lm = WordLanguageModel.new(config, base, TITLES, COUNTS)
+    with torch.no_grad():
+        # Nothing is left but what the lines count before a history is read.
+        lm.words.scale.zero_()
+    lm.card = make_card(config.prompt_name, base, "", "", {})
+    texts = Texts([*TITLES, "A new one"], np.zeros((ITEMS + 1, 0), np.float32), None, None)
+    lm.grown(texts).save(tmp_path)
+    loaded = WordLanguageModel.restored(tmp_path, base, texts, *read_adapter(tmp_path))
+    never, new = int(np.flatnonzero(COUNTS == 0)[0]), ITEMS
+    middling = np.log1p(COUNTS[COUNTS > 0]).mean()
+    for model in (lm.grown(texts), loaded):
+        (scores,) = model.scorer.score(QUERIES[:1], [codes(never, new)])
+        assert scores[1] - scores[0] == pytest.approx(middling, abs=1e-4)
+    # Nobody chose it when it could be chosen.
+    later = loaded.recounted(np.append(COUNTS, 0))
+    (scores,) = later.scorer.score(QUERIES[:1], [codes(never, new)])
+    assert scores[1] == pytest.approx(scores[0], abs=1e-4)

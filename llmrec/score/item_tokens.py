@@ -27,6 +27,7 @@ from llmrec.protocols import Codes, Floats, Hits, Query, VectorIndex
 from llmrec.ranking import tops
 from llmrec.score.attention import additive
 from llmrec.score.nearest import Nearest
+from llmrec.score.unseen import expected_counts
 from llmrec.score.words import Vocabulary
 from llmrec.sequences import Window, pad, rows_of
 
@@ -115,6 +116,8 @@ class ItemTokenModel(nn.Module):
     id_dropout, id_out_dropout
         Share of items that are known by their text alone for one step of training, where they are read and
         where they are scored. Id vectors learn single histories by heart; this makes the text carry the rest.
+    trained
+        How many items there were in training, the first ones; None for all.
     """
 
     text_vectors: Tensor
@@ -132,6 +135,7 @@ class ItemTokenModel(nn.Module):
         dropout: float = 0.2,
         id_dropout: float = 0.0,
         id_out_dropout: float = 0.0,
+        trained: int | None = None,
     ) -> None:
         super().__init__()
         if len(instruction) == 0:
@@ -145,6 +149,7 @@ class ItemTokenModel(nn.Module):
         self.register_buffer("instruction", torch.tensor(instruction, dtype=torch.long), persistent=False)
         self.register_buffer("text_vectors", torch.from_numpy(text_vectors), persistent=False)
         self.register_buffer("counts", torch.from_numpy(counts.astype(np.float32)), persistent=False)
+        self.trained = items if trained is None else trained
         # Fitted after training, see `fit_unseen`.
         self.register_buffer("unseen", torch.tensor(0.0), persistent=False)
 
@@ -196,9 +201,11 @@ class ItemTokenModel(nn.Module):
     def bias(self) -> Tensor:
         """Log of what each item counts before anything is read, shape (items,).
 
-        That is its training events and one more; without any it is what held-out events say.
+        That is its training events and one more; without any it is what held-out events say. For what came
+        after training see `expected_counts`.
         """
-        return torch.where(self.counts > 0, torch.log1p(self.counts), self.unseen)
+        counts = expected_counts(self.counts, self.trained)
+        return torch.where(counts > 0, torch.log1p(counts), self.unseen)
 
     def popularity(self) -> Tensor:
         """Log of the share of each item in what all count, shape (items,)."""

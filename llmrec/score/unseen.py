@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from llmrec.protocols import Codes
-from llmrec.score.item_tokens import ItemTokenModel, ItemTokenScorer
+
+if TYPE_CHECKING:
+    from llmrec.score.item_tokens import ItemTokenModel, ItemTokenScorer
 
 ROWS = 64
 """Users whose probabilities of all items are in memory at once."""
@@ -16,14 +21,35 @@ UNSEEN_SPREAD = 2.0
 """Standard deviation, in nats, of what is assumed of the bias of items without training events."""
 
 
+def expected_counts(counts: Tensor, trained: int) -> Tensor:
+    """Counts in which items that came after training have those of a middling item, not none.
+
+    Nobody could choose them, so that they have no events says nothing. One more than their count is the
+    geometric mean of one more than that of the items with events.
+
+    Parameters
+    ----------
+    counts
+        Weight of the training events of each item, shape (items,).
+    trained
+        How many items there were in training, the first ones.
+    """
+    seen = counts > 0
+    if trained >= len(counts) or not bool(seen.any()):
+        return counts
+    late = ~seen
+    late[:trained] = False
+    return torch.where(late, torch.expm1(torch.log1p(counts[seen]).mean()), counts)
+
+
 def fit_unseen(
     model: ItemTokenModel, scorer: ItemTokenScorer, histories: Sequence[Codes], targets: Codes
 ) -> None:
-    """Fit the bias of items without training events, one number for all, to what held-out users chose.
+    """Fit the bias of items that were there without training events to what held-out users chose.
 
-    Training says nothing of it: such items are never chosen there. The number minimises the nats of the
-    targets plus those of a normal prior around what it was, at first that of an item that counts 1; then the
-    items without events together have about the probability that users choose one of them.
+    Training says nothing of it: such items are never chosen there. One number for all, it minimises the nats
+    of the targets plus those of a normal prior around what it was, at first that of an item that counts 1;
+    then the items without events together have about the probability that users choose one of them.
 
     Parameters
     ----------
@@ -33,6 +59,7 @@ def fit_unseen(
         Of the held-out users, which the model was not trained on; shape (users,).
     """
     unseen = (model.counts == 0).cpu().numpy()
+    unseen[model.trained :] = False
     before = float(model.unseen)
     if not len(targets) or unseen.all() or not unseen.any():
         return
