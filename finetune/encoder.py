@@ -104,5 +104,5 @@ def ranks_of(similar: NearestRetriever, held_out: HeldOut) -> Ranks:
 if __name__ == "__main__":
     try:
         main()
-    except LLMRecError as error:
+    except (LLMRecError, ImportError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -148,5 +148,5 @@ def save(lm: WordLanguageModel, out: Path) -> Path:
 if __name__ == "__main__":
     try:
         main()
-    except LLMRecError as error:
+    except (LLMRecError, ImportError, OSError) as error:
         sys.exit(f"error: {error}")

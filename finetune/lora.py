@@ -59,5 +59,5 @@ def main(argv: list[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except LLMRecError as error:
+    except (LLMRecError, ImportError, OSError) as error:
         sys.exit(f"error: {error}")

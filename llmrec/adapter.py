@@ -38,10 +38,20 @@ def fresh_adapter(body: Any, config: LMConfig) -> Any:
 
 
 def kept_adapter(body: Any, folder: Path, *, trainable: bool = False) -> Any:
-    """The body with the LoRA matrices that `write_adapter` wrote, for serving or to train them further."""
+    """The body with the LoRA matrices that `write_adapter` wrote, for serving or to train them further.
+
+    Raises
+    ------
+    ModelError
+        If they are damaged, or are not of such a body.
+    """
     from peft import PeftModel
 
-    return fused(PeftModel.from_pretrained(body, str(folder), is_trainable=trainable))
+    try:
+        adapted = PeftModel.from_pretrained(body, str(folder), is_trainable=trainable)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as broken:
+        raise ModelError(f"{folder} holds no complete adapter: {broken}") from broken
+    return fused(adapted)
 
 
 def write_adapter(
@@ -105,8 +115,9 @@ def read_adapter(folder: Path) -> tuple[ItemTokensConfig | WordsConfig, Card, di
         head, _ = read_tensors(folder / HEAD)
         if "counts" not in head:
             raise ValueError(f"{HEAD} has no counts")
-        if not (folder / LORA).is_file():
-            raise FileNotFoundError(f"{LORA} is missing")
+        for name in (LORA, SETTINGS):
+            if not (folder / name).is_file():
+                raise FileNotFoundError(f"{name} is missing")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as broken:
         raise ModelError(f"{folder} holds no complete adapter: {broken}") from broken
     return config, card, head

@@ -69,8 +69,8 @@ class Asking:
             return self._state
         with self._changing:
             if self._state.lm is None and self._adapter is not None:
-                texts, log, served = self._state.texts, self._state.log, self.config.engine.model
-                loaded = load_tuned(self.config, self._adapter, texts, log, served)
+                log, served = self._state.log, self.config.engine.model
+                loaded = load_tuned(self.config, self._adapter, self._state, log, served)
                 self._state = replace(self._state, lm=loaded)
         return self._state
 

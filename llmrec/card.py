@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -38,6 +39,25 @@ class Card:
         """The same with more to say of the training; what a note names already is replaced."""
         return replace(self, training={**self.training, **notes})
 
+    def check_items(self, ids: Sequence[str]) -> None:
+        """Refuse a catalogue whose first items are not those that the adapter was trained on.
+
+        Raises
+        ------
+        ModelError
+            If it has fewer, or others; what a card does not say is not checked.
+        """
+        data = self.training.get("data", {})
+        known = data.get("items", 0)
+        if len(ids) < known:
+            raise ModelError(
+                f"the adapter was trained on {known:,} items, and the catalogue has {len(ids):,}"
+            )
+        if data.get("items_sha256") not in (None, hash_ids(ids[:known])):
+            raise ModelError(
+                "the adapter was trained on another catalogue: other items, or the same in another order"
+            )
+
     def check(self, other: Card) -> None:
         """Refuse another base, tokenizer, prompt, renderer or encoder; warn of other data and versions.
 
@@ -66,6 +86,11 @@ class Card:
         ]
         if changed:
             logger.warning("the adapter was trained with other versions: %s", ", ".join(changed))
+
+
+def hash_ids(ids: Sequence[str]) -> str:
+    """Hash of the ids of a catalogue, in the order of their codes."""
+    return hashlib.sha256("\0".join(ids).encode(errors="surrogatepass")).hexdigest()
 
 
 def make_card(prompt: str, base: Path, encoder: str, data: str, report: Mapping[str, Any]) -> Card:

@@ -157,7 +157,8 @@ class Changing(Asking):
         Raises
         ------
         ModelError
-            If there is no adapter, or it was trained with another base, prompt, renderer or encoder.
+            If there is no adapter, or it was trained with another base, prompt, renderer or encoder, or on
+            other items.
         FetchError, ImportError
             If the base model or its packages cannot be had.
         RequestError
@@ -169,7 +170,7 @@ class Changing(Asking):
             raise RequestError(
                 f"the weight of an adapter must be a number of at least 0, got {weight!r:.100}"
             )
-        model = load_tuned(self.config, adapter_in(Path(folder)), self._state.texts, None, name)
+        model = load_tuned(self.config, adapter_in(Path(folder)), self._state, None, name)
         with self._changing:
             # Items may have been added meanwhile.
             named = Named(model.grown(self._state.texts), weight)

@@ -85,10 +85,12 @@ class TrainingLog:
         return sum(map(len, self.histories))
 
     def sha256(self) -> str:
-        """Hash of the histories: says on which events something was fitted."""
+        """Hash of the histories and of weights that are not 1: says on which events something was fitted."""
         digest = hashlib.sha256()
         for history in self.histories:
             digest.update(len(history).to_bytes(8, "little") + history.astype("<i4").tobytes())
+        for weights in self.weights or ():
+            digest.update(weights.astype("<f4").tobytes())
         return digest.hexdigest()
 
     def source(self) -> Source:

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from llmrec.adapter import fresh_adapter, kept_adapter, on_device, read_adapter, write_adapter
+from llmrec.adapter import HEAD, fresh_adapter, kept_adapter, on_device, read_adapter, write_adapter
 from llmrec.card import Card, make_card
 from llmrec.errors import ModelError
 from llmrec.families import Texts
@@ -26,9 +26,9 @@ from llmrec.recipe import HeldOut
 from llmrec.score.config import ItemTokensConfig, LMConfig
 from llmrec.score.engine import Engine
 from llmrec.score.item_tokens import ItemTokenModel, ItemTokenScorer, Wish, instruction_tokens
-from llmrec.score.loading import body_dtype, load_body, shared_body
+from llmrec.score.loading import body_dtype, load_body, need_positions, shared_body
 from llmrec.score.unseen import fit_unseen
-from llmrec.score.words import Vocabulary
+from llmrec.score.words import WISH_TOKENS, Vocabulary
 from llmrec.text import typed_words
 
 
@@ -103,6 +103,7 @@ def load_language_model(
     trainable: bool = False,
     engine: Engine | None = None,
     served: str = "",
+    ids: Sequence[str] | None = None,
 ) -> TunedModel:
     """Load what `save` wrote, of whatever mode.
 
@@ -118,6 +119,8 @@ def load_language_model(
         Whether its LoRA matrices can be trained further.
     engine, served
         Inference server that runs it, and its name there; None where it runs in this process.
+    ids
+        Of the items of the catalogue, which begins with those that it was trained on; None for no check.
 
     Raises
     ------
@@ -130,6 +133,11 @@ def load_language_model(
     config, card, head = read_adapter(folder)
     log = card.data_sha256 if data is None else data
     card.check(make_card(config.prompt_name, base, texts.encoder.fingerprint, log, {}))
+    if ids is not None:
+        card.check_items(ids)
+    if len(head["counts"]) > len(texts.lines):
+        counted = f"{len(head['counts']):,} items, and the catalogue has {len(texts.lines):,}"
+        raise ModelError(f"the adapter in {folder} knows {counted}")
     if engine is not None:
         return RemoteLanguageModel.restored(folder, base, texts, config, card, head, engine, served)
     if isinstance(config, ItemTokensConfig):
@@ -208,10 +216,18 @@ class LanguageModel:
             Text vectors of the catalogue, shape (items, dim).
         counts
             Weight of the training events of each item, shape (items,).
+
+        Raises
+        ------
+        ConfigError
+            If the base model cannot read histories as long as they may be.
         """
         torch.manual_seed(seed)
         body = load_body(base, config.layers, body_dtype(config.precision))
-        return cls(*_assemble(fresh_adapter(body, config), config, base, vectors, counts))
+        model, _, wish = _assemble(fresh_adapter(body, config), config, base, vectors, counts)
+        typed = WISH_TOKENS + len(wish.tokens("")) if wish is not None else 0
+        need_positions(body, len(model.instruction) + config.window + typed, "lm.window")
+        return cls(model, config, wish)
 
     def save(self, folder: Path) -> None:
         """Write adapter, head and card into a folder; only a trained model can be."""
@@ -243,7 +259,14 @@ class LanguageModel:
         model, _, wish = _assemble(body, config, base, texts.vectors[: len(counts)], counts)
         unseen = head.pop("unseen", torch.tensor(0.0))
         model.trained = int(head.pop("trained", torch.tensor(len(counts))))
-        model.load_state_dict(head, strict=False)
+        if set(head) != set(model.head_names):
+            raise ModelError(
+                f"{folder} holds no complete adapter: {HEAD} has {', '.join(sorted(head))} alone"
+            )
+        try:
+            model.load_state_dict(head, strict=False)
+        except RuntimeError as other:
+            raise ModelError(f"{folder} holds no complete adapter: {other}") from other
         model.unseen.copy_(unseen)
         on_device(model)
         return cls(model, config, wish, card).grown(texts)
@@ -253,7 +276,8 @@ class LanguageModel:
         old, vectors = self.model, texts.vectors
         counts = np.zeros(len(vectors), dtype=np.float32)
         counts[: len(old.counts)] = old.counts.cpu().numpy()
-        model = _model(old.body, old.instruction.tolist(), vectors, counts, self.config, old.trained)
+        instruction = old.instruction.tolist()
+        model = _model(old.body, instruction, vectors, counts, self.config, old.trained, drawn=False)
         state = {n: p.detach() for n, p in old.named_parameters() if not n.startswith("body.")}
         for name in ("id_in.weight", "id_out.weight"):
             state[name] = torch.nn.functional.pad(state[name], (0, 0, 0, len(vectors) - len(old.counts)))
@@ -300,6 +324,8 @@ def _model(
     counts: NDArray[Any],
     config: ItemTokensConfig,
     trained: int | None = None,
+    *,
+    drawn: bool = True,
 ) -> ItemTokenModel:
     return ItemTokenModel(
         body,
@@ -311,4 +337,5 @@ def _model(
         config.id_dropout,
         config.id_out_dropout,
         trained,
+        drawn=drawn,
     )

@@ -32,8 +32,8 @@ class Cooling:
 class Progress:
     """State of a run; written into every checkpoint.
 
-    `stale` counts validations since the best one, `stopped` says that they were too many, `logged` is the
-    number of lines in the log of the run.
+    `stale` counts validations since the best one, `stopped` says that they were too many, `validating` is
+    how many seconds the last one took, `logged` is the number of lines in the log of the run.
     """
 
     step: int = 0
@@ -50,6 +50,7 @@ class Progress:
     stale: int = 0
     stopped: bool = False
     logged: int = 0
+    validating: float = 0.0
 
     def took(self, loss: float, seconds: float) -> None:
         """Note the loss of the step that was just taken, and how long the run has lasted."""
@@ -67,27 +68,28 @@ class Progress:
 class TrainingReport:
     """What a run did. `curve` holds one row a validation: events, seconds, train_nats and the measures.
 
-    `early` says that it ended before its budget, and `reason` why.
+    `early` says that it ended before its budget, and `reason` why; `best` is None where nothing was held out.
     """
 
     steps: int
     events: int
     seconds: float
     events_per_second: float
-    best: float
+    best: float | None
     best_step: int
     curve: list[dict[str, float]]
     early: bool = False
     reason: str = ""
 
     def __str__(self) -> str:
-        last = self.curve[-1]["train_nats"] if self.curve else math.nan
-        return (
+        said = (
             f"{self.steps} steps, {self.events} events in {self.seconds:.0f} s "
-            f"({self.events_per_second:.0f} a second), {last:.2f} nats an item; "
-            f"validation NDCG@10 {self.best:.4f} at step {self.best_step}"
-            + (f"; ended early, since {self.reason}" if self.early else "")
+            f"({self.events_per_second:.0f} a second)"
         )
+        if self.best is not None:
+            said += f", {self.curve[-1]['train_nats']:.2f} nats an item; "
+            said += f"validation NDCG@10 {self.best:.4f} at step {self.best_step}"
+        return said + (f"; ended early, since {self.reason}" if self.early else "")
 
 
 def cooling(curve: Sequence[Mapping[str, float]], rate: float) -> Cooling | None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +20,7 @@ from llmrec.families import Texts
 from llmrec.features import Features
 from llmrec.language_model import CachingScorer, TunedModel, load_language_model
 from llmrec.metrics import per_user
-from llmrec.pipeline import normalise, with_rest
+from llmrec.pipeline import normalise, to_score, with_rest
 from llmrec.protocols import Codes, Floats, Hits, Query, Retriever
 from llmrec.recipe import HeldOut, Recipe, RetrievalConfig
 from llmrec.score.config import LMConfig
@@ -27,6 +29,11 @@ from llmrec.search import chosen_on
 
 SEVERAL = "several.json"
 """File that says of an adapter's folder that it holds several, each in a folder by its number."""
+
+REMEMBERED = 1024
+"""Queries of which is kept what was proposed for them, until they are scored."""
+
+NOTHING: Codes = np.empty(0, np.int32)
 
 SHARES = (0.25, 0.5, 1.0, 2.0, 4.0)
 """Shares of a further model that are tried; the one before has 1."""
@@ -49,35 +56,57 @@ class Member:
 class SeveralScorer:
     """The sum of what several models say, each scaled to [0, 1] among a request's candidates.
 
-    Candidates come as the merge ordered them: a model that reads words scores the first ones, as it does
-    alone, and the others get its lowest score. Since each query is scaled by itself, scores of two queries
-    are comparable in their order alone.
+    Candidates come as the merge ordered them: a model that reads words scores the first ones and what it has
+    proposed for the query, as it does alone, and the others get its lowest score. Since each query is scaled
+    by itself, scores of two queries are comparable in their order alone.
     """
 
     name = "lm"
 
     def __init__(self, members: Sequence[Member]) -> None:
         self.members = list(members)
+        self.proposing = next((member for member in members if member.model.proposes), None)
+        # By the identity of a query, which is kept so that no other one has it.
+        self._proposed: OrderedDict[int, tuple[Query, Codes]] = OrderedDict()
+        self._lock = threading.Lock()
 
     def forget(self) -> None:
         """Drop what was read of histories."""
         for member in self.members:
             member.model.scorer.forget()
+        with self._lock:
+            self._proposed.clear()
 
     def score(self, queries: Sequence[Query], candidates: Sequence[Codes]) -> list[Floats]:
         """The weighted sum for each candidate of each query."""
         totals = [np.zeros(len(items), np.float32) for items in candidates]
         for member in self.members:
-            first = [items[: member.model.scored] for items in candidates]
-            for total, scores in zip(totals, member.model.scorer.score(queries, first), strict=True):
-                filled = with_rest(scores, np.arange(len(scores)), len(total))
-                total += np.float32(member.share) * normalise(filled)
+            rows = [self._rows(member, query, own) for query, own in zip(queries, candidates, strict=True)]
+            asked = [items[own] for items, own in zip(candidates, rows, strict=True)]
+            scores = member.model.scorer.score(queries, asked)
+            for total, own, values in zip(totals, rows, scores, strict=True):
+                total += np.float32(member.share) * normalise(with_rest(values, own, len(total)))
         return totals
+
+    def _rows(self, member: Member, query: Query, items: Codes) -> NDArray[np.int64]:
+        """Which candidates a member scores."""
+        ranks = np.zeros(len(items), np.int32)
+        if member is self.proposing:
+            with self._lock:
+                _, own = self._proposed.get(id(query), (query, NOTHING))
+            rank_of = {code: rank for rank, code in enumerate(own.tolist(), start=1)}
+            ranks[:] = [rank_of.get(code, 0) for code in items.tolist()]
+        return to_score(ranks, member.model.scored)
 
     def retrieve(self, queries: Sequence[Query], k: int) -> list[Hits]:
         """The best items of the first model that proposes any."""
-        proposing = next(m.model for m in self.members if m.model.proposes)
-        return cast(Retriever, proposing.scorer).retrieve(queries, k)
+        assert self.proposing is not None
+        found = cast(Retriever, self.proposing.model.scorer).retrieve(queries, k)
+        with self._lock:
+            self._proposed |= {id(q): (q, hits.items) for q, hits in zip(queries, found, strict=True)}
+            while len(self._proposed) > max(REMEMBERED, len(queries)):
+                self._proposed.popitem(last=False)
+        return found
 
 
 class SeveralModels:
@@ -145,6 +174,7 @@ def load_models(
     *,
     engine: Engine | None = None,
     served: str = "",
+    ids: Sequence[str] | None = None,
 ) -> TunedModel:
     """Load what `save` of one model, or of several, wrote; see `load_language_model`.
 
@@ -155,7 +185,7 @@ def load_models(
     """
     path = folder / SEVERAL
     if not path.is_file():
-        return load_language_model(folder, base, texts, data, engine=engine, served=served)
+        return load_language_model(folder, base, texts, data, engine=engine, served=served, ids=ids)
     if engine is not None:
         raise ModelError(
             f"{folder} holds several language models, and an inference server runs one: unset engine.url and "
@@ -167,7 +197,7 @@ def load_models(
         raise ModelError(f"{path} is damaged: {broken!r}") from broken
     return SeveralModels(
         [
-            Member(load_language_model(folder / str(number), base, texts, data), share)
+            Member(load_language_model(folder / str(number), base, texts, data, ids=ids), share)
             for number, share in enumerate(shares)
         ]
     )

@@ -58,6 +58,7 @@ TUNING = (
     "tensors",
     "sequences",
     "adapter",
+    "lora",
     "language_model",
     "several",
     "word_model",

@@ -91,7 +91,7 @@ class LoRATrainer(Generic[Batch]):
         self.log: RunLog | None = None
         model: Any = task.model
         body = [p for n, p in model.named_parameters() if p.requires_grad and n.startswith("body.")]
-        head = [p for n, p in model.named_parameters() if not n.startswith("body.")]
+        head = [p for n, p in model.named_parameters() if p.requires_grad and not n.startswith("body.")]
         optimiser = torch.optim.AdamW(
             [
                 {"params": body, "base": config.learning_rate},
@@ -105,7 +105,6 @@ class LoRATrainer(Generic[Batch]):
         self.model: nn.Module = model.to(self.team.device)
         self.optimiser: Any = optimiser
         self.parameters = trainable(model)
-        self._validating = 0.0
 
     def run(
         self, validate: Validate | None = None, on_step: Callable[[Progress, float], None] | None = None
@@ -186,9 +185,9 @@ class LoRATrainer(Generic[Batch]):
         """How often the model is validated over the whole budget; in a run of steps that is as it is set."""
         seconds = 60 * (self.config.minutes or 0.0)
         wanted = max(self.config.validations, math.ceil(seconds / VALIDATION_SECONDS))
-        if not seconds or not self._validating:
+        if not seconds or not self.progress.validating:
             return wanted
-        return max(1, min(wanted, math.floor(VALIDATING * seconds / self._validating)))
+        return max(1, min(wanted, math.floor(VALIDATING * seconds / self.progress.validating)))
 
     def _stream(self) -> Iterator[Batch]:
         """Batches without end; their order depends on seed and epoch alone, so a resumed run is exact."""
@@ -265,7 +264,7 @@ class LoRATrainer(Generic[Batch]):
         if p.cooling is None:
             p.cooling = cooling(p.curve, self._rate())
         seconds = time.monotonic() - begun
-        (self._validating,) = self.team.agreed_numbers([seconds])
+        (p.validating,) = self.team.agreed_numbers([seconds])
         p.validated = math.floor(self._done() * self._validations() + 1e-9)
         return seconds
 
@@ -300,8 +299,9 @@ class LoRATrainer(Generic[Batch]):
             reason = f"{p.stale} validations in a row were no better"
         elif self._spent() < 1 and p.cooling is not None:
             reason = "it began to learn by heart"
+        found = p.best if p.curve else None
         return TrainingReport(
-            p.step, p.events, p.seconds, speed, p.best, best_step, p.curve, bool(reason), reason
+            p.step, p.events, p.seconds, speed, found, best_step, p.curve, bool(reason), reason
         )
 
     def _load(self, tensors: Mapping[str, Tensor]) -> None:

@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from llmrec.card import hash_ids
 from llmrec.config import Config, one_base
 from llmrec.errors import ConfigError
 from llmrec.evaluation.split import tail
@@ -157,8 +158,10 @@ def note(state: State, log: EventLog, gain: Comparison, where: str, **more: Any)
     assert lm is not None and lm.card is not None
     until = None if log.timestamp is None or not len(log) else int(log.timestamp.max())
     weights = {"weight": state.recipe.history.most_lm, "query_weight": state.recipe.query.most_lm}
+    data = lm.card.training["data"]
+    items = hash_ids(state.catalog.ids[: data["items"]])
     lm.card = lm.card.noting(
-        data={**lm.card.training["data"], "until": until},
+        data={**data, "items_sha256": items, "until": until},
         blend={**gain.as_dict(), **weights, "where": where},
         **more,
     )

@@ -24,7 +24,7 @@ from llmrec.score.config import WordsConfig
 from llmrec.score.labels import LettersScorer, YesNoScorer
 from llmrec.score.likelihood import LikelihoodModel, LikelihoodScorer
 from llmrec.score.lines import TokenLines
-from llmrec.score.loading import body_dtype, load_causal, shared_causal
+from llmrec.score.loading import body_dtype, load_causal, need_positions, shared_causal
 from llmrec.score.packed import PackedReader
 from llmrec.score.trie import ItemTrie
 from llmrec.score.unseen import expected_counts
@@ -125,7 +125,8 @@ class WordLanguageModel:
         Raises
         ------
         ConfigError
-            If it shall learn from wishes, and its prompt has no place for one.
+            If it shall learn from wishes, and its prompt has no place for one, or if the base model cannot
+            read prompts as long as they may be.
         """
         layout = layout_of(config)
         if config.wishes > 0 and not any("{wish}" in line for line in layout.between):
@@ -136,6 +137,8 @@ class WordLanguageModel:
         tokens = vocabulary.lines(lines, config.line_tokens)
         adapted = fresh_adapter(body, config)
         words = WordsModel(adapted, head, vocabulary, layout, tokens, config.window)
+        listed = config.listed if config.mode == "letters" else 1
+        need_positions(body, words.longest(listed), "lm.window, lm.line_tokens or lm.listed")
         if SLOTS[config.mode] is None:
             torch.nn.init.constant_(words.scale, FIRST_SCALE)
         return cls(words, config, lines, counts)

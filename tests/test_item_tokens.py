@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy.optimize import minimize_scalar
 
-from llmrec.errors import ModelError
+from llmrec.errors import ConfigError, ModelError
 from llmrec.families import Texts, TrainingLog
 from llmrec.index.aside import Aside
 from llmrec.index.faiss_index import FaissIndex
@@ -212,6 +212,20 @@ def test_the_cache_of_states_is_bounded_and_can_be_dropped(lm):
     np.testing.assert_allclose(scorer.log_probs(histories(1, 2, 3, 4, 5)), first, atol=1e-5)
     scorer.forget()
     assert not scorer._states
+    # One that is kept does not keep the batch that it was read in.
+    scorer.log_probs(histories(*range(1, 9)))
+    assert all(s.untyped_storage().nbytes() == s.nbytes for s in scorer._states.values())
+
+
+def test_growing_draws_nothing(lm, vectors):
+    state = torch.get_rng_state()
+    lm.grown(Texts([], np.concatenate([vectors, vectors[:2]]), None, None))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_histories_that_the_base_model_cannot_read_are_refused(base, vectors):
+    with pytest.raises(ConfigError, match=r"the base model reads 512: lower lm\.window"):
+        LanguageModel.new(config(base, window=510), base, vectors, np.ones(ITEMS))
 
 
 def test_growing_keeps_the_scores_of_old_items_up_to_the_normaliser(lm, vectors):

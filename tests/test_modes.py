@@ -266,6 +266,20 @@ def test_a_damaged_card_is_a_clear_error(tuned, tmp_path):
         Recommender.load(tmp_path / "model").stages(user="u0")
 
 
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json", "head.safetensors"])
+def test_a_part_that_is_cut_or_gone_is_a_clear_error(tuned, tmp_path, name):
+    rec, _, _ = tuned
+    for number in (0, 1):
+        rec.save(tmp_path / str(number))
+        part = next((tmp_path / str(number)).glob(f"*/adapter/{name}"))
+        whole = part.read_bytes()
+        part.unlink()
+        if number:
+            part.write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(ModelError, match="no complete adapter"):
+            Recommender.load(tmp_path / str(number)).stages(user="u0")
+
+
 def test_stages_and_evaluation_show_its_order_of_the_first_candidates(tuned):
     rec, _, mode = tuned
     stages = rec.stages(user="u2", k=6)

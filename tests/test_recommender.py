@@ -336,6 +336,17 @@ def test_what_is_no_adapter_is_refused(rec, tenants, tmp_path, data, config):
     another = Recommender.fit(*data, {"encoder": {"name": "light", "dim": 8}, "lm": config["lm"]})
     with pytest.raises(ModelError, match="another encoder"):
         another.add_adapter("b", tenants / "b")
+    # The codes of an adapter are those of its catalogue.
+    items, events = data
+    for renamed, message in ((lambda i: f"x{i.item_id}", "another catalogue"), (None, "trained on .* items")):
+        other = [replace(i, item_id=renamed(i)) for i in items] if renamed else items[:-3]
+        known = {i.item_id for i in other}
+        log = [replace(e, item_id=f"x{e.item_id}" if renamed else e.item_id) for e in events]
+        tenant = Recommender.fit(other, [e for e in log if e.item_id in known], config)
+        encoder = Recommender.load(tenants / "a")._state.texts.encoder
+        tenant._state = replace(tenant._state, texts=replace(tenant._state.texts, encoder=encoder))
+        with pytest.raises(ModelError, match=message):
+            tenant.add_adapter("b", tenants / "b")
     own = Recommender.load(tenants / "a")
     rec.save(tmp_path / "plain")
     for folder, message in (

@@ -125,6 +125,24 @@ def test_the_fewest_judges_and_the_first_that_proposes_count():
     assert both.scorer.retrieve([Query(np.array([1], np.int32))], 3)[0].items.tolist() == [0, 1, 2]
 
 
+def test_who_proposes_scores_its_own_as_it_does_alone():
+    alone = Said(lambda _, code: float(code), scored=3, proposes=True)
+    query, unasked = Query(np.array([1], np.int32)), Query(np.array([1], np.int32))
+    alone.retrieve = lambda queries, k: [
+        Hits(np.array([20, 21, 22, 23], np.int32), np.ones(4, np.float32)) for _ in queries
+    ]
+    both = SeveralScorer([Member(Said(lambda _, code: 0.0), 1.0), Member(alone, 1.0)])
+    items = np.array([0, 1, 2, 3, 4, 20, 21, 22, 23], np.int32)
+    both.retrieve([query], 50)
+    # The first three, and the first three that it proposed; the others get its lowest score.
+    found, plain = both.score([query, unasked], [items, items])
+    expected = np.array([0, 1, 2, 0, 0, 20, 21, 22, 0]) / 22
+    np.testing.assert_allclose(found - 1, expected, atol=1e-6)
+    np.testing.assert_allclose(plain - 1, np.array([0, 0.5, 1, 0, 0, 0, 0, 0, 0]), atol=1e-6)
+    both.forget()
+    np.testing.assert_allclose(both.score([query], [items])[0], plain)
+
+
 # ---- as part of a recommender --------------------------------------------------------------------
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from llmrec.adapter import read_adapter
 from llmrec.card import make_card
-from llmrec.errors import ConfigError, ModelError
+from llmrec.errors import ConfigError, DataError, ModelError
 from llmrec.families import Texts
 from llmrec.prompt import Prompt
 from llmrec.protocols import Query
@@ -17,11 +17,11 @@ from llmrec.score.labels import LettersScorer, YesNoScorer, yes_no_labels
 from llmrec.score.likelihood import LikelihoodModel, LikelihoodScorer
 from llmrec.score.line_tasks import lines_task
 from llmrec.score.lines import TokenLines
-from llmrec.score.loading import load_causal
+from llmrec.score.loading import load_causal, shared_causal
 from llmrec.score.packed import PackedReader
 from llmrec.score.tasks import Choice, ListwiseTask
 from llmrec.score.trie import ROOT, ItemTrie, Tree
-from llmrec.score.words import Layout, Vocabulary, WordsModel, read
+from llmrec.score.words import WISH_TOKENS, Layout, Vocabulary, WordsModel, read
 from llmrec.score.wordwise import VocabularyScorer
 from llmrec.sequences import Source
 from llmrec.testing import tiny_lm, toy_data
@@ -295,10 +295,14 @@ def test_control_tokens_in_texts_are_words(base):
 
 def test_prompts_that_a_mode_cannot_use_are_errors(tmp_path):
     path = tmp_path / "mine.md"
-    for text in ("{history}", "Before:\n{history}\n{other}", "Words {history}", "Only words"):
+    unread = ("For {wish}:\n{history}", "Before:\n{history}\nThe next one is:")
+    for text in ("{history}", "Before:\n{history}\n{other}", "Words {history}", "Only words", *unread):
         path.write_text(text)
         with pytest.raises(ConfigError, match="history"):
             Layout.of(Prompt.load(str(path)), None)
+    path.write_text("Before:\n{history}\n{candidate}\nAsked for: {wish}")
+    with pytest.raises(ConfigError, match=r"between \{history\} and \{candidate\}"):
+        Layout.of(Prompt.load(str(path)), "candidate")
     with pytest.raises(ConfigError, match="candidate"):
         Layout.of(Prompt.load("likelihood"), "candidate")
 
@@ -399,3 +403,37 @@ def test_an_item_that_came_after_training_is_as_likely_as_a_middling_one(base, t
     later = loaded.recounted(np.append(COUNTS, 0))
     (scores,) = later.scorer.score(QUERIES[:1], [codes(never, new)])
     assert scores[1] == pytest.approx(scores[0], abs=1e-4)
+
+
+def test_of_a_long_wish_the_beginning_is_read(base):
+    words = words_of(base)
+    short, long = (words.stem(Query(codes(), text)) for text in ("red", "red " * 3 + "\u6f22" * 1000))
+    own = len(words.vocabulary.tokens("red"))
+    assert len(short) - own < len(long) <= len(short) - own + WISH_TOKENS + 2
+    assert long[: len(short) - 1] == short[:-1]
+
+
+def test_prompts_that_the_base_model_cannot_read_are_refused(base):
+    config = WordsConfig(mode="yes_no", base=str(base), precision="float32", window=600)
+    with pytest.raises(ConfigError, match=r"the base model reads 512: lower lm\.window"):
+        WordLanguageModel.new(config, base, TITLES, COUNTS)
+
+
+def test_adapters_of_one_base_share_its_word_head_wherever_it_goes(base):
+    vocabulary, layout = Vocabulary(base), Layout.of(Prompt.load("likelihood"), None)
+    lines = vocabulary.lines(TITLES, 12)
+    # A dtype of its own, so that no other test has these weights; another one is as good as another device.
+    made = [shared_causal(base, 1, torch.float16) for _ in range(2)]
+    one, other = (WordsModel(body, head, vocabulary, layout, lines, 5) for body, head in made)
+    one.to(torch.float64)
+    assert other.head.dtype == torch.float64 and other.head.data_ptr() == one.head.data_ptr()
+    words = other.body.get_input_embeddings().weight
+    if words.shape == other.head.shape and one.head.equal(words):
+        assert words.data_ptr() == other.head.data_ptr()
+
+
+def test_where_no_word_is_a_choice_there_is_nothing_to_learn(base):
+    config = WordsConfig(mode="likelihood", base=str(base), precision="float32")
+    lm = WordLanguageModel.new(config, base, ["Amber"] * 3, np.ones(3))
+    with pytest.raises(DataError, match="the same title"):
+        lines_task(lm.scorer, Source([codes(0, 1, 2)], None), TrainingConfig(steps=1))

@@ -141,8 +141,9 @@ class Engine:
                 said = f"status {answer.status_code}: {answer.text[:200]}"
                 if answer.status_code not in BUSY:
                     raise ModelError(f"the inference server on {self.where} refuses {path}: {said}")
-            pause = PAUSE_SECONDS * 2**attempt * random.uniform(0.5, 1.5)
-            time.sleep(max(0.0, min(pause, end - time.monotonic())))
+            if attempt < self.config.retries:
+                pause = PAUSE_SECONDS * 2**attempt * random.uniform(0.5, 1.5)
+                time.sleep(max(0.0, min(pause, end - time.monotonic())))
         raise EngineError(f"the inference server on {self.where} gave no scores for {path}: {said}")
 
     def _content(self, content: bytes, path: str) -> dict[str, Any]:

@@ -28,14 +28,11 @@ from llmrec.ranking import tops
 from llmrec.score.attention import additive
 from llmrec.score.nearest import Nearest
 from llmrec.score.unseen import expected_counts
-from llmrec.score.words import Vocabulary
+from llmrec.score.words import WISH_TOKENS, Vocabulary
 from llmrec.sequences import Window, pad, rows_of
 
 CHUNK = 128
 """Queries whose scores of the whole catalogue are held at once."""
-
-WISH_TOKENS = 32
-"""Tokens of a typed wish that are read, at most."""
 
 
 def instruction_tokens(folder: Path, words: str) -> list[int]:
@@ -118,6 +115,8 @@ class ItemTokenModel(nn.Module):
         where they are scored. Id vectors learn single histories by heart; this makes the text carry the rest.
     trained
         How many items there were in training, the first ones; None for all.
+    drawn
+        Whether the head is drawn at random; what is drawn otherwise is left open, for weights that are there.
     """
 
     text_vectors: Tensor
@@ -136,6 +135,8 @@ class ItemTokenModel(nn.Module):
         id_dropout: float = 0.0,
         id_out_dropout: float = 0.0,
         trained: int | None = None,
+        *,
+        drawn: bool = True,
     ) -> None:
         super().__init__()
         if len(instruction) == 0:
@@ -153,14 +154,17 @@ class ItemTokenModel(nn.Module):
         # Fitted after training, see `fit_unseen`.
         self.register_buffer("unseen", torch.tensor(0.0), persistent=False)
 
-        self.text_in = nn.Linear(text_dim, hidden)
-        self.id_in = nn.Embedding(items, hidden)
+        make: Any = (lambda kind, *sizes: kind(*sizes)) if drawn else nn.utils.skip_init
+        self.text_in = make(nn.Linear, text_dim, hidden)
+        self.id_in = make(nn.Embedding, items, hidden)
         self.norm = nn.LayerNorm(hidden)
-        self.state = nn.Linear(hidden, head_dim)
-        self.text_out = nn.Linear(text_dim, head_dim)
-        self.id_out = nn.Embedding(items, head_dim)
+        self.state = make(nn.Linear, hidden, head_dim)
+        self.text_out = make(nn.Linear, text_dim, head_dim)
+        self.id_out = make(nn.Embedding, items, head_dim)
         self.dropout = nn.Dropout(dropout)
         self.id_dropout, self.id_out_dropout = id_dropout, id_out_dropout
+        if not drawn:
+            return
         # Unit text vectors have components of spread 1/sqrt(text_dim), so unit-variance weights give
         # inputs with the spread of the LM's own word embeddings.
         nn.init.normal_(self.text_in.weight, std=spread)
@@ -408,7 +412,8 @@ class ItemTokenScorer:
             with torch.autocast(device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
                 hidden = self.model.hidden(codes.to(device))
             last = hidden[torch.arange(len(group), device=device), lengths.to(device)]
-            fresh.update(zip(group, self.model.states(last), strict=True))
+            # Each on its own: a row of the batch would keep all of it.
+            fresh.update(zip(group, (state.clone() for state in self.model.states(last)), strict=True))
         states = torch.stack([fresh[key] if key in fresh else self._states[key] for key in keys])
         for key in keys:
             self._states[key] = fresh[key] if key in fresh else self._states[key]

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llmrec.errors import DataError
 from llmrec.score.config import TrainingConfig
 from llmrec.score.likelihood import LikelihoodModel, LikelihoodScorer
 from llmrec.score.packed import Row, forward, row_of
@@ -129,8 +130,9 @@ class LikelihoodTask(LinesTask):
         wishes: float = 0.0,
     ) -> None:
         super().__init__(model.words, source, config, typed, wishes)
+        if not (model.trie.last - model.trie.first > 1).any():
+            raise DataError("nothing to learn: all items have the same title, so that no word is a choice")
         self.likelihood = model
-        self._choices: dict[int, list[tuple[int, int, int]]] = {}
 
     def _nats(self, hidden: Tensor, lines: Sequence[Line]) -> Tensor:
         codes = np.array([line.code for line in lines], np.int32)
@@ -148,16 +150,14 @@ class LikelihoodTask(LinesTask):
 
     def _on_the_way(self, code: int) -> list[tuple[int, int, int]]:
         """Choices on the way to an item: words before it, the node, and the number of the child taken."""
-        if code not in self._choices:
-            trie = self.likelihood.trie
-            path = trie.path(int(trie.leaf[code]))
-            steps = enumerate(zip([ROOT, *path[:-1]], path, strict=True))
-            self._choices[code] = [
-                (depth, node, int(child - trie.first[node]))
-                for depth, (node, child) in steps
-                if trie.last[node] - trie.first[node] > 1
-            ]
-        return self._choices[code]
+        trie = self.likelihood.trie
+        path = trie.path(int(trie.leaf[code]))
+        steps = enumerate(zip([ROOT, *path[:-1]], path, strict=True))
+        return [
+            (depth, node, int(child - trie.first[node]))
+            for depth, (node, child) in steps
+            if trie.last[node] - trie.first[node] > 1
+        ]
 
 
 class NextTokenTask(LinesTask):

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from llmrec.errors import ModelError
+from llmrec.errors import ConfigError, ModelError
 from llmrec.quiet import quiet_transformers
 from llmrec.score.attention import use_blocks
 from llmrec.score.config import Precision
@@ -95,7 +95,30 @@ def first_layers(body: nn.Module, layers: int | None, folder: Path) -> nn.Module
     return body
 
 
-def load_causal(folder: Path, layers: int | None, dtype: torch.dtype) -> tuple[nn.Module, Tensor]:
+def need_positions(body: nn.Module, tokens: int, what: str) -> None:
+    """Refuse prompts that are longer than what a model was made to read.
+
+    Parameters
+    ----------
+    tokens
+        Of the longest prompt.
+    what
+        Settings that make it so long.
+
+    Raises
+    ------
+    ConfigError
+        If the model says that it has fewer positions.
+    """
+    config: Any = body.config
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and tokens > positions:
+        raise ConfigError(
+            f"a prompt may have {tokens} tokens, and the base model reads {positions}: lower {what}"
+        )
+
+
+def load_causal(folder: Path, layers: int | None, dtype: torch.dtype) -> tuple[nn.Module, nn.Parameter]:
     """Load a causal LM: its inner transformer, and the output vectors of its words (words, hidden).
 
     Raises
@@ -114,7 +137,8 @@ def load_causal(folder: Path, layers: int | None, dtype: torch.dtype) -> tuple[n
     head = model.get_output_embeddings()
     if head is None or getattr(head, "bias", None) is not None:
         raise ModelError(f"{type(model).__name__} has no plain word head; use another base model")
-    return _readable(model.base_model, layers, folder), head.weight.detach()
+    # Given as it is: adapters of one base share it on any device, as they share all that does not change.
+    return _readable(model.base_model, layers, folder), head.weight.requires_grad_(False)
 
 
 def shared_body(folder: Path, layers: int | None, dtype: torch.dtype) -> nn.Module:
@@ -125,7 +149,7 @@ def shared_body(folder: Path, layers: int | None, dtype: torch.dtype) -> nn.Modu
     return _twin(folder, layers, dtype, words=False)
 
 
-def shared_causal(folder: Path, layers: int | None, dtype: torch.dtype) -> tuple[nn.Module, Tensor]:
+def shared_causal(folder: Path, layers: int | None, dtype: torch.dtype) -> tuple[nn.Module, nn.Parameter]:
     """As `load_causal`, with the weights that others of this process have; see `shared_body`."""
     body: Any = _twin(folder, layers, dtype, words=True)
     return body, body.word_head
@@ -138,7 +162,7 @@ def _twin(folder: Path, layers: int | None, dtype: torch.dtype, *, words: bool) 
         if body is None:
             if words:
                 body, head = load_causal(folder, layers, dtype)
-                body.register_buffer("word_head", head, persistent=False)
+                body.register_parameter("word_head", head)
             else:
                 body = load_body(folder, layers, dtype)
             _shared[key] = body

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -29,6 +30,9 @@ ROWS = 256
 
 CHUNK = 1000
 """Lines that are tokenised at once."""
+
+WISH_TOKENS = 32
+"""Tokens of a typed wish that are read, at most."""
 
 LINE_ENDS = ("\n", " ")
 """What may end a line; the end-of-text token where a tokenizer has neither."""
@@ -59,6 +63,12 @@ class Vocabulary:
         encoded = self._tokenizer(words, add_special_tokens=False, split_special_tokens=True)
         found: list[int] = encoded["input_ids"]
         return found
+
+    def cut(self, words: str, limit: int) -> str:
+        """A beginning of words that has at most `limit` tokens."""
+        while (found := len(self.tokens(words))) > limit and len(words) > 1:
+            words = words[: max(1, len(words) * limit // found)]
+        return words
 
     def first(self, words: str) -> list[int]:
         """Tokens of the words that a prompt begins with, and the begin-of-text token where there is one."""
@@ -107,7 +117,8 @@ class Layout:
         Raises
         ------
         ConfigError
-            If a slot is missing, unknown, or not alone on its line.
+            If a slot is missing, unknown, not alone on its line, or where it is not filled; or if words
+            follow the history where titles are to follow it.
         """
         lines = prompt.text.splitlines()
         wanted = ["{history}"] if slot is None else ["{history}", f"{{{slot}}}"]
@@ -121,6 +132,15 @@ class Layout:
         if places[0] == 0:
             raise ConfigError(f"prompt {prompt.name!r} must begin with words before {{history}}")
         after = len(lines) if slot is None else places[1]
+        between = range(places[0] + 1, after)
+        if any("{wish}" in line and at not in between for at, line in enumerate(lines)):
+            where = "after {history}" if slot is None else f"between {' and '.join(wanted)}"
+            raise ConfigError(f"prompt {prompt.name!r}: a line with {{wish}} stands {where}")
+        if slot is None and any("{wish}" not in lines[at] for at in between):
+            raise ConfigError(
+                f"prompt {prompt.name!r}: only lines with {{wish}} may follow {{history}}, which goes on "
+                "with the next title"
+            )
         return cls(
             "\n".join(lines[: places[0]]),
             tuple(lines[places[0] + 1 : after]),
@@ -165,9 +185,15 @@ class WordsPrompt:
             if "{wish}" in line:
                 if not query.text:
                     continue
-                line = line.replace("{wish}", query.text)
+                line = line.replace("{wish}", self.vocabulary.cut(query.text, WISH_TOKENS))
             tokens += [*self.vocabulary.tokens(line), self.vocabulary.end]
         return tokens
+
+    def longest(self, candidates: int) -> int:
+        """Tokens of the longest prompt with so many candidates in it, about."""
+        wish = Query(np.empty(0, np.int32), "wish")
+        lines = (self.window + candidates) * (int(self.lines.lengths().max(initial=0)) + 1)
+        return len(self.start) + lines + len(self.stem(wish)) + WISH_TOKENS + len(self.last)
 
 
 class WordsModel(nn.Module, WordsPrompt):
@@ -183,12 +209,10 @@ class WordsModel(nn.Module, WordsPrompt):
         As in `WordsPrompt`.
     """
 
-    head: Tensor
-
     def __init__(
         self,
         body: nn.Module,
-        head: Tensor,
+        head: nn.Parameter,
         vocabulary: Vocabulary,
         layout: Layout,
         lines: TokenLines,
@@ -197,7 +221,7 @@ class WordsModel(nn.Module, WordsPrompt):
         nn.Module.__init__(self)
         WordsPrompt.__init__(self, vocabulary, layout, lines, window)
         self.body = body
-        self.register_buffer("head", head, persistent=False)
+        self.head = head
         # Scale of the logits: the learned one of `likelihood`, 1 to begin with elsewhere.
         self.scale = nn.Parameter(torch.tensor(1.0))
 
