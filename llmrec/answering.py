@@ -51,8 +51,15 @@ def ask(request: Request, history: Codes, state: State) -> Asked:
     return Asked(request, Query(history, text, allowed), pins)
 
 
-def answer(asked: Sequence[Asked], state: State, pipeline: Pipeline) -> list[list[Recommendation]]:
+def answer(
+    asked: Sequence[Asked], state: State, pipeline: Pipeline, *, fill: bool = True
+) -> list[list[Recommendation]]:
     """Answer requests; they go through each component as one batch.
+
+    Parameters
+    ----------
+    fill
+        Whether popular items follow where too few were found for a history.
 
     Raises
     ------
@@ -60,10 +67,12 @@ def answer(asked: Sequence[Asked], state: State, pipeline: Pipeline) -> list[lis
         If the pins of a request are over one of its caps.
     """
     found = pipeline.recommend([one.query for one in asked], len(state.catalog))
-    return [_answer(one, state, pipeline, these) for one, these in zip(asked, found, strict=True)]
+    return [_answer(one, state, pipeline, these, fill) for one, these in zip(asked, found, strict=True)]
 
 
-def _answer(asked: Asked, state: State, pipeline: Pipeline, found: Candidates) -> list[Recommendation]:
+def _answer(
+    asked: Asked, state: State, pipeline: Pipeline, found: Candidates, fill: bool
+) -> list[Recommendation]:
     shown, allowed = _arranged(asked, state, found), asked.query.mask
     assert allowed is not None
     reachable = int(allowed.sum())
@@ -76,6 +85,9 @@ def _answer(asked: Asked, state: State, pipeline: Pipeline, found: Candidates) -
         pipeline = replace(pipeline, depth=DEEPER * pipeline.depth)
         found = pipeline.recommend([asked.query], len(state.catalog))[0]
         shown = _arranged(asked, state, found)
+    if fill and not asked.query.text and len(shown.items) < min(asked.request.k, reachable):
+        # Who typed what it should be about would not want these.
+        shown = _arranged(asked, state, pipeline.filled(asked.query, found, reachable))
     answered = recommendations(shown, state.catalog)
     if not asked.request.explain:
         return answered

@@ -16,10 +16,11 @@ from llmrec.answering import Asked, answer, ask, only, recommendations, units_of
 from llmrec.config import Config
 from llmrec.errors import EngineError, RequestError
 from llmrec.fetch import resolve
+from llmrec.persistence import manifest_of
 from llmrec.pipeline import Pipeline, Weights
 from llmrec.protocols import Codes, Retriever
 from llmrec.rules import allowed_items
-from llmrec.saved import load_tuned
+from llmrec.saved import Saved, load_tuned, model_of
 from llmrec.seeds import seeds
 from llmrec.state import State
 from llmrec.store.places import Slot
@@ -48,6 +49,7 @@ class Asking:
     _state: State
     _slot: Slot
     _adapter: Path | None
+    _saved: Saved | None
     _writer: Writer | None
     _phrasing: threading.Lock
     _titles: tuple[Retriever, TitleIndex] | None
@@ -68,11 +70,20 @@ class Asking:
         if not lm or self._state.lm is not None or self._adapter is None:
             return self._state
         with self._changing:
+            self._find_adapter()
             if self._state.lm is None and self._adapter is not None:
                 log, served = self._state.log, self.config.engine.model
                 loaded = load_tuned(self.config, self._adapter, self._state, log, served)
                 self._state = replace(self._state, lm=loaded)
         return self._state
+
+    def _find_adapter(self) -> None:
+        """Look where the adapter is now, if others have saved the same model with other items since."""
+        if self._adapter is None or self._adapter.is_dir() or self._saved is None:
+            return
+        manifest = manifest_of(self._saved.folder)
+        if model_of(manifest) == self._saved.model and manifest["language_model"]:
+            self._adapter = self._saved.folder / manifest["state"] / "adapter"
 
     def recommend(self, request: Request | None = None, **fields: Any) -> list[Recommendation]:
         """Return up to k recommendations for one request, given as a `Request` or by its fields.
@@ -259,8 +270,8 @@ class Asking:
 
         Seen items may come back: who searches for something wants to find it.
         """
-        if not query or not query.strip():
-            raise RequestError("search needs words, got an empty query")
+        if not isinstance(query, str) or not query.strip():
+            raise RequestError(f"search needs words, got {query!r:.100}")
         return self.recommend(Request(user=user, query=query, k=k, where=where, seen="include"))
 
     def similar(
@@ -277,7 +288,7 @@ class Asking:
         state.catalog.code(item_id)
         request = Request(history=[item_id], k=k, where=where, exclude=[item_id])
         pipeline = replace(state.pipeline(), history=state.recipe.similar)
-        return answer([self._ask(request, state)], state, pipeline)[0]
+        return answer([self._ask(request, state)], state, pipeline, fill=False)[0]
 
     def rank(
         self,

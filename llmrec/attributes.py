@@ -6,7 +6,8 @@ import numpy as np
 import polars as pl
 
 from llmrec.errors import DataError
-from llmrec.rows import LoadReport, Policy, Problems, id_strings
+from llmrec.protocols import Mask
+from llmrec.rows import LoadReport, Policy, Problems, id_strings, renaming
 from llmrec.text import neutralise, neutralise_series
 
 TITLE_LIMIT = 300
@@ -127,7 +128,7 @@ def clean_items(
     if missing:
         raise DataError(
             f"{what}: no column {' and no column '.join(map(repr, missing))}; the columns are "
-            f"{', '.join(frame.columns)}; rename with mapping={{'their name': '{missing[0]}'}}"
+            f"{', '.join(frame.columns)}; {renaming(frame.columns, missing, 'items')}"
         )
     problems = Problems(what, frame.height)
     ids = id_strings(frame["item_id"], what)
@@ -161,15 +162,25 @@ def _add_duplicates(problems: Problems, ids: pl.Series) -> None:
     problems.add("duplicate item_id", bad, examples=f", e.g. {shown}")
 
 
-def align(old: pl.DataFrame, new: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """Return both tables with attributes of the same kinds; a column of nulls fits any kind."""
+def align(old: pl.DataFrame, new: pl.DataFrame, kept: Mask) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Return both tables with attributes of the same kinds; a column of nulls fits any kind.
+
+    Only rows of the old table that are `kept`, shape (rows,), say of which kind an attribute is; where they
+    say nothing, what the others have of another kind is dropped.
+
+    Raises
+    ------
+    DataError
+        If an attribute is of two kinds.
+    """
+    remaining = old.filter(pl.Series(kept))
     for name in set(old.columns) & set(new.columns):
         had, got = kind_of(old.schema[name]), kind_of(new.schema[name])
         if had == got:
             continue
         if new[name].null_count() == new.height:
             new = new.with_columns(pl.lit(None, old.schema[name]).alias(name))
-        elif old[name].null_count() == old.height:
+        elif remaining[name].null_count() == remaining.height:
             old = old.with_columns(pl.lit(None, new.schema[name]).alias(name))
         else:
             raise DataError(f"new items: attribute {name!r} is a {had} in the catalogue, got a {got}")

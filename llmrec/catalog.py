@@ -117,7 +117,7 @@ class Catalog:
         """Return how many items have each value of an attribute, removed items included."""
         if name not in self._counts:
             column = self.column(name)
-            flat = column.explode() if kind_of(column.dtype) == "list of strings" else column
+            flat = column.list.unique().explode() if kind_of(column.dtype) == "list of strings" else column
             values, counts = flat.drop_nulls().rename("value").value_counts(name="count").get_columns()
             self._counts[name] = dict(zip(values.to_list(), counts.to_list(), strict=True))
         return self._counts[name]
@@ -233,14 +233,17 @@ class Catalog:
         Raises
         ------
         DataError
-            If an item breaks the data contract, or an attribute is of another kind than before.
+            If an item breaks the data contract, or an attribute is of another kind than among the items that
+            are active and not replaced.
         """
         if not items:
             return self
         new, report = clean_items(read_table(items, "new items"), False, "raise", what="new items")
-        old, new = align(self._frame, new)
         codes = self.find(new["item_id"].to_list())
         added = codes < 0
+        kept = self.active.copy()
+        kept[codes[~added]] = False
+        old, new = align(self._frame, new, kept)
         codes[added] = len(self) + np.arange(int(added.sum()), dtype=np.int32)
         order = np.arange(len(self) + int(added.sum()))
         order[codes] = len(self) + np.arange(new.height)

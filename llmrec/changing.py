@@ -86,8 +86,11 @@ class Changing(Asking):
                     self._saved.check_events()
                 return store.forget(user)
         finally:
-            models = [self._state.lm, *(named.model for named in self._state.adapters.values())]
-            for model in models:
+            with self._changing:
+                # Requests under way have read the history: what they keep goes with the old state.
+                old = self._state
+                self._state = old.fresh()
+            for model in (old.lm, *(named.model for named in old.adapters.values())):
                 if model is not None:
                     model.scorer.forget()
 

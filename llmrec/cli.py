@@ -104,8 +104,11 @@ def fit(
     """Fit a recommender on a catalogue and a log, and save it."""
     from llmrec.assembly import read_catalog, read_log
     from llmrec.config import Config
+    from llmrec.persistence import check_place
     from llmrec.recommender import Recommender
 
+    # Before anything is computed.
+    check_place(out.resolve())
     settings = Config.of(config).with_flags(
         data={"clock": clock, "policy": policy, "ties": ties},
         encoder={"name": encoder},
@@ -120,7 +123,7 @@ def fit(
         on_stage("saving")
         rec.save(out)
     say(f"items: {catalog.report}")
-    say(f"events: {log.report}")
+    say("; ".join(filter(None, [f"events: {log.report}", log.span()])))
     if search is not None:
         show_families(rec.recipe)
     say_weights(rec.recipe)
@@ -349,7 +352,10 @@ def main() -> None:
     # The handler has a level of its own, since some libraries set that of their loggers to DEBUG.
     handler = RichHandler(logging.WARNING, stderr, show_time=False, show_path=False)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
-    app()
+    try:
+        app()
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -68,4 +68,4 @@ def _do(task: Task, batch: Batch, workers: int, address: str | None) -> None:
         rows = run(
             batch, workers, address, lambda done, parts: bar.update(shown, completed=done, total=parts)
         )
-    say(f"{rows:,} rows in {batch.out}")
+    say(f"{rows:,} {'users' if task == 'recommend' else 'texts'} done, in {batch.out}")

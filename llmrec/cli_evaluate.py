@@ -64,6 +64,9 @@ def evaluate(
 
     if minutes is not None and not minutes > 0:
         raise RequestError(f"--minutes must be above 0, got {minutes:g}")
+    for flag, path, right in (("--json", result, Path.is_file), ("--out", out, Path.is_dir)):
+        if path is not None and path.exists() and not right(path):
+            raise RequestError(f"{flag}: {path} is a {'folder' if path.is_dir() else 'file'}")
     protocol = {
         "split": split,
         "validation_from": validation_from,
@@ -84,13 +87,14 @@ def evaluate(
         found = evaluate_offline(
             items, events, values, lm=not no_lm, minutes=minutes, folder=run, on_stage=say, on_step=on_step
         )
+    # First, so that nothing is lost where a file cannot be written.
+    _show(found)
     if result is not None:
         found.write(result)
         say(f"written: {result}, and the rank of each user's target in {result.with_suffix('.ranks.npz')}")
     if out is not None:
         command = shlex.join(["llmrec", *sys.argv[1:]])
         say(f"written: {found.report(out, command)}")
-    _show(found)
 
 
 def _show(found: Evaluation) -> None:

@@ -84,14 +84,16 @@ class Config(BaseModel):
             return cls()
         if isinstance(source, Config):
             return source
+        if not isinstance(source, Mapping | str | Path):
+            raise ConfigError(f"a configuration is a TOML file or a mapping, got {source!r:.100}")
         values, where = (source, "the configuration") if isinstance(source, Mapping) else _read(Path(source))
         try:
             return cls.model_validate(dict(values))
         except ValidationError as invalid:
             problems = [
                 # A URL may hold a password.
-                f"{'.'.join(_keys(e['loc']))}: {e['msg']}"
-                + ("" if e["loc"][-1:] == ("url",) else f" (got {e['input']!r})")
+                f"{'.'.join(_keys(e['loc'])) or 'together'}: {e['msg'].removeprefix('Value error, ')}"
+                + ("" if e["loc"][-1:] == ("url",) or not e["loc"] else f" (got {e['input']!r:.200})")
                 for e in invalid.errors()
             ]
             raise ConfigError(f"{len(problems)} problem(s) in {where}:\n  " + "\n  ".join(problems)) from None

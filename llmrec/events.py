@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import math
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -17,10 +17,10 @@ from llmrec.catalog import Catalog
 from llmrec.clock import to_seconds
 from llmrec.errors import DataError, RequestError
 from llmrec.protocols import Codes, Floats, Mask
-from llmrec.rows import LoadReport, Policy, Problems, id_order, id_strings
+from llmrec.rows import LoadReport, Policy, Problems, id_order, id_strings, renaming
 from llmrec.tables import read_table
 from llmrec.types import Event
-from llmrec.weights import event_weight
+from llmrec.weights import HEAVIEST, event_weight
 
 Clock = Literal["time", "none"]
 """Whether events have a time stamp; with ``"none"`` the order of rows is the order of events."""
@@ -112,7 +112,7 @@ class EventLog:
             )
             raise DataError(
                 f"events: no column {' and no column '.join(map(repr, missing))}; the columns are "
-                f"{', '.join(frame.columns)}; rename with mapping={{'their name': '{missing[0]}'}}{advice}"
+                f"{', '.join(frame.columns)}; {renaming(frame.columns, missing, 'events')}{advice}"
             )
         problems = Problems("events", frame.height)
         notes: list[str] = []
@@ -123,7 +123,9 @@ class EventLog:
         if clock == "time":
             column, note = to_seconds(frame["timestamp"], "events")
             notes += [note] if note else []
-            problems.add("timestamp missing or not readable", column.is_null().to_numpy())
+            unread = frame["timestamp"].filter(column.is_null() & frame["timestamp"].is_not_null())
+            shown = f", e.g. {unread[0]!r}; whole seconds, dates and ISO text are read" if len(unread) else ""
+            problems.add("timestamp missing or not readable", column.is_null().to_numpy(), examples=shown)
             seconds = column.fill_null(0).to_numpy()
         weight = event_weight(frame, problems, rating_threshold, event_weights)
         report = problems.finish(policy, notes, empty=empty)
@@ -168,12 +170,20 @@ class EventLog:
             return None
         return [self.weight[a:b] for a, b in zip(self.offsets[:-1], self.offsets[1:], strict=True)]
 
+    def span(self) -> str:
+        """Return from which day to which day the log is, in UTC; empty without a clock."""
+        if self.timestamp is None or not len(self):
+            return ""
+        ends = (np.datetime64(int(s), "s") for s in (self.timestamp.min(), self.timestamp.max()))
+        return "from {} to {}".format(*(moment.astype("datetime64[D]") for moment in ends))
+
     def repeat_share(self) -> float:
-        """Return the share of events whose item the same user had before."""
+        """Return the share of events whose item the same user had before; one that is there twice is one."""
         if not len(self):
             return 0.0
         pairs = self.user.astype(np.int64) << 32 | self.item
-        return 1.0 - len(np.unique(pairs)) / len(self)
+        events = len(self) - _exact_repeats(self)
+        return 1.0 - len(np.unique(pairs)) / events
 
     def select(self, keep: Mask, *, keep_users: bool = True) -> EventLog:
         """Return the events where `keep`, shape (n,); users without events stay if `keep_users`."""
@@ -222,6 +232,9 @@ class EventLog:
         return [Event(users[user], ids[item], stamp, weight) for user, item, stamp, weight in rows]
 
 
+DAY = 86_400
+
+
 def live_events(events: Iterable[Event], catalog: Catalog, clock: Clock, now: int) -> list[Event]:
     """Return events as the store takes them, in the order given, or raise for the first that spoils the log.
 
@@ -235,7 +248,7 @@ def live_events(events: Iterable[Event], catalog: Catalog, clock: Clock, now: in
     Raises
     ------
     RequestError
-        If an item is unknown, a user blank, a time no whole seconds, a weight not above 0, or an event_id
+        If an item is unknown, a user blank, a time no whole seconds, a weight out of range, or an event_id
         no text of 1 to 500 characters.
     """
     checked = []
@@ -246,8 +259,8 @@ def live_events(events: Iterable[Event], catalog: Catalog, clock: Clock, now: in
         catalog.code(event.item_id)
         if not isinstance(user, str) or not user.strip():
             raise RequestError(f"an event needs the id of its user, got {user!r:.100}")
-        if not (isinstance(weight, int | float) and math.isfinite(weight) and weight > 0):
-            raise RequestError(f"weight must be a number above 0, got {weight!r:.100}")
+        if not (isinstance(weight, int | float) and 0 < weight <= HEAVIEST):
+            raise RequestError(f"weight must be a number above 0, at most {HEAVIEST:,}; got {weight!r:.100}")
         whole = isinstance(stamp, int) and not isinstance(stamp, bool) and abs(stamp) <= 10**11
         if clock == "time" and stamp is not None and not whole:
             raise RequestError(f"timestamp must be whole seconds since 1970, got {stamp!r:.100}")
@@ -296,11 +309,13 @@ def _ordered(
     user, item, weight = user[order], item[order], weight[order]
     seconds = None if seconds is None else seconds[order]
     log = EventLog(users, user, item, seconds, weight, _offsets(user, len(users)), report)
-    twice = _exact_repeats(log)
-    if not twice:
-        return log
-    note = f"kept although they repeat user, item and time stamp of another row: {twice:,}"
-    return replace(log, report=replace(report, notes=(*report.notes, note)))
+    notes = list(report.notes)
+    if twice := _exact_repeats(log):
+        notes.append(f"kept although they repeat user, item and time stamp of another row: {twice:,}")
+    late = 0 if seconds is None else int((seconds > time.time() + DAY).sum())
+    if late:
+        notes.append(f"later than today, so that what is observed now comes before them: {late:,}")
+    return replace(log, report=replace(report, notes=tuple(notes)))
 
 
 def _exact_repeats(log: EventLog) -> int:

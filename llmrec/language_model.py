@@ -89,6 +89,10 @@ class TunedModel(Protocol):
         """The same for a catalogue whose texts changed or grew."""
         ...
 
+    def fresh(self) -> Self:
+        """The same with nothing read; who still asks the old one leaves nothing here."""
+        ...
+
     def recounted(self, counts: NDArray[Any]) -> Self:
         """The same model after other training events, whose weight for each item has shape (items,)."""
         ...
@@ -284,6 +288,12 @@ class LanguageModel:
         model.load_state_dict(state, strict=False)
         model.unseen.copy_(old.unseen)
         made = LanguageModel(model.to(old.counts.device).eval(), self.config, self.wish, self.card)
+        made.scorer.grow_from(self.scorer)
+        return made
+
+    def fresh(self) -> LanguageModel:
+        """The same with nothing read; who still asks the old one leaves nothing here."""
+        made = LanguageModel(self.model, self.config, self.wish, self.card)
         made.scorer.grow_from(self.scorer)
         return made
 

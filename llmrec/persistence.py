@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,6 +36,9 @@ SAVING_SECONDS = 300
 RUN_LOG = "log.jsonl"
 """Name of the log of a training run, in its folder and then beside the adapter."""
 
+OWN = re.compile(r"state-[0-9a-f]{12}|events-[0-9a-f]{12}\.sqlite(-\w+)?")
+"""Names of the states and event stores that we write."""
+
 KEYS = {"state", "events", "config", "recipe", "repeats", "encoder", "catalog", "log", "language_model"}
 
 Arrays = Mapping[str, NDArray[Any]]
@@ -52,6 +56,42 @@ _TYPES = {
 """Of numpy, by their names in a safetensors file."""
 
 
+def check_place(folder: Path) -> None:
+    """Make sure that nothing of others is replaced or removed by saving into a directory.
+
+    Raises
+    ------
+    ModelError
+        If it, or what it should lie in, is a file, or if it holds anything and is no saved recommender.
+    """
+    for path in (folder, *folder.parents):
+        if path.exists():
+            if not path.is_dir():
+                raise ModelError(f"{path} is a file; a recommender is saved into a directory")
+            break
+    if not folder.is_dir() or manifest_of(folder):
+        return
+    manifest = folder / MANIFEST
+    if manifest.is_file() and not _of_llmrec(manifest):
+        raise ModelError(
+            f"{manifest} is not that of a recommender: save into another directory, or remove it"
+        )
+    # What begins with a dot, and states without a manifest, is what a kill may leave; a volume has the last.
+    own = re.compile(rf"\..*|{OWN.pattern}|lost\+found")
+    others = [path.name for path in folder.iterdir() if not own.fullmatch(path.name)]
+    if others and not manifest.is_file():
+        shown = ", ".join(sorted(others)[:3]) + ", ..." * (len(others) > 3)
+        raise ModelError(f"{folder} holds {shown} and no recommender: save into a new or empty directory")
+
+
+def _of_llmrec(manifest: Path) -> bool:
+    """Whether a file is the manifest of a saved recommender, of whatever format."""
+    try:
+        return {"format", "state"} <= set(json.loads(manifest.read_text(encoding="utf-8")))
+    except (ValueError, TypeError):
+        return False
+
+
 @contextlib.contextmanager
 def saving(folder: Path) -> Iterator[None]:
     """Hold others back who want to save into the same directory.
@@ -59,8 +99,9 @@ def saving(folder: Path) -> Iterator[None]:
     Raises
     ------
     ModelError
-        If another process has been at it for `SAVING_SECONDS`.
+        If another process has been at it for `SAVING_SECONDS`, or as `check_place` says.
     """
+    check_place(folder)
     folder.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(folder / ".saving.lock", timeout=SAVING_SECONDS)
     try:
@@ -162,14 +203,15 @@ def keep_log(sources: Sequence[Path | None], adapter: Path) -> None:
 
 def remove_stale(folder: Path, keep: Sequence[str]) -> None:
     """Remove states and stores that are not named: what was replaced earlier, and what a kill left."""
-    names = set(keep)
-    for path in folder.glob("state-*"):
-        if path.name not in names:
+    for path in folder.iterdir():
+        if not OWN.fullmatch(path.name) or any(path.name.startswith(name) for name in keep):
+            continue
+        if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
-    drafts = [*folder.glob(f".{MANIFEST}.*"), *folder.glob(".tmp-events-*")]
-    for path in [*folder.glob("events-*.sqlite*"), *drafts]:
-        if not any(path.name.startswith(name) for name in names):
+        else:
             path.unlink(missing_ok=True)
+    for path in [*folder.glob(f".{MANIFEST}.*"), *folder.glob(".tmp-events-*")]:
+        path.unlink(missing_ok=True)
 
 
 def save_arrays(path: Path, groups: Mapping[str, Arrays]) -> None:
@@ -221,6 +263,6 @@ def map_array(path: Path) -> NDArray[Any]:
     """
     try:
         mapped: NDArray[Any] = np.asarray(np.load(path, mmap_mode="c", allow_pickle=False))
-    except (OSError, ValueError) as broken:
+    except (OSError, ValueError, EOFError) as broken:
         raise ModelError(f"{path} is missing or damaged: {broken}") from broken
     return mapped

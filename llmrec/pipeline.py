@@ -179,6 +179,19 @@ def merge(hits: Mapping[str, Hits], weights: Weights) -> Candidates:
     return _ordered(items, names, parts.astype(np.float32), ranks)
 
 
+def followed(found: Candidates, items: Codes) -> Candidates:
+    """Candidates with others after them that no component proposed, with the lowest score, at most 0."""
+    parts = np.zeros((len(items), len(found.names)), np.float32)
+    parts[:, :1] = found.scores.min(initial=0.0)
+    return Candidates(
+        np.concatenate([found.items, items]).astype(np.int32),
+        np.concatenate([found.scores, parts.sum(axis=1)]),
+        found.names,
+        np.concatenate([found.parts, parts]),
+        np.concatenate([found.ranks, np.zeros(parts.shape, np.int32)]),
+    )
+
+
 def discount(ranks: NDArray[np.int32]) -> Floats:
     """1 / log2(1 + rank), 0 for rank 0."""
     values: Floats = np.where(ranks > 0, 1.0 / np.log2(1.0 + np.maximum(ranks, 1)), 0.0).astype(np.float32)
@@ -355,15 +368,27 @@ class Pipeline:
         """
         weights = self.weights_for(query)
         merged = self.retrieve([query], [weights])[0]
-        missing = items[~np.isin(items, merged.items)]
-        merged = Candidates(
-            np.concatenate([merged.items, missing]),
-            np.concatenate([merged.scores, np.zeros(len(missing), np.float32)]),
-            merged.names,
-            np.concatenate([merged.parts, np.zeros((len(missing), len(merged.names)), np.float32)]),
-            np.concatenate([merged.ranks, np.zeros((len(missing), len(merged.names)), np.int32)]),
-        )
+        merged = followed(merged, items[~np.isin(items, merged.items)])
         return self.rerank([query], [merged], [weights.lm])[0]
+
+    def filled(self, query: Query, found: Candidates, n: int) -> Candidates:
+        """The same with the n most popular items that are allowed after it, save those that are in it."""
+        popular = self.retrievers[self.fallback].retrieve([query], n)[0].items
+        more = followed(found, popular[~np.isin(popular, found.items)])
+        ranks, names = np.zeros((len(more.items), 1), np.int32), more.names
+        place = {code: rank for rank, code in enumerate(popular.tolist(), start=1)}
+        ranks[len(found.items) :, 0] = [place[code] for code in more.items[len(found.items) :].tolist()]
+        if self.fallback in names:
+            all_ranks = more.ranks.copy()
+            all_ranks[:, names.index(self.fallback)] += ranks[:, 0]
+            return replace(more, ranks=all_ranks)
+        parts = np.concatenate([more.parts, np.zeros_like(ranks, np.float32)], axis=1)
+        return replace(
+            more,
+            names=(*names, self.fallback),
+            parts=parts,
+            ranks=np.concatenate([more.ranks, ranks], axis=1),
+        )
 
     def scores(self, queries: Sequence[Query], items: Codes, weights: Weights) -> Floats:
         """Blended scores of the same items for several queries, comparable, shape (queries, items).

@@ -303,6 +303,7 @@ class Recommender(Changing):
             if self._saved is not None and same:
                 self._saved.check_model()
             self.follow()
+            self._find_adapter()
             came_with = self._state.texts.index.name
 
             def write(target: Path) -> None:

@@ -121,6 +121,10 @@ class RemoteLanguageModel:
             padded(self.counts, len(texts.lines)),
         )
 
+    def fresh(self) -> RemoteLanguageModel:
+        """The same under another salt: what the server has read is found by nobody."""
+        return self._with(self._prompt, self.lines, self.counts)
+
     def recounted(self, counts: NDArray[Any]) -> RemoteLanguageModel:
         """The same model after other training events, whose weight for each item has shape (items,)."""
         return self._with(self._prompt, self.lines, np.asarray(counts))

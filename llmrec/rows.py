@@ -76,13 +76,24 @@ class Problems:
         check_policy(policy)
         errors = self.fatal + (self._errors if policy == "raise" else [])
         if errors:
-            advice = "" if self.fatal else '; correct them, or drop these rows with policy="drop"'
+            advice = "; correct them, or drop these rows with the policy 'drop' (--policy drop, data.policy)"
+            advice = "" if self.fatal else advice
             raise DataError(f"{self.what}: " + "; ".join(errors) + advice)
         kept = int(self.keep.sum())
         report = LoadReport(len(self.keep), kept, self.dropped, self.rows, tuple(notes))
         if not kept and not empty:
             raise DataError(f"{self.what}: no rows left: {report}")
         return report
+
+
+def renaming(columns: Sequence[str], missing: Sequence[str], table: str) -> str:
+    """Say how columns are given the names that are missing."""
+    if len(columns) == 1 and (found := [s for s in (";", "\t", "|", ",") if s in columns[0]]):
+        return f"they seem to be separated by {found[0]!r}: save the file with commas, or tabs as .tsv"
+    bare = {"".join(filter(str.isalnum, name)).lower(): name for name in reversed(columns)}
+    like = next((bare[n.replace("_", "")] for n in missing if n.replace("_", "") in bare), None)
+    which = next(n for n in missing if like is None or bare.get(n.replace("_", "")) == like)
+    return f"rename one: data.{table}_mapping = {{{like or 'their name'!r} = {which!r}}}, in Python mapping"
 
 
 def check_policy(policy: str) -> None:
@@ -105,7 +116,9 @@ def describe_rows(reason: str, count: int, rows: Sequence[int]) -> str:
 
 
 def id_strings(column: pl.Series, what: str) -> pl.Series:
-    """Return ids as strings: text as it is, 42 and 42.0 as ``"42"``, null, NaN and blank as null.
+    """Return ids as strings: 42 and 42.0 as ``"42"``, text without blanks around, null, NaN, blank as null.
+
+    A column of text in which all are such as ``42.0`` holds numbers that were written with a fraction.
 
     Raises
     ------
@@ -121,8 +134,11 @@ def id_strings(column: pl.Series, what: str) -> pl.Series:
         column = column.cast(pl.Int64)
     elif not (kind.is_integer() or kind in (pl.String, pl.Categorical, pl.Enum, pl.Null)):
         raise DataError(f"{what}: column {column.name!r} must hold text or whole numbers, got {kind}")
-    text = column.cast(pl.String)
-    return text.set(text.str.strip_chars() == "", None)
+    text = column.cast(pl.String).str.strip_chars()
+    text = text.set(text == "", None)
+    if kind == pl.String and bool(text.str.contains(r"^\d+\.0$").all()) and text.null_count() < len(text):
+        text = text.str.strip_suffix(".0")
+    return text
 
 
 def id_order(ids: Sequence[str]) -> list[int]:

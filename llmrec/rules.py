@@ -222,8 +222,13 @@ class _Attribute:
     def any_of(self, values: Any) -> Mask:
         wanted = [self._value(value) for value in self._not_empty(values)]
         if self.kind == "number":
-            either: Mask = np.logical_or.reduce([_mask(self.column == value) for value in wanted])
-            return either
+            whole = self.column.dtype.is_integer()
+            # What is no whole number, or beyond the column, is equal to none of it.
+            known = [v for v in wanted if not whole or (v == v // 1 and -(2**63) <= v < 2**63)]
+            column = self.column.cast(pl.Int64 if whole else pl.Float64, strict=False)
+            found = np.isin(column.fill_null(0).to_numpy(), np.array(known, np.int64 if whole else float))
+            mask: Mask = found & column.is_not_null().to_numpy()
+            return mask
         if self.kind != "list of strings":
             return _mask(self.column.is_in(wanted))
         lists = self.column.drop_nulls()

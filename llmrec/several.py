@@ -161,6 +161,10 @@ class SeveralModels:
         """The same for a catalogue whose texts changed or grew."""
         return SeveralModels([Member(m.model.grown(texts), m.share) for m in self.members])
 
+    def fresh(self) -> SeveralModels:
+        """The same with nothing read; who still asks the old one leaves nothing here."""
+        return SeveralModels([Member(m.model.fresh(), m.share) for m in self.members])
+
     def recounted(self, counts: NDArray[Any]) -> SeveralModels:
         """The same models after other training events, whose weight for each item has shape (items,)."""
         return SeveralModels([Member(m.model.recounted(counts), m.share) for m in self.members])

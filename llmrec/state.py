@@ -132,6 +132,11 @@ class State:
         adapters = {n: replace(named, model=named.model.grown(texts)) for n, named in self.adapters.items()}
         return replace(self, catalog=catalog, texts=texts, retrievers=retrievers, lm=lm, adapters=adapters)
 
+    def fresh(self) -> State:
+        """The same, but that nothing is kept of what the language models have read."""
+        adapters = {name: replace(own, model=own.model.fresh()) for name, own in self.adapters.items()}
+        return replace(self, lm=None if self.lm is None else self.lm.fresh(), adapters=adapters)
+
     def with_unlisted(self, items: Sequence[Item]) -> State:
         """The same for one request about items that need not be in the catalogue."""
         if not items:

@@ -145,19 +145,31 @@ def _parse_csv(text: str, separator: str, quote: str | None, path: Path) -> pl.D
     twice = sorted({name for name in header if header.count(name) > 1})
     if twice:
         raise DataError(f"cannot read {path}: several columns are called {', '.join(map(repr, twice))}")
-    frame = _guard(
-        lambda: pl.read_csv(
-            text.encode(), separator=separator, quote_char=quote, infer_schema=False, null_values=[""]
-        ),
-        str(path),
-    )
-    # polars fills short rows up without a word; a row that lacks fields has a null in the last column.
-    if frame.height and frame.to_series(frame.width - 1).null_count():
+
+    def check_fields() -> None:
         for number, row in enumerate(rows()):
             if row and len(row) != len(header):
                 raise DataError(
-                    f"cannot read {path}: data row {number} has {len(row)} fields, the header {len(header)}"
+                    f"cannot read {path}: data row {number} has {len(row)} fields, the header {len(header)}; "
+                    f"a value with the separator, a quote or a line end in it stands in quotes"
                 )
+
+    try:
+        frame = _guard(
+            lambda: pl.read_csv(
+                text.encode(), separator=separator, quote_char=quote, infer_schema=False, null_values=[""]
+            ),
+            str(path),
+        )
+    except DataError:
+        check_fields()
+        raise DataError(
+            f"cannot read {path}: a quote that is opened is not closed, or stands within a value: write "
+            f'"" for a quote, and the value in quotes'
+        ) from None
+    # polars fills short rows up without a word; a row that lacks fields has a null in the last column.
+    if frame.height and frame.to_series(frame.width - 1).null_count():
+        check_fields()
     return frame.filter(~pl.all_horizontal(pl.all().is_null())) if frame.width > 1 else frame
 
 
@@ -239,6 +251,8 @@ def _from_records(source: Sequence[Any], what: str) -> pl.DataFrame:
         return pl.DataFrame([_series(name, [getattr(row, name) for row in source], what) for name in names])
     rows = [_as_dict(row, number, what) for number, row in enumerate(source, start=1)]
     columns = dict.fromkeys(name for row in rows for name in row)
+    if not all(str(name).strip() for name in columns):
+        raise DataError(f"{what}: an attribute has no name")
     return pl.DataFrame([_series(str(name), [row.get(name) for row in rows], what) for name in columns])
 
 

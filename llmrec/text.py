@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import unicodedata
 
@@ -30,6 +31,9 @@ _PIPES = re.compile(r"\|{3,}")
 _ANGLES = str.maketrans(_ANGLE_OPEN + _ANGLE_CLOSE, "‹" * len(_ANGLE_OPEN) + "›" * len(_ANGLE_CLOSE))
 _SQUARES = str.maketrans(_SQUARE_OPEN + _SQUARE_CLOSE, "(" * len(_SQUARE_OPEN) + ")" * len(_SQUARE_CLOSE))
 
+_MARKS = 30
+"""Combining marks in a row that are kept. Sorting them takes time that grows with the square."""
+
 _NEAR = 40
 """How many characters before the limit a word border may lie to be preferred."""
 
@@ -38,9 +42,9 @@ def neutralise(text: str, limit: int) -> str:
     """Make untrusted text safe to put into a prompt: plain words on one line, no special tokens.
 
     Control, bidi, zero-width characters and lone surrogates go, white space becomes single spaces, the
-    rest is NFC. A word that holds an opening and a closing bracket of a kind that special tokens use
-    (``<s>``, ``<|im_start|>``, ``[INST]``) gets other brackets (``‹s›``, ``(INST)``); ``I <3 it``,
-    ``A > B`` and ``[two words]`` stay.
+    rest is NFC, with at most 30 combining marks in a row. A word that holds an opening and a closing bracket
+    of a kind that special tokens use (``<s>``, ``<|im_start|>``, ``[INST]``) gets other brackets (``‹s›``,
+    ``(INST)``); ``I <3 it``, ``A > B`` and ``[two words]`` stay.
 
     Parameters
     ----------
@@ -55,11 +59,20 @@ def neutralise(text: str, limit: int) -> str:
         Of at most `limit` characters. ``neutralise(neutralise(x, n), n) == neutralise(x, n)``.
     """
     if not text.isascii():
-        text = unicodedata.normalize("NFC", _INVISIBLE.sub("", text))
+        text = _many_marks().sub(r"\1", _INVISIBLE.sub("", text))
+        text = unicodedata.normalize("NFC", text)
         text = _defuse(_SPACE.sub(" ", text).strip(" "))
     elif _ASCII_DIRTY.search(text):
         text = _defuse(_SPACE.sub(" ", _INVISIBLE.sub("", text)).strip(" "))
     return shorten(text, limit)
+
+
+@functools.cache
+def _many_marks() -> re.Pattern[str]:
+    """More combining marks in a row than are kept."""
+    # None lies beyond.
+    marks = "".join(re.escape(chr(c)) for c in range(0x300, 0x1F000) if unicodedata.combining(chr(c)))
+    return re.compile(f"([{marks}]{{{_MARKS}}})[{marks}]+")
 
 
 def neutralise_series(texts: pl.Series, limit: int) -> pl.Series:

@@ -12,6 +12,9 @@ from llmrec.errors import DataError
 from llmrec.protocols import Floats
 from llmrec.rows import Problems
 
+HEAVIEST = 1000
+"""Largest weight of an event. Sums of squares of much larger ones are too coarse in float32."""
+
 
 def event_weight(
     frame: pl.DataFrame,
@@ -34,6 +37,10 @@ def event_weight(
     with np.errstate(over="ignore"):
         single = weight.astype(np.float32)
     problems.add("weight is not finite and above 0", ~(np.isfinite(single) & (single > 0)))
+    problems.add(
+        f"weight above {HEAVIEST:,}: it is how many events one counts as, so divide amounts and times",
+        np.isfinite(single) & (single > HEAVIEST),
+    )
     return single
 
 

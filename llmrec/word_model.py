@@ -194,6 +194,12 @@ class WordLanguageModel:
         counts = padded(self.counts, len(lines))
         return WordLanguageModel(words.eval(), self.config, lines, counts, self.card, same, self.trained)
 
+    def fresh(self) -> WordLanguageModel:
+        """The same with nothing read; who still asks the old one leaves nothing here."""
+        return WordLanguageModel(
+            self.words, self.config, self.lines, self.counts, self.card, self._shape, self.trained
+        )
+
     def recounted(self, counts: NDArray[Any]) -> WordLanguageModel:
         """The same model after other training events, whose weight for each item has shape (items,)."""
         return WordLanguageModel(self.words, self.config, self.lines, counts, self.card, self._shape)

@@ -79,7 +79,7 @@ def test_all_problems_are_reported_at_once_with_counts_and_rows():
         "2 rows: null or blank item_id (rows 2, 4)",
         "2 rows: null or blank title (rows 3, 6)",
         "1 row: duplicate item_id (row 5), e.g. '1'",
-        'policy="drop"',
+        "the policy 'drop'",
     ):
         assert part in message
     catalog = Catalog.load(rows, policy="drop")
@@ -274,3 +274,66 @@ DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 def test_real_catalogues_load(name, kept):
     catalog = Catalog.load(DATA / name / "items.parquet", policy="drop")
     assert len(catalog) == kept and all(catalog.lines())
+
+
+def test_an_attribute_takes_the_kind_that_its_items_have_now():
+    first = Catalog.load([Item("a", "A", attributes={"size": 5}), Item("b", "B")])
+    with pytest.raises(DataError, match="'size' is a number"):
+        first.with_items([Item("b", "B", attributes={"size": "L"})])
+    # Step by step and at once: whoever takes the changes over later finds the same.
+    steps = first.with_items([Item("a", "A")]).with_items([Item("a", "A", attributes={"size": "L"})])
+    at_once = first.with_items([Item("a", "A", attributes={"size": "L"})])
+    gone = first.without_items(["a"]).with_items([Item("b", "B", attributes={"size": "M"})])
+    assert steps.item(0) == at_once.item(0) == Item("a", "A", attributes={"size": "L"})
+    assert gone.item(1).attributes == {"size": "M"} and gone.item(0).attributes == {}
+    assert steps.attributes["size"] == gone.attributes["size"] == "string"
+
+
+def test_a_repeated_value_of_a_list_counts_once_an_item():
+    twice = Catalog.load(
+        [Item("a", "A", attributes={"tags": ("x", "x")}), Item("b", "B", attributes={"tags": ("x",)})]
+    )
+    assert twice.counts("tags") == {"x": 2}
+
+
+def test_an_attribute_without_a_name_is_an_error():
+    for name in ("", " "):
+        with pytest.raises(DataError, match="no name"):
+            Catalog.load([Item("a", "A", attributes={name: "x", "column_3": "y"})])
+
+
+@pytest.mark.parametrize(
+    ("columns", "words"),
+    [
+        (["Item ID", "title"], "data.items_mapping = {'Item ID' = 'item_id'}"),
+        (["sku", "title"], "data.items_mapping = {'their name' = 'item_id'}"),
+        (["item_id;title;year"], "separated by ';'"),
+    ],
+)
+def test_missing_columns_say_what_to_write(columns, words):
+    with pytest.raises(DataError, match=re.escape(words)):
+        Catalog.load(pl.DataFrame({name: ["1"] for name in columns}))
+
+
+@pytest.mark.parametrize(
+    ("given", "ids"),
+    [((" 1", "2 "), ["1", "2"]), (("1.0", "2.0"), ["1", "2"]), (("1.0", "v2.0"), ["1.0", "v2.0"])],
+)
+def test_ids_are_without_blanks_and_numbers_without_fractions(given, ids):
+    assert Catalog.load(pl.DataFrame({"item_id": given, "title": ["a", "b"]})).ids == ids
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("item_id,title\n1,Chair, red\n2,Lamp\n", "data row 1 has 3 fields, the header 2"),
+        ('item_id,title,brand\n1,5" disk,A\n2,b,c\n', "quote"),
+        ('item_id,title\n1,"open\n2,b\n', "quote|fields"),
+    ],
+)
+def test_a_csv_with_loose_separators_or_quotes_says_where(tmp_path, text, words):
+    path = tmp_path / "items.csv"
+    path.write_text(text)
+    with pytest.raises(DataError, match=words) as raised:
+        Catalog.load(path)
+    assert "polars" not in str(raised.value) and "infer_schema" not in str(raised.value)

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -370,6 +371,29 @@ def test_a_body_over_the_limit_is_refused_said_or_streamed(rec):
         streamed = http.post("/v1/recommend", content=(large[:700] for _ in range(4)))
         assert streamed.status_code == 413 and "2,000 bytes" in streamed.json()["detail"]
         assert http.post("/mcp", content=large).status_code == 413
+
+
+def test_the_page_of_the_api_is_this_servers_own(http):
+    page = http.get("/docs")
+    assert page.status_code == 200 and "default-src 'none'" in page.headers["content-security-policy"]
+    for name in ("docs.html", "docs.js"):
+        assert not re.search(r"https?://|//cdn", http.get(f"/page/{name}").text)
+
+
+def test_large_whole_numbers_come_back_and_attributes_need_names():
+    items, events = toy_data()
+    large = 123456789012345670
+    items = [replace(item, attributes={**item.attributes, "seller": large}) for item in items]
+    with TestClient(create_app(Recommender.fit(items, events, LIGHT)), base_url=URL) as http:
+        shown = [
+            http.get("/v1/items/i1").json(),
+            http.post("/v1/recommend", json={"k": 1}).json()["items"][0],
+        ]
+        assert [one["attributes"]["seller"] for one in shown] == [large, large]
+        for name in ("", " "):
+            body = {"title": "a", "attributes": {name: "x", "column_3": "y"}}
+            assert http.put("/v1/items/a", json=body).status_code == 422
+        assert http.post("/mcp", json={}, headers={"Host": "127.0.0.1"}).status_code != 421
 
 
 def test_keys_open_what_their_role_allows(rec):

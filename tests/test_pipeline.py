@@ -275,3 +275,29 @@ def test_predictions_sum_to_one_and_are_the_prior_where_nothing_is_known():
     np.testing.assert_allclose(p[0], prior, atol=1e-7)
     best = pipeline.recommend([Query(codes([1, 2, 3]))], 1)[0].items[0]
     assert p[1, best] > 1.5 * prior[best]
+
+
+def test_what_no_component_found_comes_last_also_where_scores_are_below_zero():
+    found = {"a": hits_of({0: 1.0, 1: 0.5})}
+
+    class Fixed:
+        def __init__(self, hits):
+            self.hits = hits
+
+        def retrieve(self, queries, k):
+            return [self.hits for _ in queries]
+
+    parts = {name: Fixed(hits) for name, hits in found.items()} | {
+        "popularity": Fixed(hits_of({5: 2.0, 1: 1.0}))
+    }
+    weights = Weights({"a": 0.6}, found={"a": -0.8})
+    pipeline = Pipeline(parts, weights, weights, weights)
+    query = Query(codes([7]))
+    ordered = pipeline.order(query, codes([2, 1, 3, 0]))
+    assert ordered.items.tolist() == [0, 1, 2, 3]
+    assert (np.diff(ordered.scores) <= 0).all() and ordered.scores[1] < 0
+    # What fills a list up is said to be popular, and was not there before.
+    merged = pipeline.recommend([query], 10)[0]
+    filled = pipeline.filled(query, merged, 9)
+    assert filled.items.tolist() == [0, 1, 5]
+    assert filled.proposed_by("popularity").tolist() == [0, 0, 1] and filled.scores[2] <= filled.scores[1]

@@ -1,6 +1,7 @@
 """The one object: every verb, live changes, saving, and what a kill or another version leaves."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -729,3 +730,77 @@ def test_titles_are_completed_in_the_order_of_what_is_popular_now():
     rec.observe_many([Event(f"w{n}", "i5", 100 + n) for n in range(9)])
     rec.refit()
     assert rec.complete("word", 1)[0].item_id == "i5"
+
+
+def test_saving_leaves_alone_what_is_not_ours(rec, tmp_path):
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "notes.txt").write_text("mine")
+    with pytest.raises(ModelError, match=r"holds notes\.txt and no recommender"):
+        rec.save(mine)
+    (mine / "manifest.json").write_text('{"name": "my web app"}')
+    with pytest.raises(ModelError, match="not that of a recommender"):
+        rec.save(mine)
+    with pytest.raises(ModelError, match="is a file"):
+        rec.save(mine / "notes.txt" / "model")
+    assert {path.name for path in mine.iterdir()} == {"notes.txt", "manifest.json"}
+    # Beside a recommender, other files stay.
+    rec.save(tmp_path / "model")
+    others = ["events-2024.sqlite", "state-of-the-union"]
+    for name in others:
+        (tmp_path / "model" / name).write_text("mine")
+    rec.save(tmp_path / "model")
+    rec.save(tmp_path / "model")
+    assert set(others) <= {path.name for path in (tmp_path / "model").iterdir()}
+
+
+def test_damaged_parts_of_a_saved_recommender_are_named(rec, tmp_path):
+    for pattern, error in (("state-*/vectors.npy", ModelError), ("events-*.sqlite", StoreError)):
+        folder = tmp_path / pattern[:6]
+        rec.save(folder)
+        rec.close()
+        path = next(folder.glob(pattern))
+        path.write_bytes(b"")
+        for log in folder.glob("events-*.sqlite-*"):
+            log.unlink()
+        with pytest.raises(error, match=path.name):
+            Recommender.load(folder)
+
+
+def test_popular_items_follow_where_too_few_were_found_and_nothing_was_typed(data):
+    few = Recommender.fit(*data, {**LIGHT, "retrieval": {"search": False, "families": {"transitions": 1.0}}})
+    n = len(few.catalog)
+    found = few.recommend(user="u1", k=n)
+    assert len(found) == n - len({e.item_id for e in few.history("u1")})
+    scores = [one.score for one in found]
+    assert scores == sorted(scores, reverse=True)
+    last = found[-1].sources
+    assert [source.name for source in last] == ["popularity"] and last[0].rank > 0
+    brands = {item.attributes["brand"] for item in few.catalog.items(range(n))}
+    assert len(few.recommend(user="u1", k=5, caps={"brand": 1})) == min(5, len(brands))
+    assert len(few.similar("i1", k=n)) < n - 1
+
+
+def test_what_a_late_request_reads_is_not_kept_after_forget(tenants):
+    rec = Recommender.load(tenants / "a")
+    late = rec._ready(lm=True)
+    query = rec._ask(Request(user="u1"), late).query
+    before = [one.item_id for one in rec.recommend(history=[e.item_id for e in rec.history("u1")], k=5)]
+    history = [e.item_id for e in rec.history("u1")]
+    rec.forget("u1")
+    late.lm.scorer.score([query], [np.arange(4, dtype=np.int32)])
+    assert late.lm.scorer._states and not rec._state.lm.scorer._states
+    assert [one.item_id for one in rec.recommend(history=history, k=5)] == before
+    rec.close()
+
+
+def test_an_adapter_that_was_not_loaded_is_found_where_others_have_saved_it(tenants, tmp_path):
+    shutil.copytree(tenants / "a", tmp_path / "model")
+    first, other = Recommender.load(tmp_path / "model"), Recommender.load(tmp_path / "model")
+    wanted = [one.item_id for one in Recommender.load(tenants / "a").recommend(user="u1", k=4)]
+    for number in range(2):
+        other.add_items([Item(f"new{number}", "Zeppelin Waltz")])
+        other.save(tmp_path / "model")
+    first.save(tmp_path / "model")
+    loaded = Recommender.load(tmp_path / "model")
+    assert set(wanted) <= {one.item_id for one in loaded.recommend(user="u1", k=8)}

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from llmrec import Recommender
 from llmrec.errors import RequestError
 from llmrec.explain.grammar import Grammar
-from llmrec.explain.wording import Writer, facts, grounded, patterns, prompt_of, worded
+from llmrec.explain.wording import Writer, evidence_of, facts, grounded, patterns, prompt_of, worded
 from llmrec.testing import tiny_lm, toy_data
 from llmrec.types import Influence, Item, Reason, Recommendation, Shared
 
@@ -139,3 +139,13 @@ def test_every_way_to_say_it_is_grounded_and_reads_as_a_sentence():
             assert grounded(sentence, told), sentence
             assert sentence[0].isupper() and sentence.endswith(".") and "  " not in sentence
     assert patterns({"title": "A", "history": "", "shared": "", "words": ""}) == []
+
+
+def test_a_title_with_a_semicolon_is_one_title():
+    whole = "Dr. Strangelove; or, How I Learned to Stop Worrying"
+    told = facts(
+        FOUND, Reason("", (Influence("1", whole, 1.0),), (Shared("release year", "A; B", ("1",)),), ())
+    )
+    assert evidence_of(told) == [whole, "A; B"]
+    assert not grounded("Because you chose Dr. Strangelove, you may like this.", told)
+    assert "release year A; B" in prompt_of(told) and whole in prompt_of(told)

@@ -74,7 +74,7 @@ class ProtocolConfig(BaseModel):
     def ranking(self) -> str:
         """What is ranked, in words, as results and tables name it."""
         if self.negatives is not None:
-            return f"sampled: target and {self.negatives} drawn items (not comparable with full ranking)"
+            return f"sampled: target and at most {self.negatives} drawn (not comparable with full ranking)"
         if self.candidates is not None:
             source = f", source {self.candidate_source}" if self.candidate_source else ""
             count = f", {self.candidate_count} a user" if self.candidate_count else ""

@@ -49,26 +49,30 @@ _PLAIN = frozenset(
 )
 
 
+BETWEEN = "\n"
+"""Between the titles and the shared values of the facts, none of which has a line end."""
+
+
 def facts(one: Recommendation, reason: Reason) -> Facts:
     """What the model is told, by slot of the prompt; empty where there is nothing to tell."""
     return {
         "title": one.title,
-        "history": "; ".join(influence.title for influence in reason.history[:MENTIONED]),
-        "shared": "; ".join(f"{shared.name} {shared.value}" for shared in reason.shared[:MENTIONED]),
+        "history": BETWEEN.join(influence.title for influence in reason.history[:MENTIONED]),
+        "shared": BETWEEN.join(f"{shared.name}\t{shared.value}" for shared in reason.shared[:MENTIONED]),
         "words": " ".join(reason.words),
     }
 
 
 def evidence_of(told: Facts) -> list[str]:
     """The facts of which a sentence has to name one: titles of the history, shared values, typed words."""
-    values = [fact.split(" ", 1)[-1] for fact in told["shared"].split("; ")]
-    return [fact for fact in (*told["history"].split("; "), *values, *told["words"].split()) if fact]
+    values = [fact.rpartition("\t")[2] for fact in told["shared"].split(BETWEEN)]
+    return [fact for fact in (*told["history"].split(BETWEEN), *values, *told["words"].split()) if fact]
 
 
 def patterns(told: Facts) -> list[list[list[str]]]:
     """Ways to say why: for each its slots, for each slot what may stand there."""
-    past = [fact for fact in told["history"].split("; ") if fact]
-    values = [fact.split(" ", 1)[-1] for fact in told["shared"].split("; ") if fact]
+    past = [fact for fact in told["history"].split(BETWEEN) if fact]
+    values = [fact.rpartition("\t")[2] for fact in told["shared"].split(BETWEEN) if fact]
     title = [" this", f" {told['title']}"]
     found = []
     if past:
@@ -131,7 +135,8 @@ def prompt_of(told: Facts) -> str:
     kept = [line for line in lines if not any(f"{{{slot}}}" in line and not told[slot] for slot in told)]
     text = "\n".join(kept)
     # In one pass: a fact that holds the name of a slot is not filled again.
-    return re.sub(r"\{(\w+)\}", lambda slot: told[slot[1]], text)
+    shown = {slot: fact.replace(BETWEEN, "; ").replace("\t", " ") for slot, fact in told.items()}
+    return re.sub(r"\{(\w+)\}", lambda slot: shown[slot[1]], text)
 
 
 class Writer:

@@ -50,7 +50,7 @@ class FoundItem(m.Strict):
 
     item_id: str
     title: str
-    attributes: dict[str, m.Value] = Field({}, description="those that it has")
+    attributes: dict[str, m.Shown] = Field({}, description="those that it has")
 
 
 class FoundItems(m.Strict):
@@ -82,7 +82,7 @@ class HistoryResponse(m.Strict):
 class Count(m.Strict):
     """A value of an attribute, and how many items have it."""
 
-    value: m.Value
+    value: m.Shown
     items: int
 
 

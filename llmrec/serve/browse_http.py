@@ -19,6 +19,7 @@ from llmrec.serve.service import Service
 ItemId = Annotated[m.Id, Path(description="item id; a slash in it is written %2F")]
 UserId = Annotated[m.Id, Path(description="user id; a slash in it is written %2F")]
 
+PAGES = {"/": "index.html", "/docs": "docs.html"}
 TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 
 # Nothing but this server's own files; no script or style in the page; no text ever becomes markup.
@@ -108,13 +109,13 @@ def _add_people(router: APIRouter, service: Service, writer: Callable[[Request],
 
 
 def page_routes() -> list[BaseRoute]:
-    """Make the routes of the page: ``/`` and ``/page/NAME`` for each of its files."""
+    """Make the routes of the pages: ``/``, ``/docs``, and ``/page/NAME`` for each of their files."""
     folder = files("llmrec.serve") / "page"
     held = {file.name: file.read_bytes() for file in folder.iterdir() if _suffix(file.name) in TYPES}
     tags = {name: f'"{hashlib.sha256(content).hexdigest()[:32]}"' for name, content in held.items()}
 
     async def show(request: Request) -> Response:
-        name = request.path_params.get("name", "index.html")
+        name = request.path_params.get("name", PAGES.get(request.url.path, ""))
         if name not in held:
             raise HTTPException(404, "Not Found")
         head = {**HEADERS, "ETag": tags[name]}
@@ -123,7 +124,7 @@ def page_routes() -> list[BaseRoute]:
         return Response(held[name], headers=head, media_type=TYPES[_suffix(name)])
 
     return [
-        Route("/", show, methods=["GET"], include_in_schema=False),
+        *(Route(path, show, methods=["GET"], include_in_schema=False) for path in PAGES),
         Route("/page/{name}", show, methods=["GET"], include_in_schema=False),
     ]
 

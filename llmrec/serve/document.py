@@ -30,13 +30,13 @@ EXAMPLES: dict[str, list[dict[str, Any]]] = {
 }
 
 ERRORS = {
-    "400": "the body is no JSON",
+    "400": "the body is no text in UTF-8, or nested too deep",
     "401": "no key that the server knows",
     "403": "the key may only read",
     "404": "unknown item",
     "421": "a server without keys answers this machine alone",
     "413": "the body is too large",
-    "422": "the request breaks its schema, a limit, or names what is not there",
+    "422": "the body is no JSON, breaks its schema or a limit, or names what is not there",
     "500": "an error inside the server; its log has it under the request id",
     "503": "too much to do, or the event store cannot be reached; see Retry-After",
 }

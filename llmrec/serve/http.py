@@ -93,6 +93,8 @@ def create_app(
         version=__version__,
         summary="Recommendations from a log and a catalogue.",
         lifespan=lifespan,
+        # Both would load scripts from elsewhere; we have a page of our own.
+        docs_url=None,
         redoc_url=None,
     )
     app.state.service, app.state.draining = service, False
@@ -253,13 +255,22 @@ def _watching(metrics: Metrics, state: Mapping[str, Any]) -> APIRouter:
 # ---- MCP ----------------------------------------------------------------------------------------------
 
 
+LOCAL = ("127.0.0.1", "localhost", "[::1]")
+"""Names by which this machine calls itself."""
+
+
 class _MCP:
     """The MCP servers as one endpoint: a key that may only read sees no tool that writes."""
 
     def __init__(self, service: Service, config: ServeConfig) -> None:
         self._servers = {writable: create_server(service, writable=writable) for writable in (False, True)}
         # Without keys the SDK refuses other names and origins; who has a key may come from anywhere.
-        guard = TransportSecuritySettings(enable_dns_rebinding_protection=False) if config.keys else None
+        guard = TransportSecuritySettings(enable_dns_rebinding_protection=False)
+        if not config.keys:
+            names = [f"{name}{port}" for name in LOCAL for port in ("", ":*")]
+            guard = TransportSecuritySettings(
+                allowed_hosts=names, allowed_origins=[f"http://{name}" for name in names]
+            )
         self._apps: dict[bool, App] = {
             writable: server.streamable_http_app(
                 stateless_http=True,

@@ -66,7 +66,7 @@ class FoundItem(BaseModel):
     title: str
     rank: int
     score: float
-    attributes: dict[str, m.Value]
+    attributes: dict[str, m.Shown]
     reason: str | None = None
 
 

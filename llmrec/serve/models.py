@@ -34,6 +34,9 @@ Number = Annotated[StrictFloat, Field(allow_inf_nan=False)]
 Value = StrictStr | StrictBool | Whole | Number | list[StrictStr]
 """What an item attribute may hold."""
 
+Shown = StrictStr | StrictBool | StrictInt | Number | list[StrictStr]
+"""What one holds: the catalogue may have larger whole numbers than a request may bring."""
+
 Id = Annotated[str, Field(min_length=1, max_length=500)]
 Ids = list[Id]
 
@@ -136,7 +139,7 @@ class SharedOut(Strict):
     """An attribute value that an item shares with history items in evidence."""
 
     name: str
-    value: Value
+    value: Shown
     item_ids: list[str]
 
 
@@ -171,7 +174,7 @@ class Recommended(Strict):
     title: str
     rank: int
     score: float
-    attributes: dict[str, Value] = {}
+    attributes: dict[str, Shown] = {}
     sources: list[SourceOut] = []
     reason: ReasonOut | None = None
 

@@ -21,7 +21,7 @@ def summarise(catalog: Catalog) -> dict[str, dict[str, Any]]:
         if kind == "number":
             about |= {"min": values.min(), "max": values.max()}
         if kind == "list of strings":
-            values = values.explode().drop_nulls()
+            values = values.list.unique().explode().drop_nulls()
         counts = (
             values.rename("value")
             .value_counts(name="items")

@@ -65,6 +65,8 @@ def open_store(name: str, folder: Path, url: str | None, *, create: bool = False
                 f"{folder / name} is missing: the events of this recommender were kept there; put the file "
                 f"back, or save the recommender again from where it was fitted"
             )
+        if not create and not (folder / name).stat().st_size:
+            raise StoreError(f"{folder / name} is empty: the events of this recommender were kept there")
         return SQLiteStore(folder / name)
     if url is None:
         raise StoreError(
