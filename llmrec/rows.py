@@ -116,9 +116,7 @@ def describe_rows(reason: str, count: int, rows: Sequence[int]) -> str:
 
 
 def id_strings(column: pl.Series, what: str) -> pl.Series:
-    """Return ids as strings: 42 and 42.0 as ``"42"``, text without blanks around, null, NaN, blank as null.
-
-    A column of text in which all are such as ``42.0`` holds numbers that were written with a fraction.
+    """Return ids as strings: text as it is, 42 and 42.0 as ``"42"``, null, NaN and blank as null.
 
     Raises
     ------
@@ -134,11 +132,8 @@ def id_strings(column: pl.Series, what: str) -> pl.Series:
         column = column.cast(pl.Int64)
     elif not (kind.is_integer() or kind in (pl.String, pl.Categorical, pl.Enum, pl.Null)):
         raise DataError(f"{what}: column {column.name!r} must hold text or whole numbers, got {kind}")
-    text = column.cast(pl.String).str.strip_chars()
-    text = text.set(text == "", None)
-    if kind == pl.String and bool(text.str.contains(r"^\d+\.0$").all()) and text.null_count() < len(text):
-        text = text.str.strip_suffix(".0")
-    return text
+    text = column.cast(pl.String)
+    return text.set(text.str.strip_chars() == "", None)
 
 
 def id_order(ids: Sequence[str]) -> list[int]:

@@ -319,8 +319,10 @@ def test_missing_columns_say_what_to_write(columns, words):
     ("given", "ids"),
     [((" 1", "2 "), ["1", "2"]), (("1.0", "2.0"), ["1", "2"]), (("1.0", "v2.0"), ["1.0", "v2.0"])],
 )
-def test_ids_are_without_blanks_and_numbers_without_fractions(given, ids):
-    assert Catalog.load(pl.DataFrame({"item_id": given, "title": ["a", "b"]})).ids == ids
+def test_ids_in_text_are_without_blanks_and_numbers_without_fractions(tmp_path, given, ids):
+    path = tmp_path / "items.csv"
+    path.write_text("item_id,title\n" + "".join(f"{one},a\n" for one in given))
+    assert Catalog.load(path).ids == ids
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import pytest
 
 from llmrec import Event, Item, LLMRecError, Recommender, Request
 from llmrec.errors import ConflictError, DataError, ModelError, RequestError, StoreError
+from llmrec.pipeline import Weights
 from llmrec.testing import tiny_lm, toy_data
 from llmrec.timing import Timing
 
@@ -755,20 +756,22 @@ def test_saving_leaves_alone_what_is_not_ours(rec, tmp_path):
 
 
 def test_damaged_parts_of_a_saved_recommender_are_named(rec, tmp_path):
-    for pattern, error in (("state-*/vectors.npy", ModelError), ("events-*.sqlite", StoreError)):
-        folder = tmp_path / pattern[:6]
-        rec.save(folder)
-        rec.close()
+    rec.save(tmp_path / "model")
+    for number, (pattern, error) in enumerate(
+        (("state-*/vectors.npy", ModelError), ("events-*.sqlite", StoreError))
+    ):
+        folder = tmp_path / str(number)
+        shutil.copytree(tmp_path / "model", folder, ignore=shutil.ignore_patterns("*.sqlite-*"))
         path = next(folder.glob(pattern))
         path.write_bytes(b"")
-        for log in folder.glob("events-*.sqlite-*"):
-            log.unlink()
         with pytest.raises(error, match=path.name):
             Recommender.load(folder)
 
 
 def test_popular_items_follow_where_too_few_were_found_and_nothing_was_typed(data):
-    few = Recommender.fit(*data, {**LIGHT, "retrieval": {"search": False, "families": {"transitions": 1.0}}})
+    few = Recommender.fit(*data, LIGHT)
+    alone = Weights({"transitions": 1.0})
+    few._state = replace(few._state, recipe=replace(few.recipe, history=alone, similar=alone))
     n = len(few.catalog)
     found = few.recommend(user="u1", k=n)
     assert len(found) == n - len({e.item_id for e in few.history("u1")})

@@ -254,10 +254,13 @@ class RankRequest(Asker):
     query: str | None = Field(None, description="a wish in words")
 
 
-class ItemOut(ItemIn):
+class ItemOut(Strict):
     """An item as the catalogue keeps it: cleaned of control and template characters."""
 
     item_id: str
+    title: str
+    text: str = ""
+    attributes: dict[str, Shown] = {}
     active: bool = Field(True, description="False for a removed item")
 
 
@@ -363,7 +366,7 @@ class Problem(BaseModel):
     errors: list[dict[str, str]] | None = Field(None, description="where the request breaks its schema")
 
 
-def item_of(item_id: str, body: ItemIn) -> Item:
+def item_of(item_id: str, body: ItemIn | ItemOut) -> Item:
     """An item as the library takes it."""
     attributes = {n: tuple(v) if isinstance(v, list) else v for n, v in body.attributes.items()}
     return Item(item_id, body.title, body.text, attributes)
