@@ -72,8 +72,10 @@ class Asking:
         with self._changing:
             self._find_adapter()
             if self._state.lm is None and self._adapter is not None:
-                log, served = self._state.log, self.config.engine.model
-                loaded = load_tuned(self.config, self._adapter, self._state, log, served)
+                state, served = self._state, self.config.engine.model
+                loaded = load_tuned(
+                    self.config, self._adapter, state.texts, state.catalog.ids, state.log, served
+                )
                 self._state = replace(self._state, lm=loaded)
         return self._state
 

@@ -173,7 +173,8 @@ class Changing(Asking):
             raise RequestError(
                 f"the weight of an adapter must be a number of at least 0, got {weight!r:.100}"
             )
-        model = load_tuned(self.config, adapter_in(Path(folder)), self._state, None, name)
+        texts, ids = self._state.texts, self._state.catalog.ids
+        model = load_tuned(self.config, adapter_in(Path(folder)), texts, ids, None, name)
         with self._changing:
             # Items may have been added meanwhile.
             named = Named(model.grown(self._state.texts), weight)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmrec import persistence
 from llmrec.config import Config
 from llmrec.errors import ConfigError, ConflictError, ModelError, StoreError
+from llmrec.families import Texts
 from llmrec.fetch import resolve
 from llmrec.index.config import IndexConfig, check_url
 from llmrec.index.making import server_index
@@ -20,7 +21,6 @@ from llmrec.store.sqlite import SQLiteStore
 
 if TYPE_CHECKING:
     from llmrec.language_model import TunedModel
-    from llmrec.state import State
 
 logger = logging.getLogger(__name__)
 
@@ -198,13 +198,15 @@ def drop_index(name: str | None, url: str | None, shown: object = "") -> None:
     logger.warning("the vectors %s%s are still there: %s", name, shown, said)
 
 
-def load_tuned(config: Config, folder: Path, state: State, data: str | None, served: str) -> TunedModel:
+def load_tuned(
+    config: Config, folder: Path, texts: Texts, ids: Sequence[str], data: str | None, served: str
+) -> TunedModel:
     """Load the language model of an adapter's folder, run here or on the server that is configured.
 
     Parameters
     ----------
-    state
-        Whose items it should have been trained on.
+    texts, ids
+        Of the catalogue, which begins with the items that it should have been trained on.
     data
         Fingerprint of the log that it should have been trained on; None for any.
     served
@@ -222,8 +224,7 @@ def load_tuned(config: Config, folder: Path, state: State, data: str | None, ser
         raise ImportError('the language model needs: pip install "llmrec[lm]"') from missing
     base = resolve(config.lm.base, allow_hub=config.allow_hub)
     engine = engine_of(config.engine)
-    lm = load_models(folder, base, state.texts, data, engine=engine, served=served, ids=state.catalog.ids)
-    return lm
+    return load_models(folder, base, texts, data, engine=engine, served=served, ids=ids)
 
 
 def adapter_in(folder: Path) -> Path:

@@ -445,3 +445,16 @@ def test_without_a_model_and_with_keys(driver, tmp_path):
     # The first requests without a key were refused, as they had to be.
     errors = [e["message"] for e in driver.get_log("browser") if e["level"] != "INFO"]
     assert errors and all("401" in message for message in errors)
+
+
+def test_the_api_page_shows_every_endpoint_and_fits_a_phone(driver, url):
+    page = Page(driver)
+    page.open(f"{url}/docs", width=390)
+    api = httpx2.get(f"{url}/openapi.json").json()
+    wanted = {f"{verb.upper()} {path}" for path, own in api["paths"].items() for verb in own}
+    page.until(lambda: len(driver.find_elements(By.TAG_NAME, "details")) == len(wanted))
+    assert {code.text for code in driver.find_elements(By.CSS_SELECTOR, "summary code")} == wanted
+    driver.find_element(By.TAG_NAME, "summary").send_keys(Keys.ENTER)
+    text = driver.find_element(By.TAG_NAME, "details").text
+    assert "id of a user whose stored history counts" in text and f"curl '{url}/v1/recommend'" in text
+    assert page.overflow() <= 0 and not [e for e in driver.get_log("browser") if e["level"] != "INFO"]

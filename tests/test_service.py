@@ -469,7 +469,7 @@ def test_reasons_are_phrased_on_request_where_they_stay_true(fitted, serve):
     service = serve(fitted)
 
     def write(told):
-        chosen = [facts["history"].split("; ")[0] for facts in told]
+        chosen = [facts["history"].splitlines()[0] for facts in told]
         return [f"Since you liked {title}, you may like this." for title in chosen[:1]] + [
             "Everybody in Paris has it." for _ in chosen[1:]
         ]
