@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Self, cast
 import numpy as np
 
 from llmrec import persistence
-from llmrec.assembly import grown_texts, make_encoder, make_texts
+from llmrec.assembly import LIGHT, grown_texts, make_encoder, make_texts
 from llmrec.catalog import Catalog
 from llmrec.config import Config
 from llmrec.errors import DataError, ModelError, RequestError
@@ -198,7 +198,8 @@ class State:
                 f"the recipe in {folder.parent} cannot be read: {broken!r}; fit again"
             ) from broken
         light = folder / "encoder.safetensors"
-        arrays = persistence.load_arrays(light)["light"] if light.exists() else None
+        fitted_here = light.exists() or config.encoder.name == LIGHT
+        arrays = persistence.load_arrays(light)["light"] if fitted_here else None
         encoder = make_encoder(config, [], arrays)
         if encoder.fingerprint != manifest["encoder"]:
             raise ModelError(

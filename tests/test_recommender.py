@@ -766,6 +766,9 @@ def test_damaged_parts_of_a_saved_recommender_are_named(rec, tmp_path):
         path.write_bytes(b"")
         with pytest.raises(error, match=path.name):
             Recommender.load(folder)
+    next((tmp_path / "model").glob("state-*/encoder.safetensors")).unlink()
+    with pytest.raises(ModelError, match=r"encoder\.safetensors is missing"):
+        Recommender.load(tmp_path / "model")
 
 
 def test_popular_items_follow_where_too_few_were_found_and_nothing_was_typed(data):
