@@ -87,7 +87,11 @@ def _answer(
         shown = _arranged(asked, state, found)
     if fill and not asked.query.text and len(shown.items) < min(asked.request.k, reachable):
         # Who typed what it should be about would not want these.
-        shown = _arranged(asked, state, pipeline.filled(asked.query, found, reachable))
+        # Caps may keep any number of these out.
+        enough = reachable if asked.request.caps else asked.request.k + len(shown.items)
+        more = pipeline.filled(asked.query, shown, enough)
+        caps = _caps(asked, state, more)
+        shown = arrange(more, asked.request.k, asked.query.mask, len(shown.items), caps)
     answered = recommendations(shown, state.catalog)
     if not asked.request.explain:
         return answered
@@ -117,14 +121,16 @@ def _explained(
 def _arranged(asked: Asked, state: State, found: Candidates) -> Candidates:
     request = asked.request
     found = pinned(found, asked.pins)
-    caps = [
-        Cap(name, limit, values_of(name, state.catalog, found.items))
-        for name, limit in (request.caps or {}).items()
-    ]
+    caps = _caps(asked, state, found)
     vectors = state.texts.vectors[found.items] if request.diversity > 0 else None
     return arrange(
         found, request.k, asked.query.mask, len(asked.pins), caps, float(request.diversity), vectors
     )
+
+
+def _caps(asked: Asked, state: State, found: Candidates) -> list[Cap]:
+    caps = (asked.request.caps or {}).items()
+    return [Cap(name, limit, values_of(name, state.catalog, found.items)) for name, limit in caps]
 
 
 def recommendations(found: Candidates, catalog: Catalog) -> list[Recommendation]:

@@ -79,12 +79,18 @@ class Asking:
                 self._state = replace(self._state, lm=loaded)
         return self._state
 
+    def follow(self) -> int:
+        """Take over what other processes have changed; see `Recommender.follow`."""
+        raise NotImplementedError
+
     def _find_adapter(self) -> None:
         """Look where the adapter is now, if others have saved the same model with other items since."""
         if self._adapter is None or self._adapter.is_dir() or self._saved is None:
             return
         manifest = manifest_of(self._saved.folder)
         if model_of(manifest) == self._saved.model and manifest["language_model"]:
+            # It may know items that were put since.
+            self.follow()
             self._adapter = self._saved.folder / manifest["state"] / "adapter"
 
     def recommend(self, request: Request | None = None, **fields: Any) -> list[Recommendation]:

@@ -213,10 +213,10 @@ class Catalog:
 
     def after(self, changes: Sequence[ItemChange]) -> Catalog:
         """Return a catalogue after changes that are at most one an item; see `with_items`."""
-        changed = self.with_items([c.item for c in changes if c.item is not None])
-        # What was put and removed again may never have been here.
-        gone = [c.item_id for c in changes if c.item is None and c.item_id in changed]
-        return changed.without_items(gone) if gone else changed
+        # What was put and removed again may never have been here. What is gone says nothing of the kinds.
+        gone = [c.item_id for c in changes if c.item is None and c.item_id in self]
+        left = self.without_items(gone) if gone else self
+        return left.with_items([c.item for c in changes if c.item is not None])
 
     def changes(self, items: Sequence[Item], removed: Sequence[str] = ()) -> list[ItemChange]:
         """Return the changes that made this catalogue of another, by `with_items` and `without_items`.
@@ -251,7 +251,8 @@ class Catalog:
         active[codes] = True
         both = pl.concat([old, new], how="diagonal_relaxed")
         changed = Catalog(both[order], active, report)
-        if self._lines is not None:
+        # Where a kind has changed, lines of removed items may have too.
+        if self._lines is not None and old is self._frame:
             lines = self._lines + [""] * int(added.sum())
             for code, line in zip(codes, _render(changed._frame[codes]), strict=True):
                 lines[code] = line

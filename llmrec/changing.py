@@ -41,7 +41,7 @@ class Changing(Asking):
         Raises
         ------
         RequestError
-            If the item is unknown, the user blank, the time no whole seconds, or the weight not above 0.
+            If the item is unknown, the user blank, the time no whole seconds, or the weight out of range.
         DataError
             If the user has another event with this id.
         """

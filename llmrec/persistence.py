@@ -76,8 +76,8 @@ def check_place(folder: Path) -> None:
         raise ModelError(
             f"{manifest} is not that of a recommender: save into another directory, or remove it"
         )
-    # What begins with a dot, and states without a manifest, is what a kill may leave; a volume has the last.
-    own = re.compile(rf"\..*|{OWN.pattern}|lost\+found")
+    # What a kill may leave, the run of a training, and what a volume has.
+    own = re.compile(rf"\..*|{OWN.pattern}|training|lost\+found")
     others = [path.name for path in folder.iterdir() if not own.fullmatch(path.name)]
     if others and not manifest.is_file():
         shown = ", ".join(sorted(others)[:3]) + ", ..." * (len(others) > 3)

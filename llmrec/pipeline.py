@@ -374,21 +374,18 @@ class Pipeline:
     def filled(self, query: Query, found: Candidates, n: int) -> Candidates:
         """The same with the n most popular items that are allowed after it, save those that are in it."""
         popular = self.retrievers[self.fallback].retrieve([query], n)[0].items
-        more = followed(found, popular[~np.isin(popular, found.items)])
-        ranks, names = np.zeros((len(more.items), 1), np.int32), more.names
-        place = {code: rank for rank, code in enumerate(popular.tolist(), start=1)}
-        ranks[len(found.items) :, 0] = [place[code] for code in more.items[len(found.items) :].tolist()]
-        if self.fallback in names:
-            all_ranks = more.ranks.copy()
-            all_ranks[:, names.index(self.fallback)] += ranks[:, 0]
-            return replace(more, ranks=all_ranks)
-        parts = np.concatenate([more.parts, np.zeros_like(ranks, np.float32)], axis=1)
-        return replace(
-            more,
-            names=(*names, self.fallback),
-            parts=parts,
-            ranks=np.concatenate([more.ranks, ranks], axis=1),
-        )
+        new = ~np.isin(popular, found.items)
+        if self.fallback not in found.names:
+            none = np.zeros((len(found.items), 1))
+            found = replace(
+                found,
+                names=(*found.names, self.fallback),
+                parts=np.concatenate([found.parts, none.astype(np.float32)], axis=1),
+                ranks=np.concatenate([found.ranks, none.astype(np.int32)], axis=1),
+            )
+        more = followed(found, popular[new])
+        more.ranks[len(found.items) :, more.names.index(self.fallback)] = 1 + np.flatnonzero(new)
+        return more
 
     def scores(self, queries: Sequence[Query], items: Codes, weights: Weights) -> Floats:
         """Blended scores of the same items for several queries, comparable, shape (queries, items).

@@ -34,6 +34,7 @@ from llmrec.store.sqlite import SQLiteStore
 from llmrec.timing import Timing
 from llmrec.titles import TitleIndex
 from llmrec.types import Request
+from llmrec.weights import HEAVIEST
 
 if TYPE_CHECKING:
     from llmrec.continuing import Since
@@ -271,7 +272,8 @@ class Recommender(Changing):
                 "user_id": columns.users,
                 "item_id": columns.items,
                 "timestamp": columns.timestamps,
-                "weight": columns.weights,
+                # Larger ones may have been stored by an earlier version.
+                "weight": np.minimum(columns.weights, HEAVIEST),
             },
             schema={"user_id": pl.String, "item_id": pl.String, "timestamp": pl.Int64, "weight": pl.Float64},
         )

@@ -86,6 +86,9 @@ class SeveralScorer:
             scores = member.model.scorer.score(queries, asked)
             for total, own, values in zip(totals, rows, scores, strict=True):
                 total += np.float32(member.share) * normalise(with_rest(values, own, len(total)))
+        with self._lock:
+            for query in queries:
+                self._proposed.pop(id(query), None)
         return totals
 
     def _rows(self, member: Member, query: Query, items: Codes) -> NDArray[np.int64]:

@@ -57,20 +57,13 @@ def read_table(source: Any, what: str, mapping: Mapping[str, str] | None = None)
         raise DataError(f"{what}: the table has no rows")
     frame = _rename(frame, what, mapping or {})
     if is_untyped(source):
-        frame = frame.with_columns(
-            _written(frame[name]) for name in ("user_id", "item_id") if frame.schema.get(name) == pl.String
-        )
+        ids = [name for name in ("user_id", "item_id") if frame.schema.get(name) == pl.String]
+        frame = frame.with_columns(pl.col(ids).str.strip_chars())
     if atomic:
         # RecBole writes titles as token_seq: the words are one title, not a list of values.
         lists = [name for name in ("title", "text") if frame.schema.get(name) == pl.List(pl.String)]
         frame = frame.with_columns(pl.col(lists).list.join(" "))
     return frame
-
-
-def _written(ids: pl.Series) -> pl.Series:
-    """Ids of a text file without blanks around; where all are such as ``42.0``, they are whole numbers."""
-    ids = ids.str.strip_chars()
-    return ids.str.strip_suffix(".0") if bool(ids.str.contains(r"^\d+\.0$").all()) else ids
 
 
 def _rename(frame: pl.DataFrame, what: str, mapping: Mapping[str, str]) -> pl.DataFrame:
@@ -173,6 +166,8 @@ def _parse_csv(text: str, separator: str, quote: str | None, path: Path) -> pl.D
         )
     except DataError:
         check_fields()
+        if not quote:
+            raise
         raise DataError(
             f"cannot read {path}: a quote that is opened is not closed, or stands within a value: write "
             f'"" for a quote, and the value in quotes'

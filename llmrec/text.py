@@ -59,8 +59,9 @@ def neutralise(text: str, limit: int) -> str:
         Of at most `limit` characters. ``neutralise(neutralise(x, n), n) == neutralise(x, n)``.
     """
     if not text.isascii():
+        # Some marks are two once they are taken apart.
         text = _many_marks().sub(r"\1", _INVISIBLE.sub("", text))
-        text = unicodedata.normalize("NFC", text)
+        text = _many_marks().sub(r"\1", unicodedata.normalize("NFC", text))
         text = _defuse(_SPACE.sub(" ", text).strip(" "))
     elif _ASCII_DIRTY.search(text):
         text = _defuse(_SPACE.sub(" ", _INVISIBLE.sub("", text)).strip(" "))
@@ -71,7 +72,8 @@ def neutralise(text: str, limit: int) -> str:
 def _many_marks() -> re.Pattern[str]:
     """More combining marks in a row than are kept."""
     # None lies beyond.
-    marks = "".join(re.escape(chr(c)) for c in range(0x300, 0x1F000) if unicodedata.combining(chr(c)))
+    known = map(chr, range(0x300, 0x1F000))
+    marks = "".join(c for c in known if unicodedata.combining(unicodedata.normalize("NFD", c)[0]))
     return re.compile(f"([{marks}]{{{_MARKS}}})[{marks}]+")
 
 

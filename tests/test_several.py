@@ -139,7 +139,7 @@ def test_who_proposes_scores_its_own_as_it_does_alone():
     expected = np.array([0, 1, 2, 0, 0, 20, 21, 22, 0]) / 22
     np.testing.assert_allclose(found - 1, expected, atol=1e-6)
     np.testing.assert_allclose(plain - 1, np.array([0, 0.5, 1, 0, 0, 0, 0, 0, 0]), atol=1e-6)
-    both.forget()
+    # What was proposed is not kept.
     np.testing.assert_allclose(both.score([query], [items])[0], plain)
 
 

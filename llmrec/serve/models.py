@@ -23,6 +23,7 @@ from pydantic import (
 from llmrec.errors import RequestError
 from llmrec.serve.config import ServeConfig
 from llmrec.types import Item, Reason, Recommendation, Seen
+from llmrec.weights import HEAVIEST
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -213,7 +214,7 @@ class EventIn(Strict):
     user_id: Id = Field(pattern=r"\S")
     item_id: Id
     timestamp: int | None = Field(None, ge=-(10**11), le=10**11, description="seconds since 1970")
-    weight: float = Field(1.0, gt=0, le=1e9, allow_inf_nan=False)
+    weight: float = Field(1.0, gt=0, le=HEAVIEST, allow_inf_nan=False)
     event_id: Id | None = Field(
         None, pattern=r"\S", description="unique for the user: sent again it is not stored again"
     )
