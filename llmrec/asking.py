@@ -16,11 +16,10 @@ from llmrec.answering import Asked, answer, ask, only, recommendations, units_of
 from llmrec.config import Config
 from llmrec.errors import EngineError, RequestError
 from llmrec.fetch import resolve
-from llmrec.persistence import manifest_of
 from llmrec.pipeline import Pipeline, Weights
 from llmrec.protocols import Codes, Retriever
 from llmrec.rules import allowed_items
-from llmrec.saved import Saved, load_tuned, model_of
+from llmrec.saved import load_tuned
 from llmrec.seeds import seeds
 from llmrec.state import State
 from llmrec.store.places import Slot
@@ -49,7 +48,6 @@ class Asking:
     _state: State
     _slot: Slot
     _adapter: Path | None
-    _saved: Saved | None
     _writer: Writer | None
     _phrasing: threading.Lock
     _titles: tuple[Retriever, TitleIndex] | None
@@ -70,7 +68,6 @@ class Asking:
         if not lm or self._state.lm is not None or self._adapter is None:
             return self._state
         with self._changing:
-            self._find_adapter()
             if self._state.lm is None and self._adapter is not None:
                 state, served = self._state, self.config.engine.model
                 loaded = load_tuned(
@@ -78,20 +75,6 @@ class Asking:
                 )
                 self._state = replace(self._state, lm=loaded)
         return self._state
-
-    def follow(self) -> int:
-        """Take over what other processes have changed; see `Recommender.follow`."""
-        raise NotImplementedError
-
-    def _find_adapter(self) -> None:
-        """Look where the adapter is now, if others have saved the same model with other items since."""
-        if self._adapter is None or self._adapter.is_dir() or self._saved is None:
-            return
-        manifest = manifest_of(self._saved.folder)
-        if model_of(manifest) == self._saved.model and manifest["language_model"]:
-            # It may know items that were put since.
-            self.follow()
-            self._adapter = self._saved.folder / manifest["state"] / "adapter"
 
     def recommend(self, request: Request | None = None, **fields: Any) -> list[Recommendation]:
         """Return up to k recommendations for one request, given as a `Request` or by its fields.

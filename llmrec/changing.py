@@ -10,9 +10,10 @@ from pathlib import Path
 from llmrec.asking import Asking
 from llmrec.errors import RequestError
 from llmrec.events import live_events
+from llmrec.persistence import manifest_of
 from llmrec.protocols import ItemChange
-from llmrec.saved import Saved, adapter_in, load_tuned
-from llmrec.state import Named
+from llmrec.saved import Saved, adapter_in, load_tuned, model_of
+from llmrec.state import Named, State
 from llmrec.types import Event, Item
 
 
@@ -24,6 +25,22 @@ class Changing(Asking):
 
     _saved: Saved | None
     _applied: int
+
+    def _ready(self, *, lm: bool, adapter: str | None = None) -> State:
+        if lm and adapter is None and self._state.lm is None and self._adapter is not None:
+            self._find_adapter()
+        return super()._ready(lm=lm, adapter=adapter)
+
+    def _find_adapter(self) -> None:
+        """Look where the adapter is now, if others have saved the same model with other items since."""
+        with self._changing:
+            if self._adapter is None or self._adapter.is_dir() or self._saved is None:
+                return
+            manifest = manifest_of(self._saved.folder)
+            if model_of(manifest) == self._saved.model and manifest["language_model"]:
+                # It may know items that were put since.
+                self.follow()
+                self._adapter = self._saved.folder / manifest["state"] / "adapter"
 
     def observe(
         self,

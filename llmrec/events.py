@@ -232,9 +232,6 @@ class EventLog:
         return [Event(users[user], ids[item], stamp, weight) for user, item, stamp, weight in rows]
 
 
-DAY = 86_400
-
-
 def live_events(events: Iterable[Event], catalog: Catalog, clock: Clock, now: int) -> list[Event]:
     """Return events as the store takes them, in the order given, or raise for the first that spoils the log.
 
@@ -312,7 +309,7 @@ def _ordered(
     notes = list(report.notes)
     if twice := _exact_repeats(log):
         notes.append(f"kept although they repeat user, item and time stamp of another row: {twice:,}")
-    late = 0 if seconds is None else int((seconds > time.time() + DAY).sum())
+    late = 0 if seconds is None else int((seconds > time.time() + 86_400).sum())
     if late:
         notes.append(f"later than today, so that what is observed now comes before them: {late:,}")
     return replace(log, report=replace(report, notes=tuple(notes)))
