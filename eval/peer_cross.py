@@ -13,6 +13,7 @@ import torch
 from llmrec.protocols import Codes, Floats, Query
 from llmrec.score.config import WordsConfig
 from llmrec.score.labels import yes_no_labels
+from llmrec.score.loading import body_dtype
 from llmrec.score.tasks import Choice
 from llmrec.score.words import Vocabulary, WordsPrompt
 from llmrec.word_model import layout_of
@@ -68,6 +69,8 @@ class CrossScorer:
         self.prompt = WordsPrompt(vocabulary, layout_of(shape), tokens, shape.window)
         self.decode = AutoTokenizer.from_pretrained(base).decode
         self.model = cross_encoder(base, vocabulary)
+        # As ours: bfloat16 where the processor has it, which is many times slower where it has not.
+        self.fast = body_dtype(shape.precision) == torch.bfloat16
         self.model.add_adapter(LoraConfig(r=shape.rank, lora_alpha=shape.alpha, target_modules=shape.targets))
 
     def pair(self, query: Query, code: int) -> str:
@@ -116,7 +119,7 @@ class CrossScorer:
             learning_rate=2e-4,
             lr_scheduler_type="constant_with_warmup",
             warmup_steps=20,
-            bf16=True,
+            bf16=self.fast,
             use_cpu=True,
             save_strategy="no",
             report_to="none",
@@ -143,7 +146,7 @@ class CrossScorer:
             for query, items in zip(queries, candidates, strict=True)
             for code in items
         ]
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.fast):
             found = self.model.predict(
                 asked, batch_size=LENGTH_SORTED, show_progress_bar=False, activation_fn=torch.nn.Identity()
             )

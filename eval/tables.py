@@ -416,8 +416,9 @@ def pages() -> dict[Path, str]:
     read = {path: read_json(path) for path in results_like("*-test-*.json")}
     # Numbers in names in the order of numbers: 10min before 30min.
     results = dict(sorted(read.items(), key=lambda kv: (kv[0].stem.split("-test-")[0], _minutes(kv[1]))))
-    timed = stored("speed.json")
-    quick, slow = (speed(timed, short=yes) if timed else "" for yes in (True, False))
+    timed = [read_json(path) for path in results_like("speed*.json")]
+    quick = speed(timed[0], short=True)
+    slow = ["### speed (bring data)", *(speed(found, short=False) for found in timed)]
     return {
         ROOT / "docs" / "results.md": f"{short(results)}\n\n{retrieval(results)}\n\n{quick}",
         ROOT / "README.md": f"{short(results)}\n\n{retrieval(results)}\n\n{quick}\n\n{growth(short=True)}",
@@ -429,7 +430,7 @@ def pages() -> dict[Path, str]:
                 limits(),
                 load(),
                 reasons(),
-                slow,
+                *slow,
                 *(ablations(path.stem, read_json(path)) for path in results_like("*-ablations.json")),
                 *(added_items(path.stem, read_json(path)) for path in results_like("*-added-items.json")),
                 compared("*-peers.json", "`eval/peers.py`: the systems below on one split, full ranking"),

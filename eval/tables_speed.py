@@ -7,14 +7,13 @@ from typing import Any
 
 def speed(found: dict[str, Any], *, short: bool) -> str:
     """One table a precision and number of candidates; in short the first of them alone."""
+    machine = ", ".join(filter(None, (found["environment"].get(key) for key in ("machine", "instructions"))))
     lines = [
         f"`{found['command']}`: {found['base']} after {found['history']} items of {found['data']} "
-        f"({found['items']:,} items), {found['environment']['machine']}, {found['threads']} threads. All "
+        f"({found['items']:,} items), {machine}, {found['threads']} threads. All "
         "systems answer a request before the next one, slow ones only the first; a ratio is the median over "
         "the requests that both answer. The limit is the time of the products that a system needs.",
     ]
-    if not short:
-        lines = ["### speed (bring data)", "", *lines]
     kinds = dict.fromkeys((row["precision"], row["candidates"]) for row in found["systems"])
     for precision, candidates in list(kinds)[: 1 if short else None]:
         lines += [
