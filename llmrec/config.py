@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -16,7 +17,7 @@ from llmrec.events import Clock, Ties
 from llmrec.index.config import IndexConfig
 from llmrec.recipe import RetrievalConfig
 from llmrec.rows import Policy
-from llmrec.score.config import TAG, ItemTokensConfig, LMConfig, TrainingConfig
+from llmrec.score.config import TAG, ItemTokensConfig, LMConfig, TrainingConfig, WordsConfig
 from llmrec.score.engine import EngineConfig
 from llmrec.store.config import StoreConfig
 
@@ -90,12 +91,7 @@ class Config(BaseModel):
         try:
             return cls.model_validate(dict(values))
         except ValidationError as invalid:
-            problems = [
-                # A URL may hold a password.
-                f"{'.'.join(_keys(e['loc'])) or 'together'}: {e['msg'].removeprefix('Value error, ')}"
-                + ("" if e["loc"][-1:] == ("url",) or not e["loc"] else f" (got {e['input']!r:.200})")
-                for e in invalid.errors()
-            ]
+            problems = [_problem(error) for error in invalid.errors()]
             raise ConfigError(f"{len(problems)} problem(s) in {where}:\n  " + "\n  ".join(problems)) from None
 
     def with_flags(self, **sections: Mapping[str, Any]) -> Config:
@@ -130,6 +126,33 @@ def one_base(config: Config) -> None:
 def _keys(place: Sequence[int | str]) -> list[str]:
     """The keys that lead to a value, as they were written."""
     return [str(key) for key in place if not str(key).startswith(TAG)]
+
+
+def _problem(error: Mapping[str, Any]) -> str:
+    """One thing that is wrong; for a key that there is not, those that there are."""
+    place, where = error["loc"], ".".join(_keys(error["loc"])) or "together"
+    if error["type"] == "extra_forbidden":
+        known = _settings(place[:-1])
+        near = get_close_matches(str(place[-1]), known, 1)
+        # Not the value: what is nearly called url may hold a password too.
+        return f"{where}: no such setting; " + (
+            f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+        )
+    said = f"{where}: {error['msg'].removeprefix('Value error, ')}"
+    # A URL may hold a password.
+    return said if place[-1:] == ("url",) or not place else f"{said} (got {error['input']!r:.200})"
+
+
+def _settings(place: Sequence[int | str]) -> list[str]:
+    """Names of the settings of a section."""
+    section: Any = Config
+    for key in place:
+        if isinstance(key, str) and key.startswith(TAG):
+            section = ItemTokensConfig if key == f"{TAG}item_tokens" else WordsConfig
+        elif isinstance(key, str):
+            kind = section.model_fields[key].annotation
+            section = next((one for one in (kind, *get_args(kind)) if hasattr(one, "model_fields")), section)
+    return list(section.model_fields)
 
 
 def _read(path: Path) -> tuple[Mapping[str, Any], str]:
