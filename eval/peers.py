@@ -38,6 +38,7 @@ from peer_split import write_split
 
 from llmrec.assembly import read_catalog, read_log
 from llmrec.blending import lm_weight
+from llmrec.candidates import discount, gather
 from llmrec.config import Config
 from llmrec.environment import environment
 from llmrec.errors import ConfigError
@@ -51,7 +52,6 @@ from llmrec.lm_training import hash_words, in_order, train_language_model, train
 from llmrec.metrics import Comparison, Ranks, compare, holm, summary
 from llmrec.mining import mined_choices
 from llmrec.offline import core_of
-from llmrec.pipeline import discount, gather
 from llmrec.protocols import Hits
 from llmrec.recipe import HeldOut, ranks_in
 from llmrec.retrieve.popularity import PopularityRetriever

@@ -17,7 +17,7 @@ from typing import Any
 from tables_speed import speed
 from tables_trials import ablations, added_items
 
-from llmrec.pipeline import Weights
+from llmrec.candidates import Weights
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"

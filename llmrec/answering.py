@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from llmrec.arrange import Cap, arrange, pinned
+from llmrec.candidates import Candidates
 from llmrec.catalog import Catalog
 from llmrec.explain.evidence import LATEST, leave_one_out
 from llmrec.explain.reasons import explain
-from llmrec.pipeline import Candidates, Pipeline
+from llmrec.pipeline import Pipeline
 from llmrec.protocols import Codes, Mask, Query
 from llmrec.rules import allowed_items, check_caps, pinned_items, values_of
 from llmrec.state import State

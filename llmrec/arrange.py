@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from llmrec.candidates import Candidates, normalise
 from llmrec.errors import RequestError
-from llmrec.pipeline import Candidates, normalise
 from llmrec.protocols import Codes, Floats, Mask
 from llmrec.types import AttributeValue
 

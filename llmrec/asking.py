@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from llmrec.answering import Asked, answer, ask, only, recommendations, units_of
+from llmrec.candidates import Weights
 from llmrec.config import Config
 from llmrec.errors import EngineError, RequestError
 from llmrec.fetch import resolve
-from llmrec.pipeline import Pipeline, Weights
+from llmrec.pipeline import Pipeline
 from llmrec.protocols import Codes, Retriever
 from llmrec.rules import allowed_items
 from llmrec.saved import load_tuned

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from llmrec.candidates import LM, Calibration, Weights, discount
 from llmrec.features import Features
 from llmrec.fusion import Choices, fit_calibration, fit_logit
 from llmrec.metrics import Values, per_user
-from llmrec.pipeline import LM, Calibration, Weights, discount
 from llmrec.protocols import Floats
 
 OBJECTIVE = "ndcg@10"

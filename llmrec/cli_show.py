@@ -17,8 +17,8 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
 
+from llmrec.candidates import LM
 from llmrec.fetch import Artifact
-from llmrec.pipeline import LM
 from llmrec.recipe import Recipe
 from llmrec.types import Recommendation
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from llmrec.candidates import LM, Weights, discount, gather, normalise, to_score, with_rest
 from llmrec.metrics import Ranks
-from llmrec.pipeline import LM, Weights, discount, gather, normalise, to_score, with_rest
 from llmrec.protocols import Floats, Hits, Scorer
 from llmrec.recipe import HeldOut
 

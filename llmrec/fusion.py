@@ -18,7 +18,7 @@ import numpy as np
 import scipy.optimize
 from numpy.typing import NDArray
 
-from llmrec.pipeline import Calibration
+from llmrec.candidates import Calibration
 from llmrec.protocols import Floats
 
 

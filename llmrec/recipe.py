@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from llmrec.candidates import Calibration, Weights
 from llmrec.families import FAMILIES, Texts, TopicsConfig, TrainingLog
 from llmrec.metrics import Ranks
-from llmrec.pipeline import Calibration, Weights
 from llmrec.protocols import Codes, Query, Retriever
 from llmrec.retrieve.again import AgainConfig
 from llmrec.retrieve.dense import NearestConfig, ProfileConfig

@@ -14,10 +14,10 @@ import numpy as np
 from pydantic import BaseModel
 
 from llmrec.blending import OBJECTIVE, calibrated, choose_weights, lm_weight, search_weights, weights_with_lm
+from llmrec.candidates import Weights
 from llmrec.families import FAMILIES, Texts, TrainingLog
 from llmrec.features import Features
 from llmrec.metrics import per_user, summary
-from llmrec.pipeline import Weights
 from llmrec.protocols import Floats, Retriever, Scorer
 from llmrec.recipe import HeldOut, Recipe, RetrievalConfig, fit_retrievers, ranks_in
 from llmrec.retrieve.dense import ProfileConfig, ProfileRetriever

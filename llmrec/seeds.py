@@ -8,8 +8,9 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
+from llmrec.candidates import Candidates, normalise
 from llmrec.errors import RequestError
-from llmrec.pipeline import Candidates, Pipeline, normalise
+from llmrec.pipeline import Pipeline
 from llmrec.protocols import Floats, Query
 from llmrec.state import State
 from llmrec.types import Recommendation, Request

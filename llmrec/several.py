@@ -14,13 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmrec.blending import OBJECTIVE, best_lm_weight
+from llmrec.candidates import normalise, to_score, with_rest
 from llmrec.card import Card
 from llmrec.errors import ModelError
 from llmrec.families import Texts
 from llmrec.features import Features
 from llmrec.language_model import CachingScorer, TunedModel, load_language_model
 from llmrec.metrics import per_user
-from llmrec.pipeline import normalise, to_score, with_rest
 from llmrec.protocols import Codes, Floats, Hits, Query, Retriever
 from llmrec.recipe import HeldOut, Recipe, RetrievalConfig
 from llmrec.score.config import LMConfig

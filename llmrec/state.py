@@ -12,13 +12,14 @@ import numpy as np
 
 from llmrec import persistence
 from llmrec.assembly import LIGHT, grown_texts, make_encoder, make_texts
+from llmrec.candidates import LM
 from llmrec.catalog import Catalog
 from llmrec.config import Config
 from llmrec.errors import DataError, ModelError, RequestError
 from llmrec.evaluation.split import training_log
 from llmrec.events import EventLog
 from llmrec.families import Texts, TrainingLog
-from llmrec.pipeline import LM, Pipeline
+from llmrec.pipeline import Pipeline
 from llmrec.protocols import Retriever, VectorIndex
 from llmrec.recipe import Recipe, fit_retrievers, grow_retrievers, load_retrievers, retriever_arrays
 from llmrec.retrieve.popularity import PopularityRetriever

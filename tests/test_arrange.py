@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from llmrec import Item, Recommender, Request
 from llmrec.arrange import PIN, Cap, arrange, pinned
+from llmrec.candidates import Candidates, normalise
 from llmrec.errors import RequestError
-from llmrec.pipeline import Candidates, normalise
 from llmrec.testing import toy_data
 
 N = 14

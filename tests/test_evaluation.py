@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from llmrec import offline, stages
+from llmrec.candidates import Weights
 from llmrec.catalog import Catalog
 from llmrec.config import Config
 from llmrec.errors import ConfigError, DataError, LeakError
@@ -21,7 +22,7 @@ from llmrec.evaluation.typed import attribute_queries
 from llmrec.events import EventLog
 from llmrec.families import TrainingLog
 from llmrec.offline import evaluate
-from llmrec.pipeline import Pipeline, Weights
+from llmrec.pipeline import Pipeline
 from llmrec.protocols import Hits
 from llmrec.retrieve.popularity import PopularityRetriever
 from llmrec.rules import compile_where

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
 
+from llmrec.candidates import Calibration, Candidates
 from llmrec.fusion import Choices, fit_calibration, fit_logit
-from llmrec.pipeline import Calibration, Candidates
 
 
 def planted(weights, users=600, candidates=12, seed=0, segments=None):

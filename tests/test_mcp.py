@@ -9,9 +9,9 @@ from contextlib import asynccontextmanager
 import pytest
 
 from llmrec import Recommender
+from llmrec.candidates import LM
 from llmrec.explain.meanings import MEANINGS
 from llmrec.families import FAMILIES
-from llmrec.pipeline import LM
 from llmrec.serve import ServeConfig, Service, create_app, create_server
 from llmrec.testing import toy_data
 

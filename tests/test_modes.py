@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from llmrec import Event, Item, Recommender, Request
+from llmrec.candidates import LM
 from llmrec.config import Config
 from llmrec.errors import ConfigError, ModelError
 from llmrec.evaluation.split import tail
 from llmrec.features import Features
 from llmrec.mining import cut, first_parts, mined_choices
-from llmrec.pipeline import LM
 from llmrec.recipe import fit_retrievers, ranks_in
 from llmrec.score.config import TrainingConfig
 from llmrec.score.tasks import ListwiseTask

@@ -7,10 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llmrec.candidates import LM, Calibration, Weights, blend, merge
 from llmrec.encode.light import LightEncoder
 from llmrec.families import Texts, TrainingLog
 from llmrec.index.faiss_index import FaissIndex
-from llmrec.pipeline import LM, Calibration, Pipeline, Weights, blend, merge
+from llmrec.pipeline import Pipeline
 from llmrec.protocols import Hits, Query
 from llmrec.ranking import top
 from llmrec.recipe import Recipe, RetrievalConfig, fit_retrievers

@@ -17,12 +17,13 @@ from llmrec.blending import (
     search_weights,
     weights_with_lm,
 )
+from llmrec.candidates import LM, Weights
 from llmrec.encode.light import LightEncoder
 from llmrec.families import Texts, TrainingLog
 from llmrec.features import Features
 from llmrec.index.faiss_index import FaissIndex
 from llmrec.metrics import per_user, summary
-from llmrec.pipeline import LM, Pipeline, Weights
+from llmrec.pipeline import Pipeline
 from llmrec.protocols import Query
 from llmrec.ranking import top
 from llmrec.recipe import HeldOut, Recipe, RetrievalConfig, fit_retrievers, ranks_in, retriever_arrays

@@ -14,8 +14,8 @@ import polars as pl
 import pytest
 
 from llmrec import Event, Item, LLMRecError, Recommender, Request
+from llmrec.candidates import Weights
 from llmrec.errors import ConflictError, DataError, ModelError, RequestError, StoreError
-from llmrec.pipeline import Weights
 from llmrec.testing import tiny_lm, toy_data
 from llmrec.timing import Timing
 

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from llmrec import Item, Recommender, Request
+from llmrec.candidates import LM
 from llmrec.config import Config
 from llmrec.errors import ConfigError, ModelError
 from llmrec.evaluation.split import tail
 from llmrec.offline import evaluate
-from llmrec.pipeline import LM
 from llmrec.protocols import Hits, Query
 from llmrec.recipe import HeldOut, fit_retrievers
 from llmrec.several import SEVERAL, Member, SeveralModels, SeveralScorer, beside, load_models

@@ -11,9 +11,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from llmrec.candidates import LM, Weights
 from llmrec.evaluation.charts import Bar, bars, curve, intervals
 from llmrec.evaluation.insight import Example
-from llmrec.pipeline import LM, Weights
 
 MEASURES = ("recall@5", "ndcg@5", "recall@10", "ndcg@10", "mrr@10", "recall@20")
 METRIC = "ndcg@10"

@@ -10,12 +10,13 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from llmrec.candidates import LM
 from llmrec.evaluation.pools import complete
 from llmrec.evaluation.probability import Probabilities
 from llmrec.evaluation.split import Part
 from llmrec.families import FAMILIES
 from llmrec.metrics import Comparison, Ranks, compare, holm, summary
-from llmrec.pipeline import LM, Pipeline
+from llmrec.pipeline import Pipeline
 from llmrec.protocols import Codes, Mask, Predictor, Query
 from llmrec.recipe import ranks_in
 
