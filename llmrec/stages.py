@@ -42,6 +42,7 @@ FITTING = (
     "fusion",
     "features",
     "blending",
+    "candidates",
     "pipeline",
     "ranking",
     "metrics",

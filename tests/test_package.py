@@ -12,6 +12,7 @@ import pytest
 
 import llmrec
 from llmrec.config import Config
+from llmrec.stages import FITTING
 from llmrec.testing import tiny_lm, toy_data
 
 ROOT = Path(__file__).parent.parent
@@ -101,6 +102,25 @@ def test_imports_run_one_way():
             elif root == "llmrec" and other != own and (layer_of(other) is None or layer_of(other) >= mine):
                 wrong.append(f"{path.relative_to(ROOT)} imports {name}, which is not below it")
     assert not wrong, "\n".join(wrong)
+
+
+def test_kept_stages_are_made_anew_when_any_source_that_decides_them_changes():
+    seen, left = set(), {"selection", "families"}
+    while left:
+        seen |= left
+        files = [
+            file
+            for name in left
+            for file in (
+                (PACKAGE / name).rglob("*.py") if (PACKAGE / name).is_dir() else [PACKAGE / f"{name}.py"]
+            )
+        ]
+        names = {
+            name.split(".")[1] for file in files for name in imported(file) if name.startswith("llmrec.")
+        }
+        left = names - seen
+    # What holds or says something, and decides nothing.
+    assert seen - set(FITTING) == {"database", "errors", "quiet", "types"}
 
 
 def test_every_toml_file_is_a_valid_configuration():
