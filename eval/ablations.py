@@ -111,7 +111,9 @@ def prepare(folder: Path, config: Config, users: int, few: int) -> Prepared:
     )
     # A merge that was chosen on the users that are reported would look better than it is.
     chosen = judging.sample(search.search_users, search.seed)
-    recipe, retrievers = cached_retrievers(catalog, split, chosen, texts, search, cache, console.print)
+    recipe, retrievers = cached_retrievers(
+        catalog, split, chosen, texts, search, config.index, cache, console.print
+    )
     state = State(catalog, texts, recipe, retrievers, not exclude_seen, search.depth)
     sample = asked.sample(users, 0)
     return Prepared(config, split, state, judging, sample, sample.sample(few, 0))

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import polars as pl
 
 from llmrec.arrange import Cap, arrange, pinned
 from llmrec.candidates import Candidates
@@ -76,17 +77,23 @@ def _answer(
 ) -> list[Recommendation]:
     shown, allowed = _arranged(asked, state, found), asked.query.mask
     assert allowed is not None
-    reachable = int(allowed.sum())
+    # Pins may be what is allowed to nobody else.
+    reachable = int(allowed.sum() + np.count_nonzero(~allowed[asked.pins]))
+    wanted = asked.request.k
+    if len(shown.items) < wanted:
+        wanted = min(
+            [wanted, reachable, *(_room(*cap, state.catalog) for cap in (asked.request.caps or {}).items())]
+        )
     # Only a component that gave all the hits it was asked for may have more.
     while (
-        len(shown.items) < asked.request.k
+        len(shown.items) < wanted
         and pipeline.depth < reachable
         and found.ranks.max(initial=0) >= pipeline.depth
     ):
         pipeline = replace(pipeline, depth=DEEPER * pipeline.depth)
         found = pipeline.recommend([asked.query], len(state.catalog))[0]
         shown = _arranged(asked, state, found)
-    if fill and not asked.query.text and len(shown.items) < min(asked.request.k, reachable):
+    if fill and not asked.query.text and len(shown.items) < wanted:
         # Who typed what it should be about would not want these.
         # Caps may keep any number of these out.
         enough = reachable if asked.request.caps else asked.request.k + len(shown.items)
@@ -127,6 +134,15 @@ def _arranged(asked: Asked, state: State, found: Candidates) -> Candidates:
     return arrange(
         found, request.k, asked.query.mask, len(asked.pins), caps, float(request.diversity), vectors
     )
+
+
+def _room(name: str, limit: int, catalog: Catalog) -> int:
+    """How many items a cap leaves room for, at most."""
+    column = catalog.column(name)
+    kinds = column.drop_nulls()
+    if len(kinds) < len(column) or (kinds.dtype == pl.String and bool((kinds == "").any())):
+        return len(column)  # an item without a value is not capped
+    return limit * (kinds.explode() if kinds.dtype == pl.List else kinds).n_unique()
 
 
 def _caps(asked: Asked, state: State, found: Candidates) -> list[Cap]:

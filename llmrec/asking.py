@@ -161,13 +161,15 @@ class Asking:
         found = dict(self.each_stage(_request(request, fields)))
         return {name: found[name] for name in ("retrieval", "language model", "default") if name in found}
 
-    def each_stage(self, request: Request) -> Iterator[tuple[str, list[Recommendation]]]:
+    def each_stage(self, request: Request, *, lm: bool = True) -> Iterator[tuple[str, list[Recommendation]]]:
         """Yield the stages of `stages` one after another, `default` before ``language model``.
+
+        With ``lm=False`` the language model is not loaded.
 
         A stage is answered when it is asked for, so that a caller can time it; what the language model keeps
         of a history would make the second of those two look faster than it is when it is served.
         """
-        state = self._ready(lm=True, adapter=request.adapter)
+        state = self._ready(lm=lm, adapter=request.adapter)
         pipeline = state.pipeline()
         plain = _without_lm(pipeline)
         stages = {"retrieval": plain, "default": pipeline}

@@ -105,6 +105,7 @@ def _lists(column: pl.Series) -> pl.Series:
 
 def _recognise(column: pl.Series) -> pl.Series:
     text = column.str.strip_chars()
+    text = text.set(text == "", None)
     known = text.drop_nulls()
     if known.is_empty():
         return _texts(column)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from llmrec.candidates import LM, Calibration, Weights, discount
 from llmrec.features import Features
 from llmrec.fusion import Choices, fit_calibration, fit_logit
-from llmrec.metrics import Values, per_user
+from llmrec.metrics import Values, clear, per_user, standard_error
 from llmrec.protocols import Floats
 
 OBJECTIVE = "ndcg@10"
@@ -160,18 +160,25 @@ def lm_weight(features: Features, weights: Weights, log: list[dict[str, Any]], k
     gain = cross_fitted(
         features, lambda part: weights.with_lm(best_lm_weight(part, weights)[1]), seed
     ) - per_user(features.of_targets(weights.with_lm(0.0)), OBJECTIVE)
-    error = float(gain.std(ddof=1) / np.sqrt(len(gain))) if len(gain) > 1 else np.inf
-    chosen = best if gain.mean() > 2 * error else 0.0
+    chosen = best if clear(gain) else 0.0
     log.append(
         {
             "search": f"{kind} weight of the language model",
             OBJECTIVE: {str(w): round(value, 5) for w, value in means.items()},
-            "gain": round(float(gain.mean()), 5),
-            "standard_error": round(error, 5),
+            **gained(gain),
             "chosen": chosen,
         }
     )
     return chosen
+
+
+def gained(gain: Values) -> dict[str, float | None]:
+    """Mean gain of some users and its standard error, as the log of a search has them."""
+    error = standard_error(gain)
+    return {
+        "gain": round(float(gain.mean()), 5) if len(gain) else 0.0,
+        "standard_error": None if error is None else round(error, 5),
+    }
 
 
 def best_lm_weight(features: Features, weights: Weights) -> tuple[dict[float, float], float]:
@@ -213,15 +220,13 @@ def weights_with_lm(
         for starts in (("as given", "without"), ("with, ",))
     )
     gain = values[best] - values[control]
-    error = float(gain.std(ddof=1) / np.sqrt(len(gain)))
     fitted = ways[best](features)
-    taken = gain.mean() > 2 * error and means[best] > means["on top"] and fitted.most_lm > 0
+    taken = clear(gain) and means[best] > means["on top"] and fitted.most_lm > 0
     log.append(
         {
             "search": f"{kind} blend with the language model, cross-fitted",
             OBJECTIVE: means,
-            "gain": round(float(gain.mean()), 5),
-            "standard_error": round(error, 5),
+            **gained(gain),
             "chosen": best if taken else "on top",
         }
     )

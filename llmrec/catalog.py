@@ -331,7 +331,7 @@ def _render(frame: pl.DataFrame) -> list[str]:
         elif kind == "number":
             # A price or a length means nothing without its name; a year does.
             whole = pl.col(name).is_between(1800, 2100) & (pl.col(name) == pl.col(name).round())
-            year = pl.when(whole).then(pl.col(name).cast(pl.Int64).cast(pl.String))
+            year = pl.when(whole).then(pl.col(name).cast(pl.Int64, strict=False).cast(pl.String))
             years.append(pl.when(~pl.col("title").str.contains(year, literal=True)).then(year))
     text = pl.when(pl.col("text") != "").then(pl.col("text"))
     line = pl.concat_str([*parts, *years, text], separator="; ", ignore_nulls=True)

@@ -137,7 +137,7 @@ def finetune(
         float | None, typer.Option(help="Time to train; that of the configuration if not given, 20.")
     ] = None,
     config: Annotated[
-        Path | None, typer.Option(help="TOML file; its lm and training sections count.")
+        Path | None, typer.Option(help="TOML file; its lm, training, beside and allow_hub count.")
     ] = None,
     further: Annotated[
         bool, typer.Option("--continue", help="Continue the tuned model on the events that came since.")

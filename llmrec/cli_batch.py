@@ -65,7 +65,15 @@ def _do(task: Task, batch: Batch, workers: int, address: str | None) -> None:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=stderr) as bar:
         shown = bar.add_task(f"{task}, parts")
-        rows = run(
-            batch, workers, address, lambda done, parts: bar.update(shown, completed=done, total=parts)
-        )
-    say(f"{rows:,} {'users' if task == 'recommend' else 'texts'} done, in {batch.out}")
+        told: list[int] = []
+
+        def on_part(done: int, parts: int) -> None:
+            told.append(done)
+            bar.update(shown, completed=done, total=parts)
+
+        rows = run(batch, workers, address, on_part)
+    what = "users" if task == "recommend" else "texts"
+    if len(told) > 1:
+        say(f"{rows:,} {what} done, in {batch.out}")
+    else:
+        say(f"nothing was computed: {rows:,} {what} were done before, in {batch.out}; take another folder")

@@ -139,8 +139,12 @@ def _problem(error: Mapping[str, Any]) -> str:
             f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
         )
     said = f"{where}: {error['msg'].removeprefix('Value error, ')}"
-    # A URL may hold a password.
-    return said if place[-1:] == ("url",) or not place else f"{said} (got {error['input']!r:.200})"
+    # A URL may hold a password, and may be given where its section is wanted.
+    return (
+        said
+        if not place or place[0] in ("store", "index", "engine")
+        else f"{said} (got {error['input']!r:.200})"
+    )
 
 
 def _settings(place: Sequence[int | str]) -> list[str]:

@@ -189,6 +189,8 @@ def _train(
         with quiet_transformers():
             trainer.train()
         steps = int(trainer.state.global_step)
+        if not steps:
+            raise DataError("no batch to train on: all pairs share a text")
         if config.lora:
             adapted.merge_and_unload()
         # What is served reads texts as long as before.

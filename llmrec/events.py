@@ -254,16 +254,19 @@ def live_events(events: Iterable[Event], catalog: Catalog, clock: Clock, now: in
             raise RequestError(f"expected events, got {event!r:.100}; make them with llmrec.Event")
         user, stamp, weight = event.user_id, event.timestamp, event.weight
         catalog.code(event.item_id)
-        if not isinstance(user, str) or not user.strip():
-            raise RequestError(f"an event needs the id of its user, got {user!r:.100}")
+        if not isinstance(user, str) or not user.strip() or "\0" in user:
+            raise RequestError(f"an event needs the id of its user, without NUL; got {user!r:.100}")
         if not (isinstance(weight, int | float) and 0 < weight <= HEAVIEST):
             raise RequestError(f"weight must be a number above 0, at most {HEAVIEST:,}; got {weight!r:.100}")
         whole = isinstance(stamp, int) and not isinstance(stamp, bool) and abs(stamp) <= 10**11
         if clock == "time" and stamp is not None and not whole:
             raise RequestError(f"timestamp must be whole seconds since 1970, got {stamp!r:.100}")
         named = event.event_id
-        if named is not None and not (isinstance(named, str) and named.strip() and len(named) <= 500):
-            raise RequestError(f"event_id must be text of 1 to 500 characters, got {named!r:.100}")
+        good = isinstance(named, str) and named.strip() and len(named) <= 500 and "\0" not in named
+        if named is not None and not good:
+            raise RequestError(
+                f"event_id must be text of 1 to 500 characters, without NUL; got {named!r:.100}"
+            )
         checked.append(replace(event, timestamp=None if clock == "none" else now if stamp is None else stamp))
     return checked
 

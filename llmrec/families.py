@@ -233,12 +233,30 @@ class TopicsRetriever(ProfileRetriever):
     """Items whose topics are those of the history."""
 
     name = "topics"
+    lines: list[str]
 
-    def __init__(self, encoder: TopicEncoder, lines: Sequence[str], config: TopicsConfig) -> None:
-        vectors, index = encoder.encode(lines), FaissIndex(encoder.dim)
-        index.add(vectors)
+    def __init__(
+        self,
+        encoder: TopicEncoder,
+        lines: Sequence[str],
+        config: TopicsConfig,
+        old: TopicsRetriever | None = None,
+    ) -> None:
+        """Place all items among the topics; with an `old` one of the same topics those that changed."""
+        index: VectorIndex
+        if old is None:
+            vectors, index = encoder.encode(lines), FaissIndex(encoder.dim)
+            index.add(vectors)
+        else:
+            changed = np.array(changed_lines(old.lines, lines), np.int32)
+            vectors = np.concatenate(
+                [old.vectors, np.zeros((len(lines) - len(old.lines), encoder.dim), np.float32)]
+            )
+            if len(changed):
+                vectors[changed] = encoder.encode([lines[code] for code in changed])
+            index = old.index.grown(vectors, changed)
         super().__init__(vectors, index, ProfileConfig(decay=config.decay))
-        self.encoder = encoder
+        self.encoder, self.lines, self.settings = encoder, list(lines), config
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """The topics: items that are added later are placed among them."""
@@ -272,6 +290,7 @@ FAMILIES: Mapping[str, Family] = {
         ),
         lambda arrays, texts, config: TopicsRetriever(TopicEncoder.from_arrays(arrays), texts.lines, config),
         new_items=True,
+        grow=lambda old, texts: TopicsRetriever(old.encoder, texts.lines, old.settings, old),
     ),
     "again": Family(
         AgainConfig,

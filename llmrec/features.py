@@ -133,8 +133,18 @@ class Features:
         return total
 
     def of_targets(self, weights: Weights) -> Ranks:
-        """Rank of each target under these weights, ties in the order of item codes; 0 if not found."""
-        return self.targets_in(self.total(weights))
+        """Rank of each target under these weights, ties in the order of item codes; 0 if not found.
+
+        What the language model alone proposed is no candidate where these weights leave it out.
+        """
+        total = self.total(weights)
+        if LM not in self.names:
+            return self.targets_in(total)
+        counts = np.diff(np.append(self.starts, len(total)))
+        left_out = np.repeat([not weights.for_history(int(n)).uses(LM) for n in self.lengths], counts)
+        total[left_out & ~self.without(LM).ranks.any(axis=1)] = -np.inf
+        ranks = self.targets_in(total)
+        return np.where((self.truth >= 0) & (total[self.truth] == -np.inf), 0, ranks)
 
     def targets_in(self, total: Floats) -> Ranks:
         """Rank of each target under a score of each candidate, shape (rows,)."""

@@ -20,6 +20,9 @@ from llmrec.protocols import Codes
 Ranks = NDArray[np.int64]
 Values = NDArray[np.float64]
 
+FEWEST = 20
+"""Users below whom no gain is called one: their errors say too little of each other."""
+
 REPORTED = ("recall@5", "ndcg@5", "recall@10", "ndcg@10", "mrr@10", "recall@20", "ndcg@20")
 
 
@@ -153,6 +156,17 @@ def compare(
     """
     difference = per_user(ranks[a], metric) - per_user(ranks[b], metric)
     return compare_values(difference, a, b, metric, draws=draws, seed=seed)
+
+
+def standard_error(values: Values) -> float | None:
+    """Of the mean of some users' values; None for fewer than two."""
+    return float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else None
+
+
+def clear(gain: Values) -> bool:
+    """Whether the mean gain of some users, `FEWEST` or more, exceeds twice its standard error."""
+    error = standard_error(gain)
+    return error is not None and len(gain) >= FEWEST and float(gain.mean()) > 2 * error
 
 
 def compare_values(

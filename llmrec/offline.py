@@ -161,7 +161,9 @@ def evaluate(
     held_out = split.validation.sample(search.search_users, search.seed).held_out(
         catalog.active, exclude_seen
     )
-    recipe, retrievers = cached_retrievers(catalog, split, held_out, texts, search, cache, on_stage)
+    recipe, retrievers = cached_retrievers(
+        catalog, split, held_out, texts, search, config.index, cache, on_stage
+    )
     fitted, unchecked = leaks.check_retrievers(retrievers, split, texts.vectors)
     checked += fitted
     clock.lap("fit_retrievers")

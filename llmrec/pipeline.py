@@ -62,7 +62,9 @@ class Pipeline:
     fallback: ClassVar[str] = "popularity"
 
     def weights_for(self, query: Query) -> Weights:
-        """The weights that apply to a query."""
+        """The weights that apply to a query: without history and words those of popularity alone."""
+        if not query.text and not len(query.history):
+            return Weights({self.fallback: 1.0})
         if query.text:
             return self.query.for_history(len(query.history))
         # Weights that were fitted with the language model say nothing without it.
@@ -95,8 +97,7 @@ class Pipeline:
         merged = []
         for row, (query, weight) in enumerate(zip(queries, weights, strict=True)):
             used = {n: hits[row] for n, hits in found.items() if weight.uses(n)}
-            nothing_asked = not len(query.history) and not query.text
-            if nothing_asked or not any(len(h.items) for h in used.values()):
+            if not any(len(h.items) for h in used.values()):
                 # Weights of a blend say nothing of a list that rests on popularity alone.
                 used = {self.fallback: self.retrievers[self.fallback].retrieve([query], self.depth)[0]}
                 merged.append(merge(used, Weights({self.fallback: 1.0})))
@@ -157,7 +158,13 @@ class Pipeline:
         table = np.zeros((len(queries), len(items)), np.float32)
         order = np.argsort(items)
         for name in (name for name in self.retrievers if weights.uses(name)):
-            found = self.retrievers[name].retrieve(queries, self.depth)
+            # Popularity of all time for some rows and of late for others would be no effect of an item.
+            asked = (
+                queries
+                if name != self.fallback
+                else [replace(q, history=queries[0].history) for q in queries]
+            )
+            found = self.retrievers[name].retrieve(asked, self.depth)
             for row, hits in enumerate(found):
                 bonus = weights.found.get(name, 0.0) + weights.rank.get(name, 0.0) * discount(
                     np.arange(1, len(hits.items) + 1, dtype=np.int32)

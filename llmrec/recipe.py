@@ -109,12 +109,21 @@ class HeldOut:
             digest.update(query.history.astype("<i4").tobytes() + int(target).to_bytes(8, "little") + b";")
         return digest.hexdigest()
 
+    def with_history(self) -> HeldOut:
+        """Those that have one: the others get what is popular, whatever is chosen."""
+        rows = np.flatnonzero([len(query.history) > 0 for query in self.queries])
+        return self if len(rows) == len(self.queries) else self.take(rows)
+
+    def take(self, rows: NDArray[np.int64]) -> HeldOut:
+        """Some of them."""
+        return HeldOut([self.queries[i] for i in rows], self.targets[rows])
+
     def sample(self, n: int, seed: int) -> HeldOut:
         """A random part of at most n, in the old order."""
         if len(self.queries) <= n:
             return self
         rows = np.sort(np.random.default_rng(seed).choice(len(self.queries), n, replace=False))
-        return HeldOut([self.queries[i] for i in rows], self.targets[rows])
+        return self.take(rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +142,7 @@ class Recipe:
         """The recipe where nothing can be searched: too few held-out events, or search switched off."""
         settings = config.settings()
         start = {"ease": 0.7, "transitions": 1.0, "profile": 0.05}
-        asked = [name for name in config.families if FAMILIES[name].asks == "history"]
+        asked = [name for name in config.families if FAMILIES[name].asks != "words"]
         by_history = {name: start.get(name, 1.0) for name in settings if name in start or name in asked}
         return cls(
             settings,

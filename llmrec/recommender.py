@@ -434,13 +434,13 @@ class Recommender(Changing):
         return made
 
     def configure(self, config: Config | Mapping[str, Any] | str | Path) -> None:
-        """Take over the sections `lm`, `training` and `beside` of a configuration for the next fine-tuning.
+        """Take over `lm`, `training`, `beside` and `allow_hub` of a configuration for the next fine-tuning.
 
         The other sections describe what is fitted already and stay.
         """
         given = Config.of(config)
         sections: dict[str, Any] = {
-            n: getattr(given, n) for n in given.model_fields_set & {"lm", "training", "beside"}
+            n: getattr(given, n) for n in given.model_fields_set & {"lm", "training", "beside", "allow_hub"}
         }
         merged = self.config.model_copy(update=sections)
         one_base(merged)

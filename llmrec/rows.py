@@ -133,6 +133,10 @@ def id_strings(column: pl.Series, what: str) -> pl.Series:
     elif not (kind.is_integer() or kind in (pl.String, pl.Categorical, pl.Enum, pl.Null)):
         raise DataError(f"{what}: column {column.name!r} must hold text or whole numbers, got {kind}")
     text = column.cast(pl.String)
+    if bool(text.str.contains("\0", literal=True).any()):
+        raise DataError(
+            f"{what}: column {column.name!r} has ids with the character NUL, which databases refuse"
+        )
     return text.set(text.str.strip_chars() == "", None)
 
 

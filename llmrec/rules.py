@@ -280,8 +280,17 @@ class _Attribute:
     def _number(self, value: int | float) -> int | float:
         if isinstance(value, float) and math.isnan(value):
             raise RequestError(f"where: nan is no value to compare {self.name!r} with")
+        if self.column.dtype.is_float():
+            return value if isinstance(value, float) else _as_float(value)
         # A whole number beyond int64 is beyond every value of an integer column as well.
         return max(-(2.0**63), min(2.0**63, value)) if abs(value) >= 2**63 and value == value else value
+
+
+def _as_float(value: int) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
 
 
 def _mask(passed: pl.Series) -> Mask:

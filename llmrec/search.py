@@ -116,9 +116,9 @@ def with_language_model(
 
     def weighted(kind: str, weights: Weights, part: HeldOut) -> Weights:
         nonlocal calibration
-        if len(part.targets) == 0:
-            return weights.with_lm(0.0)
         weights = weights.with_lm(0.0)
+        if len(part.targets) == 0:
+            return weights
         used = [name for name in recipe.settings if weights.ever_uses(name)]
         hits = {n: retrievers[n].retrieve(part.queries, config.depth) for n in used}
         proposed = cast(Retriever, model).retrieve(part.queries, config.depth) if proposes else None
@@ -135,7 +135,7 @@ def with_language_model(
         return chosen
 
     typed = known_item_queries(held_out, lines, config.seed)
-    history = weighted("history", recipe.history, held_out)
+    history = weighted("history", recipe.history, held_out.with_history())
     words = replace(recipe.query.with_lm(0.0), longer=())
     unknown = [replace(query, history=query.history[:0]) for query in typed.queries]
     query = replace(
@@ -354,7 +354,8 @@ def with_weights(
         hits = {n: retrievers[n].retrieve(part.queries, config.depth) for n in names}
         return Features.of(hits, part)
 
-    by_history = features(recipe.answering("history"), held_out)
+    known = held_out.with_history()
+    by_history = features(recipe.answering("history"), known)
     history = choose_weights(by_history, recipe.history.retrievers, log, "history", config.seed)
     typed = known_item_queries(held_out, texts.lines, config.seed)
     query = (
@@ -370,13 +371,13 @@ def with_weights(
         if len(single.targets)
         else recipe.similar.retrievers
     )
-    served = features([name for name in by_history.names if history.ever_uses(name)], held_out)
+    served = features([name for name in by_history.names if history.ever_uses(name)], known)
     return replace(
         recipe,
         history=history,
         query=Weights(query),
         similar=Weights(similar),
-        calibration=calibrated(served, history, prior_of(retrievers, held_out), log),
+        calibration=calibrated(served, history, prior_of(retrievers, known), log),
     )
 
 

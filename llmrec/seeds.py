@@ -80,10 +80,13 @@ def seeds(
         raise RequestError(f"{catalog.ids[both[0]]!r} is both chosen and passed; an item is one of them")
     mask = mask.copy()
     mask[asked], mask[turned_down] = False, False
-    found = replace(pipeline, depth=POOL).recommend([Query(asked, "", mask)], POOL)[0]
+    pool, query = max(POOL, request.k), Query(asked, "", mask)
+    found = replace(pipeline, depth=pool).recommend([query], pool)[0]
+    if len(found.items) < request.k:
+        found = pipeline.filled(query, found, request.k + len(found.items))
     if len(asked):
         # What fits best may be known to few; half of the pool leaves those that can be judged.
-        found = _popular(found, pipeline, max(request.k, POOL // 2))
+        found = _popular(found, pipeline, max(request.k, pool // 2))
     weights = _weights(found, pipeline, len(asked) > 0)
     rows, gains = spread(
         state.texts.vectors[found.items], weights, request.k, state.texts.vectors[turned_down]

@@ -13,14 +13,14 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from llmrec.blending import OBJECTIVE, best_lm_weight
+from llmrec.blending import OBJECTIVE, best_lm_weight, gained
 from llmrec.candidates import normalise, to_score, with_rest
 from llmrec.card import Card
 from llmrec.errors import ModelError
 from llmrec.families import Texts
 from llmrec.features import Features
 from llmrec.language_model import CachingScorer, TunedModel, load_language_model
-from llmrec.metrics import per_user
+from llmrec.metrics import clear, per_user
 from llmrec.protocols import Codes, Floats, Hits, Query, Retriever
 from llmrec.recipe import HeldOut, Recipe, RetrievalConfig
 from llmrec.score.config import LMConfig
@@ -256,7 +256,7 @@ def beside(
         return earlier, {**entry, "judged": 0, "gain": 0.0, "standard_error": 0.0, "chosen": "earlier"}
     part = held_out.sample(config.lm_users, config.seed)
     entry = chosen_on(entry["search"], part)
-    part = part.sample(min([config.lm_users, *judged]), config.seed)
+    part = part.sample(min([config.lm_users, *judged]), config.seed).with_history()
     weights = recipe.history.with_lm(0.0)
     used = [name for name in recipe.settings if weights.ever_uses(name)]
     hits = {n: retrievers[n].retrieve(part.queries, config.depth) for n in used}
@@ -292,13 +292,11 @@ def beside(
             ranks = features[name].take(own).of_targets(weights.with_lm(weight))
             gain[own] += sign * per_user(ranks, OBJECTIVE)
     best, _, means = fitted(list(ways), np.arange(len(half)))
-    error = float(gain.std(ddof=1) / np.sqrt(len(gain))) if len(gain) > 1 else np.inf
-    taken = best != "earlier" and bool(gain.mean() > 2 * error)
+    taken = best != "earlier" and clear(gain)
     entry |= {
         "judged": len(part.targets),
         OBJECTIVE: {name: round(value, 5) for name, value in means.items()},
-        "gain": round(float(gain.mean()), 5),
-        "standard_error": round(error, 5),
+        **gained(gain),
         "chosen": best if taken else "earlier",
     }
     if not taken:

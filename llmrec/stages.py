@@ -19,6 +19,7 @@ from llmrec.config import Config
 from llmrec.evaluation.cache import StageCache, sources
 from llmrec.evaluation.split import Split
 from llmrec.families import Texts
+from llmrec.index.config import IndexConfig
 from llmrec.protocols import Retriever
 from llmrec.recipe import HeldOut, Recipe, RetrievalConfig, load_retrievers, retriever_arrays
 from llmrec.score.config import ItemTokensConfig
@@ -93,6 +94,7 @@ def cached_retrievers(
     held_out: HeldOut,
     texts: Texts,
     config: RetrievalConfig,
+    index: IndexConfig,
     cache: StageCache,
     on_stage: Callable[[str], None],
 ) -> tuple[Recipe, dict[str, Retriever]]:
@@ -114,7 +116,8 @@ def cached_retrievers(
         catalog.fingerprint,
         held_out.sha256(),
         texts.encoder.fingerprint,
-        config.model_dump(exclude={"store"}),
+        config.model_dump(),
+        index.model_dump(),
         sources(*FITTING),
     ]
     return cache.get(
@@ -150,7 +153,10 @@ def tuned(
         key: list[Any] = [
             split.training.sha256(),
             held_out.sha256(),
+            split.log.fingerprint,
             state.catalog.fingerprint,
+            state.texts.encoder.fingerprint,
+            state.repeats,
             config.lm.model_dump(),
             settings.model_dump(),
             [more.model_dump() for more in config.beside],

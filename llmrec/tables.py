@@ -244,7 +244,9 @@ def _from_pandas(source: Any, what: str) -> pl.DataFrame:
             naive = column.dt.tz_convert("UTC").dt.tz_localize(None) if zoned else column
             columns.append(pl.Series(name, naive.to_numpy().astype("datetime64[us]")))
         elif kind in "iufb" and not (kind != "f" and bool(column.isna().any())):
-            columns.append(pl.Series(name, column.to_numpy(dtype=np.dtype(str(column.dtype).lower()))))
+            columns.append(
+                pl.Series(name, column.to_numpy(dtype=getattr(column.dtype, "numpy_dtype", column.dtype)))
+            )
         else:
             columns.append(_series(name, column.astype(object).tolist(), what))
     return pl.DataFrame(columns)
@@ -301,5 +303,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and math.isnan(value):
         return None
     if isinstance(value, tuple | list | set | frozenset):
-        return [_plain(part) for part in (sorted(value, key=str) if isinstance(value, set) else value)]
+        return [
+            _plain(part) for part in (sorted(value, key=str) if isinstance(value, set | frozenset) else value)
+        ]
     return None if type(value).__name__ in ("NAType", "NaTType") else value

@@ -66,6 +66,7 @@ def test_honestly_fitted_retrievers_pass(which, texts, request):
             "ease": EASEConfig(l2=5, fit_decay=0.8, keep=10),
             "transitions": TransitionsConfig(window=2, backward=0),
         },
+        {"transitions": {"keep": 5}},
         {"ease": {"max_items": 10, "neighbours": 12}},
         {"families": ("ease", "transitions", "als", "gru4rec"), "gru4rec": {"dim": 4, "epochs": 1}},
     ):
@@ -81,6 +82,7 @@ def test_honestly_fitted_retrievers_pass(which, texts, request):
     [
         (lambda h: PopularityRetriever.fit(h, 40), "popularity"),
         (lambda h: TransitionsRetriever.fit(h, 40, TransitionsConfig()), "transitions"),
+        (lambda h: TransitionsRetriever.fit(h, 40, TransitionsConfig(keep=5)), "transitions"),
         (lambda h: EASERetriever.fit(h, 40, EASEConfig(l2=20)), "EASE"),
     ],
 )

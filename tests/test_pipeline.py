@@ -221,7 +221,7 @@ def test_order_returns_every_given_item_once(weight, history, text):
         got = pipeline.order(Query(codes(history), text, mask), codes(given_items))
         assert sorted(got.items.tolist()) == sorted(given_items)
         assert len(got.scores) == len(got.parts) == len(got.ranks) == len(given_items)
-        if weight and {4, 28} < set(given_items):
+        if weight and (history or text) and {4, 28} < set(given_items):
             assert got.items[:2].tolist() == [4, 28]
     counted = replace(PLAIN, history=Weights({"transitions": 1.0}))
     mask = np.isin(np.arange(N), [29, 28, 27])

@@ -29,7 +29,7 @@ BEYOND = {
     "novelty@10": "bits of surprise an item, by its popularity",
     "diversity@10": "how unlike each other the items of a list are, by text",
     "serendipity@10": "right, and not what popularity would have shown",
-    "popularity_lift@10": "how much more popular than the history, in log",
+    "popularity_lift@10": "how much more popular than the history: 0.5 is half more",
     "miscalibration@10": "how far the mix of groups is from that of the history",
 }
 
@@ -110,8 +110,13 @@ def _answer(result: Mapping[str, Any]) -> str:
         )
     low, high = served["ci95"]
     gain = f"NDCG@10 {_signed(served['difference'])} [{_signed(low)}, {_signed(high)}]"
-    minutes = result["training"]["seconds"] / 60
-    if _lm_weight(result) == 0:
+    minutes = _trained(result["training"]) / 60
+    if result["protocol"].get("part") == "validation":
+        words = (
+            f"<b>Not judged.</b> Settings and weights were chosen on these very events; on them the "
+            f"difference is {gain}, an upper estimate. Evaluate on the test events for an answer."
+        )
+    elif _lm_weight(result) == 0:
         words = (
             f"<b>No, not after {minutes:.0f} minutes of training.</b> On held-out events it added nothing "
             "that exceeds noise for lists by history, so its weight is 0 there: it is left out, and what is "
@@ -131,6 +136,11 @@ def _answer(result: Mapping[str, Any]) -> str:
         )
     good = "yes" if words.startswith("<b>Yes") else ""
     return f'<p class="answer {good}" id="answer">{words}</p>'
+
+
+def _trained(training: Mapping[str, Any]) -> float:
+    """Seconds that all language models of a run were trained for."""
+    return float(training["seconds"] + sum(more["seconds"] for more in training.get("beside", ())))
 
 
 def _typed(result: Mapping[str, Any]) -> str:
@@ -190,9 +200,11 @@ def _costs(result: Mapping[str, Any]) -> str:
             )
         )
     training = result["training"]
+    further = training.get("beside", ())
     trained = (
-        f"<p>Training took {training['seconds'] / 60:.1f} minutes "
-        f"({training['events_per_second']:,.0f} events a second)"
+        f"<p>Training took {_trained(training) / 60:.1f} minutes"
+        + "".join(f", {escape(more['mode'])} beside the first model among them" for more in further)
+        + f" ({training['events_per_second']:,.0f} events a second)"
         + (
             f", and ended early, since {escape(training.get('reason') or 'it began to learn by heart')}"
             if training.get("early")
@@ -202,7 +214,8 @@ def _costs(result: Mapping[str, Any]) -> str:
         if training
         else ""
     )
-    machine = escape(result["environment"]["machine"])
+    told = (result["environment"].get(key) for key in ("machine", "instructions"))
+    machine = escape(", ".join(filter(None, told)))
     return (
         "<h2>What it costs</h2>"
         + _table(
@@ -258,7 +271,7 @@ def _segments(result: Mapping[str, Any]) -> str:
 
 def _order(result: Mapping[str, Any]) -> str:
     found = result.get("order_bias")
-    if not found:
+    if not found or not found["users"]:
         return ""
     words = (
         "No order bias: scores are the same in every order"
@@ -372,10 +385,14 @@ def _protocol(result: Mapping[str, Any], command: str) -> str:
         if value
     )
     checked = escape(", ".join(result["leaks"]["checked"]))
-    return (
-        "<h2>How this was measured</h2><p>Settings and weights were chosen on validation events; no fitted "
-        f"parameter has seen what is reported. Checked in this run: {checked}.</p>{rows}"
+    chosen = (
+        "Settings and weights were chosen on the validation events that are reported here: what follows from "
+        "them is an upper estimate."
+        if result["protocol"].get("part") == "validation"
+        else "Settings and weights were chosen on validation events; no fitted parameter has seen what is "
+        "reported."
     )
+    return f"<h2>How this was measured</h2><p>{chosen} Checked in this run: {checked}.</p>{rows}"
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

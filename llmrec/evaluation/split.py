@@ -191,7 +191,7 @@ def cold_item_split(log: EventLog, share: float, seed: int) -> Split:
     Raises
     ------
     DataError
-        If there are too few items.
+        If there are too few items, or nobody is left to validate on.
     """
     items = np.unique(log.item)
     n = round(share * len(items))
@@ -209,6 +209,10 @@ def cold_item_split(log: EventLog, share: float, seed: int) -> Split:
     met = np.full(log.n_users, len(log))
     np.minimum.at(met, log.user[test], np.flatnonzero(test))
     first = first[first < met[log.user[first]]]
+    if len(first) == 0:
+        raise DataError(
+            "the split by cold items leaves no validation events: hold out a larger share of the items"
+        )
     parts = Part.of(log, first), Part.of(log, _first_of_users(log, test))
     return Split(log, ~(test | validation), *parts)
 

@@ -206,7 +206,12 @@ class Writer:
             )
         new = written[:, begun:]
         answers: list[str] = tokenizer.batch_decode(new, skip_special_tokens=True)
-        return answers
+        # What was cut off may end in a full stop of a title.
+        whole = [
+            grammar.ended([token for token in row if token not in (end, tokenizer.pad_token_id)])
+            for grammar, row in zip(grammars, new.tolist(), strict=True)
+        ]
+        return [answer if ended else "" for answer, ended in zip(answers, whole, strict=True)]
 
 
 def _words(text: str) -> list[str]:

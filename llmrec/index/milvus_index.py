@@ -23,6 +23,9 @@ SECONDS = 30
 SENT = 4_000_000
 """Numbers that are sent at once: a message may have 64 MB."""
 
+MOST = 16_384
+"""Hits that a server gives at most; those of a longer list are compared here."""
+
 FETCHED = 5000
 """Vectors that are asked for at once."""
 
@@ -146,6 +149,10 @@ class MilvusIndex(ServerIndex):
         filters: dict[str, list[int]] = {}
         for i, mask in enumerate(masks):
             filters.setdefault(self._filter(mask), []).append(i)
+        if k > MOST:
+            with self._told():
+                asked = [np.arange(self._rows) if mask is None else np.flatnonzero(mask) for mask in masks]
+                return [self._compared(vector, k, own) for vector, own in zip(vectors, asked, strict=True)]
         with self._told():
             for words, rows in filters.items():
                 found = self._client.search(

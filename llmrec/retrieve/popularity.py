@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -106,6 +107,12 @@ def _best_first(scores: Floats) -> Codes:
     return order
 
 
+def newest(stamps: NDArray[np.int64]) -> int:
+    """The latest time stamp, in seconds; those of tomorrow or later are mistakes, unless all are."""
+    past = stamps[stamps <= time.time() + 86_400]
+    return int((past if len(past) else stamps).max(initial=0))
+
+
 def fresh_scores(
     events: Codes, stamps: NDArray[np.int64], weights: NDArray[np.floating[Any]], n_items: int
 ) -> Floats:
@@ -118,11 +125,11 @@ def fresh_scores(
     """
     order = np.argsort(stamps, kind="stable")
     events, stamps, weights = events[order], stamps[order], weights[order].astype(np.float64)
-    early = len(events) - max(1, round(LATE * len(events)))
+    early, latest = len(events) - max(1, round(LATE * len(events))), newest(stamps)
 
     def shares(until: int, half_life: float) -> NDArray[np.float64]:
         before = slice(0, until)
-        days = (stamps[until - 1] - stamps[before]) / 86_400
+        days = np.maximum(min(stamps[until - 1], latest) - stamps[before], 0) / 86_400
         faded = np.bincount(events[before], weights[before] * 0.5 ** (days / half_life), minlength=n_items)
         counts = np.bincount(events[before], weights[before], minlength=n_items) + 1.0
         mixed: NDArray[np.float64] = 0.5 * counts / counts.sum() + 0.5 * faded / faded.sum()
@@ -149,8 +156,8 @@ class RecentRetriever:
     """What is popular now, or on the rise, the same for everybody; needs a clock.
 
     An event of age a days counts 2 ** (-a / half life) times its weight; age 0 is the latest event of the
-    log. With `trend` the sum is divided by the item's undecayed count plus `smoothing`: what rises, not what
-    is large.
+    log, see `newest`. With `trend` the sum is divided by the item's undecayed count plus `smoothing`: what
+    rises, not what is large.
     """
 
     def __init__(self, scores: Floats, config: RecentConfig, *, trend: bool) -> None:
@@ -172,7 +179,7 @@ class RecentRetriever:
         events = np.concatenate([np.empty(0, np.int32), *histories])
         seconds = np.concatenate([np.empty(0, np.int64), *stamps])
         value = np.ones(len(events)) if weights is None else np.concatenate(weights).astype(np.float64)
-        days = (seconds.max(initial=0) - seconds) / 86_400
+        days = np.maximum(newest(seconds) - seconds, 0) / 86_400
         recent = np.bincount(events, value * 0.5 ** (days / config.half_life_days), minlength=n_items)
         if trend:
             recent = recent / (np.bincount(events, value, minlength=n_items) + config.smoothing)

@@ -161,7 +161,7 @@ class SequenceRetriever:
             rng = np.random.default_rng([config.seed, epoch])
             # The last item of a window is only asked for, so that the state after a full one is trained too.
             pieces = windows(histories, config.window + 1, rng, weights)
-            losses = []
+            losses, late = [], False
             model.train()
             for batch in batches(pieces, 1, config.tokens_per_step, rng):
                 optimiser.zero_grad(set_to_none=True)
@@ -170,6 +170,9 @@ class SequenceRetriever:
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
                 optimiser.step()
                 losses.append(float(loss.detach()))
+                late = config.minutes is not None and time.monotonic() - begun > 60 * config.minutes
+                if late:
+                    break
             model.eval()
             self._outputs = None
             value = validate(self) if validate is not None else float(epoch)
@@ -177,7 +180,6 @@ class SequenceRetriever:
             since = 0 if value > best else since + 1
             if value > best:
                 best, kept = value, {n: p.detach().clone() for n, p in model.state_dict().items()}
-            late = config.minutes is not None and time.monotonic() - begun > 60 * config.minutes
             if since >= config.patience or late:
                 break
         model.load_state_dict(kept)
@@ -211,7 +213,8 @@ class SequenceRetriever:
         old = self.model
         more = len(text_vectors) - len(old.counts)
         counts = np.pad(old.counts.numpy(), (0, more))
-        model = SequenceModel(self.kind, self.config, counts, text_vectors)
+        with torch.random.fork_rng(devices=[]):  # what it draws is written over
+            model = SequenceModel(self.kind, self.config, counts, text_vectors)
         state = dict(old.state_dict())
         state["ids.weight"] = nn.functional.pad(state["ids.weight"], (0, 0, 0, more))
         model.load_state_dict(state)
@@ -229,7 +232,8 @@ class SequenceRetriever:
         cls, kind: Kind, arrays: Mapping[str, NDArray[Any]], text_vectors: Floats, config: SequenceConfig
     ) -> SequenceRetriever:
         """Make the retriever from `arrays()`."""
-        model = SequenceModel(kind, config, arrays["counts"], text_vectors[: len(arrays["counts"])])
+        with torch.random.fork_rng(devices=[]):
+            model = SequenceModel(kind, config, arrays["counts"], text_vectors[: len(arrays["counts"])])
         state = {n.removeprefix("state."): torch.from_numpy(a) for n, a in arrays.items() if n != "counts"}
         model.load_state_dict(state)
         return cls(kind, model, config).grown(text_vectors)

@@ -5,15 +5,20 @@ The verbs take a `Service`, as its own methods do, and know no transport.
 
 from __future__ import annotations
 
+import logging
 import time
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from llmrec import __version__
+from llmrec.errors import FetchError, ModelError
 from llmrec.serve import models as m
 from llmrec.serve.config import Role
 from llmrec.serve.service import Service, request_of
+from llmrec.types import Request
+
+logger = logging.getLogger(__name__)
 
 LanguageModel = Literal["none", "left out", "takes part"]
 """`left out`: there is one, and held-out events gave it the weight 0."""
@@ -175,15 +180,29 @@ def stages(service: Service, body: m.RecommendRequest) -> StagesResponse:
     """Return what each stage would answer, with the time it took."""
     m.check(body, service.config)
     request = request_of(body)
-    # Loads the model, if there is one: no part of the time of an answer.
-    weight = service.recommender.lm_weight(request)
+    weight = _lm_weight(service, request)
     made, began = [], time.perf_counter()
-    for name, found in service.recommender.each_stage(request):
+    for name, found in service.recommender.each_stage(request, lm=weight is not None):
         took = (time.perf_counter() - began) * 1e3
         items = [m.Recommended.of(r) for r in found]
         made.append(Stage.model_validate(dict(name=name, ms=took, items=items)))
         began = time.perf_counter()
     return StagesResponse(stages=made, lm_weight=weight)
+
+
+def _lm_weight(service: Service, request: Request) -> float | None:
+    """The language model's weight; None where there is none, or one that is left out and cannot be loaded."""
+    if service.lm_is_missing:
+        return None
+    try:
+        # Loads the model, if there is one: no part of the time of an answer.
+        return service.recommender.lm_weight(request)
+    except (ImportError, FetchError, ModelError) as missing:
+        if service.recommender.asks_lm(request):
+            raise
+        service.lm_is_missing = True
+        logger.warning("stages are shown without the language model, which is left out: %s", missing)
+        return None
 
 
 def users(service: Service, asked: UsersQuery) -> UsersResponse:

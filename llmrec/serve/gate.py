@@ -107,7 +107,9 @@ class Gate:
         except _Refused as refused:
             await _tell(answer, refused, request_id)
         except Exception:
-            logger.exception("request %s failed: %s %s", request_id, scope["method"], scope["path"])
+            # The route, not the path: that may name a user.
+            route = getattr(scope.get("route"), "path", "(no route)")
+            logger.exception("request %s failed: %s %s", request_id, scope["method"], route)
             if status:
                 raise
             detail = f"an error inside the server; its log has it under the request id {request_id}"

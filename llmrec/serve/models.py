@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -38,7 +39,14 @@ Value = StrictStr | StrictBool | Whole | Number | list[StrictStr]
 Shown = StrictStr | StrictBool | StrictInt | Number | list[StrictStr]
 """What one holds: the catalogue may have larger whole numbers than a request may bring."""
 
-Id = Annotated[str, Field(min_length=1, max_length=500)]
+
+def _storable(value: str) -> str:
+    if "\0" in value:
+        raise ValueError("the character NUL is in no id")
+    return value
+
+
+Id = Annotated[str, Field(min_length=1, max_length=500), AfterValidator(_storable)]
 Ids = list[Id]
 
 

@@ -97,6 +97,7 @@ class Service:
         self.config = config or ServeConfig()
         self.on_batch = on_batch
         self.changed = False  # whether items were put or removed here
+        self.lm_is_missing = False  # whether it is left out and cannot be loaded either
         c = self.config
         lane = partial(Batcher[_Asked, ItemsResponse], batch=c.batch, wait=c.wait_ms / 1e3, limit=c.queue)
         self.with_lm = lane(partial(self._answer, lm=True))

@@ -210,8 +210,18 @@ class Workers:
 
     def _swap(self) -> None:
         self._say("taking over the model that was saved")
-        if all(self._exchange(i) for i in range(len(self._workers))):
+        done = 0
+        for i in range(len(self._workers)):
+            if not self._exchange(i):
+                break
+            done += 1
+        if done == len(self._workers):
             self._say("all workers have it")
+        elif done:
+            # It starts: what kept one from starting may pass, and nobody is to be answered by two models.
+            self._say(f"{done} of {len(self._workers)} workers have it; trying again")
+            self._ending.wait(AGAIN_SECONDS)
+            self._asked.set()
 
     def _exchange(self, i: int) -> bool:
         """Put a new worker in the place of one; the old one goes on if that does not start."""

@@ -91,7 +91,12 @@ def copied(store: Store, name: str, folder: Path, url: str | None, *, after: int
         there.clear_items()
     else:
         there = open_store(name, folder, url, create=True)
-        there.fill(store.rows())
+        try:
+            there.fill(store.rows())
+        except BaseException:
+            there.close()
+            remove(name, folder, url)
+            raise
     if after is not None:
         changes = store.item_changes(after)[1]
         there.change_items(0, lambda known: changes)

@@ -148,7 +148,12 @@ class PostgresStore:
 
     def fill(self, rows: Iterable[Row]) -> None:
         """Store the rows of another store, in the order given."""
-        self._transact(lambda connection: self._copy(connection, rows))
+        try:
+            self._transact(lambda connection: self._copy(connection, rows))
+        except self._refuses as error:
+            raise StoreError(
+                f"the database refuses an event: {getattr(error, 'orig', None) or error}"
+            ) from error
 
     def _copy(self, connection: Connection, rows: Iterable[Row]) -> None:
         cursor: Any = connection.connection.cursor()

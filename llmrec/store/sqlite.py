@@ -140,12 +140,15 @@ class SQLiteStore:
     def users(self, prefix: str = "", limit: int = 10) -> list[str]:
         """Return up to `limit` user ids that begin with `prefix`, in the order of their code points."""
         with self._connection() as connection:
-            # Characters above all others end the range, so that the index is used and case counts.
-            rows = connection.execute(
-                "SELECT DISTINCT user_id FROM events WHERE user_id >= ? AND user_id < ? "
-                "ORDER BY user_id LIMIT ?",
-                (prefix, prefix + _LAST, limit),
-            ).fetchall()
+            try:
+                # Characters above all others end the range, so that the index is used and case counts.
+                rows = connection.execute(
+                    "SELECT DISTINCT user_id FROM events WHERE user_id >= ? AND user_id < ? "
+                    "ORDER BY user_id LIMIT ?",
+                    (prefix, prefix + _LAST, limit),
+                ).fetchall()
+            except UnicodeEncodeError:
+                return []  # no such id can be stored
         return [user for (user,) in rows]
 
     def forget(self, user_id: str) -> int:
@@ -160,7 +163,10 @@ class SQLiteStore:
             the file or its log. Calling again finishes the work.
         """
         with self._transaction() as connection:
-            count = connection.execute("DELETE FROM events WHERE user_id = ?", (user_id,)).rowcount
+            try:
+                count = connection.execute("DELETE FROM events WHERE user_id = ?", (user_id,)).rowcount
+            except UnicodeEncodeError:
+                return 0  # no such id can be stored
         with self._connection() as connection:
             try:
                 # `secure_delete` overwrites rows in place, but a page that was split may hold a stale copy.

@@ -22,12 +22,12 @@ let asking = true; // whether the questions at the beginning are wanted
 let narrowed = false; // whether a list was picked on a narrow screen, which has room for one
 let answered = null; // the latest answer, for the switch of the right column
 
-const atMost = (k) => Math.min(k, about.limits.max_k);
+const atMost = (k) => Math.min(k, about?.limits.max_k ?? k);
 const mode = () => document.querySelector("input[name=mode]:checked").value;
 const which = () => document.querySelector("input[name=which]:checked").value;
 const byUser = () => mode() === "user";
-const mayStore = () => about.role === "write";
-const canChoose = () => (byUser() ? user !== "" && mayStore() : history.length < about.limits.max_history);
+const mayStore = () => about?.role === "write";
+const canChoose = () => (byUser() ? user !== "" && mayStore() : history.length < (about?.limits.max_history ?? Infinity));
 
 // ---- asking ---------------------------------------------------------------------------------------------
 
@@ -55,7 +55,10 @@ const fetchStages = latest(async (signal, body) => {
 
 /** Ask again and show the answer; `said` is what was done, for those who see it and those who hear it. */
 async function refresh(said = "") {
-  if (about === null) return;
+  if (about === null) {
+    await begin(); // which asks again where the server did not answer, or for the key
+    return;
+  }
   byId("results").setAttribute("aria-busy", "true");
   const body = request();
   let found;

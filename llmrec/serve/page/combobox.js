@@ -126,7 +126,7 @@ export function combobox(box, use) {
     } else if (event.key === "Escape" && opened) {
       event.preventDefault();
       close();
-    } else if (event.key === "Backspace" && input.value === "") {
+    } else if (event.key === "Backspace" && input.value === "" && !event.repeat) {
       use.onempty?.();
     }
   });

@@ -41,8 +41,10 @@ function endpoint(api, path, verb, operation) {
   );
 }
 
+/** The schema that is referred to; of several kinds of body the first that has fields. */
 function resolved(api, schema) {
-  const name = schema?.$ref?.split("/").pop();
+  const one = schema?.$ref ? schema : (schema?.anyOf?.find((each) => each.$ref) ?? schema);
+  const name = one?.$ref?.split("/").pop();
   return name === undefined ? schema : api.components.schemas[name];
 }
 
@@ -79,7 +81,8 @@ function typeOf(schema) {
 }
 
 function command(path, verb, schema) {
-  const url = `${location.origin}${path}`;
+  // What is to be filled in is in capitals, so that the shell and the server take it for nothing else.
+  const url = `${location.origin}${path.replace(/\{(\w+)\}/g, (_, name) => name.toUpperCase())}`;
   const example = schema?.examples?.[0];
   if (example === undefined) return verb === "get" ? `curl '${url}'` : `curl -X ${verb.toUpperCase()} '${url}'`;
   // An apostrophe would end what the shell takes as one word.
