@@ -141,10 +141,12 @@ class Features:
         if LM not in self.names:
             return self.targets_in(total)
         counts = np.diff(np.append(self.starts, len(total)))
-        left_out = np.repeat([not weights.for_history(int(n)).uses(LM) for n in self.lengths], counts)
+        without = np.array([not weights.for_history(int(n)).uses(LM) for n in self.lengths], np.bool_)
+        left_out = np.repeat(without, counts)
         total[left_out & ~self.without(LM).ranks.any(axis=1)] = -np.inf
-        ranks = self.targets_in(total)
-        return np.where((self.truth >= 0) & (total[self.truth] == -np.inf), 0, ranks)
+        ranks, found = self.targets_in(total), self.truth >= 0
+        ranks[found] = np.where(total[self.truth[found]] == -np.inf, 0, ranks[found])
+        return ranks
 
     def targets_in(self, total: Floats) -> Ranks:
         """Rank of each target under a score of each candidate, shape (rows,)."""

@@ -11,6 +11,7 @@ from llmrec import Item, Recommender, Request
 from llmrec.arrange import PIN, Cap, arrange, pinned
 from llmrec.candidates import Candidates, normalise
 from llmrec.errors import RequestError
+from llmrec.pipeline import Pipeline
 from llmrec.testing import toy_data
 
 N = 14
@@ -176,6 +177,32 @@ def test_what_the_recommender_returns_meets_every_rule_and_reaches_k_where_it_ca
         left = [i for i in all_found if i not in found]
         full = [i for i in left if over_a_cap([*found, i], caps, table)]
         assert len(found) == fields["k"] or full == left
+
+
+def test_caps_that_leave_no_more_room_end_the_search_for_more(monkeypatch):
+    made = Recommender.fit(ITEMS, EVENTS, {"encoder": {"name": "light"}, "retrieval": {"depth": 3}})
+    depths, recommend = [], Pipeline.recommend
+    monkeypatch.setattr(
+        Pipeline,
+        "recommend",
+        lambda self, queries, k: depths.append(self.depth) or recommend(self, queries, k),
+    )
+    brands = {item.attributes["brand"] for item in ITEMS}
+    for asked in ({"history": ["i3"]}, {"query": "silver", "history": ["i3"]}):
+        found = made.recommend(**asked, k=30, caps={"brand": 1})
+        assert {r.item.attributes["brand"] for r in found} == brands and len(found) == len(brands)
+    assert max(depths) < len(ITEMS), "no further, though there are more items"
+    genres = made.recommend(history=["i3"], k=40, caps={"genres": 1})
+    assert sum(len(r.item.attributes["genres"]) for r in genres) == len(
+        {genre for r in genres for genre in r.item.attributes["genres"]}
+    )
+
+
+def test_a_seen_pin_takes_no_place_from_what_is_left(rec):
+    left = ["i1", "i2"]
+    rest = [i for i in [*IDS, "bare"] if i not in (*left, "i3", "i7", "i8")]
+    found = rec.recommend(history=["i3"], k=3, pins=["i3"], exclude=rest)
+    assert [r.item_id for r in found][:1] == ["i3"] and {r.item_id for r in found} == {"i3", *left}
 
 
 def test_pins_change_nothing_but_the_place_and_a_seen_item_may_be_pinned(rec):

@@ -177,5 +177,7 @@ def test_the_command_line_does_a_batch_and_says_what_is_wrong(model, tmp_path):
     command = [sys.executable, "-m", "llmrec.cli", "batch", "recommend", str(model), "--out"]
     done = subprocess.run([*command, str(tmp_path / "o"), "-k", "3"], capture_output=True, text=True)
     assert done.returncode == 0 and "90 users done" in done.stderr and len(parts(tmp_path / "o")) == 270
+    done = subprocess.run([*command, str(tmp_path / "o"), "-k", "3"], capture_output=True, text=True)
+    assert done.returncode == 0 and "nothing was computed: 90 users were done before" in done.stderr
     done = subprocess.run([*command, str(tmp_path / "o"), "-k", "4"], capture_output=True, text=True)
     assert done.returncode == 2 and "another run" in done.stderr and "Traceback" not in done.stderr

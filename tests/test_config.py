@@ -28,5 +28,9 @@ def test_all_problems_are_said_at_once_and_no_url():
     with pytest.raises(ConfigError) as caught:
         Config.of({"store": {"url": "ftp://user:secret@host", "urls": secret}, "lm": {"rank": 0}})
     message = str(caught.value)
+    for whole in ({"store": secret}, {"index": secret}, {"engine": [secret]}):
+        with pytest.raises(ConfigError) as section:
+            Config.of(whole)
+        assert "secret" not in str(section.value)
     assert message.startswith("3 problem(s)") and "lm.rank: " in message and "(got 0)" in message
     assert "did you mean url?" in message and "secret" not in message

@@ -334,6 +334,17 @@ def test_a_weight_beyond_the_largest_is_refused_and_says_what_to_do():
         live_events([Event("a", "10", weight=2000.0)], CATALOG, "time", 5)
 
 
+def test_ids_with_the_character_nul_are_refused_as_databases_would():
+    catalog = Catalog.load([Item("1", "A")])
+    with pytest.raises(DataError, match=r"user_id.*NUL"):
+        EventLog.load(frame([("a\0b", "1", 5)]), catalog)
+    with pytest.raises(DataError, match=r"item_id.*NUL"):
+        Catalog.load([Item("1\0", "A")])
+    for event in (Event("a\0b", "1", 5), Event("a", "1", 5, event_id="x\0")):
+        with pytest.raises(RequestError, match="without NUL"):
+            live_events([event], catalog, "time", 9)
+
+
 def test_a_log_says_its_days_and_what_is_later_than_today():
     log = EventLog.load(frame([("a", "10", 0), ("a", "9", 2_700_000_000)]), CATALOG)
     assert log.span() == "from 1970-01-01 to 2055-07-24"

@@ -1,5 +1,7 @@
 """Matrix factorisation, graph convolution, popularity over time, nearest texts, topics."""
 
+from types import SimpleNamespace
+
 import implicit
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from torch_geometric.nn.models import LightGCN
 
 from llmrec.encode.topics import TopicEncoder
 from llmrec.errors import DataError
+from llmrec.families import FAMILIES, TopicsConfig, TopicsRetriever
 from llmrec.index.faiss_index import FaissIndex
 from llmrec.protocols import Query
 from llmrec.retrieve.dense import NearestConfig, NearestRetriever
@@ -125,6 +128,10 @@ def test_recent_and_trending_follow_their_formulas():
     trending = RecentRetriever.fit(histories, stamps, 4, config, weights, trend=True)
     np.testing.assert_allclose(trending.scores, np.array(expected) / [6, 3, 5, 2], rtol=1e-6)
     assert (recent.name, trending.name) == ("recent", "trending")
+    # A date in the future is a mistake: it counts as of today, and the others do not fade for it.
+    ahead = [stamps[0], np.array([5 * day, 10**11])]
+    mistaken = RecentRetriever.fit(histories, ahead, 4, RecentConfig(half_life_days=10), weights)
+    np.testing.assert_allclose(mistaken.scores, recent.scores, rtol=1e-6)
     assert trending.retrieve([Query()], 5)[0].items.tolist() == [2, 1, 0]
     assert recent.grown(6).retrieve([Query()], 5)[0].items.tolist() == [2, 0, 1]
 
@@ -166,3 +173,19 @@ def test_topics_put_texts_of_one_subject_together_and_are_made_again_from_arrays
     np.testing.assert_allclose(vectors[:18] ** 2, library.transform(counts)[:18], atol=1e-4)
     with pytest.raises(DataError, match="no words"):
         TopicEncoder.fit(["", " "])
+
+
+def test_topics_of_a_catalogue_that_changed_are_those_of_one_that_is_read_anew():
+    family, encoder = FAMILIES["topics"], TopicEncoder.fit(TEXTS, dim=2)
+    old = TopicsRetriever(encoder, TEXTS, TopicsConfig(dim=2))
+    lines = ["robot space ship", *TEXTS[1:], "red shoe", "alien"]
+    asked = []
+    encoder.encode = lambda texts, encode=encoder.encode: asked.append(list(texts)) or encode(texts)
+    grown = family.grow(old, SimpleNamespace(lines=lines))
+    assert asked == [[lines[0], "red shoe", "alien"]], "the others are not read again"
+    anew = TopicsRetriever(encoder, lines, TopicsConfig(dim=2))
+    np.testing.assert_allclose(grown.vectors, anew.vectors, atol=1e-6)
+    for history in ([0], [20, 3], [19]):
+        (ours,), (theirs,) = (m.retrieve([Query(np.array(history, np.int32))], 30) for m in (grown, anew))
+        np.testing.assert_allclose(sorted(ours.scores), sorted(theirs.scores), atol=1e-5)
+    assert family.grow(grown, SimpleNamespace(lines=lines)).lines == lines

@@ -249,6 +249,17 @@ def test_seeds_and_stages_are_those_of_the_library(rec, http):
         assert all(item["reason"]["sentence"] for item in stage["items"])
 
 
+def test_ids_that_no_store_can_hold_are_refused(http):
+    for call in (
+        lambda: http.post("/v1/events", json={"user_id": "a\0b", "item_id": "i1"}),
+        lambda: http.post("/v1/events", json={"user_id": "a", "item_id": "i1", "event_id": "x\0"}),
+        lambda: http.post("/v1/recommend", json={"user": "a\0b"}),
+        lambda: http.put("/v1/items/a%00b", json={"title": "x"}),
+    ):
+        answer = call()
+        assert answer.status_code == 422 and "NUL" in answer.text, answer.text
+
+
 def test_what_is_served_is_told_to_each_key_by_its_role(rec):
     with client_of(rec, keys=KEYS, max_k=7) as http:
         for key, role in ((READ, "read"), (WRITE, "write")):

@@ -29,6 +29,8 @@ def test_segment_differences_are_means_over_their_users_and_agree_with_the_whole
     values = per_user(ranks["a"], "ndcg@10") - per_user(ranks["b"], "ndcg@10")
     assert found["first"]["difference"] == pytest.approx(values[first].mean())
     assert found["first"]["users"] + found["rest"]["users"] == 400
+    few = np.arange(400) < 9
+    assert differences(ranks, {"few": few}, "a", "b") == {}, "resampling nine users says nothing"
 
 
 class ByItem:
@@ -121,6 +123,26 @@ def test_the_verdict_follows_from_the_interval(weight, difference, low, high, wo
     assert answer.startswith(f"<b>{words}</b>")
     if weight:
         assert f"{difference:+.4f} [{low:+.4f}, {high:+.4f}]" in answer
+
+
+def test_what_was_chosen_on_the_reported_events_gets_no_verdict():
+    measured = result(2.0, 0.0041, 0.0012, 0.0070)
+    measured["protocol"]["part"] = "validation"
+    page = render(measured)
+    answer = re.search(r'id="answer">(.*?)</p>', page).group(1)
+    assert answer.startswith("<b>Not judged.</b>") and "upper estimate" in answer
+    assert "no fitted parameter has seen" not in page and "no fitted parameter has seen" in render(
+        result(2.0, 0.0041, 0.0012, 0.0070)
+    )
+
+
+def test_the_time_of_all_models_counts_and_no_order_is_judged_where_there_was_none():
+    measured = result(0.0, 0.0, 0.0, 0.0)
+    measured["training"]["beside"] = [{"mode": "yes_no", "seconds": 300}]
+    measured["order_bias"] = {"users": 0, "largest_change": 0.0}
+    page = render(measured)
+    assert "not after 15 minutes of training" in page and "Training took 15.0 minutes, yes_no beside" in page
+    assert "order bias" not in page.lower()
 
 
 def test_a_model_that_only_pays_where_words_are_typed_is_not_said_to_be_left_out_everywhere():

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmrec.candidates import LM, Calibration, Weights, blend, merge
+from llmrec.candidates import LM, Calibration, Weights, blend, merge, normalise
 from llmrec.encode.light import LightEncoder
 from llmrec.families import Texts, TrainingLog
 from llmrec.index.faiss_index import FaissIndex
@@ -15,6 +15,7 @@ from llmrec.pipeline import Pipeline
 from llmrec.protocols import Hits, Query
 from llmrec.ranking import top
 from llmrec.recipe import Recipe, RetrievalConfig, fit_retrievers
+from llmrec.retrieve.popularity import PopularityRetriever
 
 N = 30
 
@@ -264,6 +265,26 @@ def test_weights_follow_the_length_of_the_history_and_a_new_user_gets_what_is_po
     assert nobody.names == ("popularity",) and (np.diff(nobody.scores) <= 0).all()
     assert nobody.items.tolist() == RETRIEVERS["popularity"].retrieve([Query()], 5)[0].items.tolist()
     assert set(short.names) == {"popularity", "profile"} and more.names == ("ease",)
+
+
+def test_who_gave_nothing_gets_what_is_popular_whatever_the_language_model_says():
+    pipeline = with_lm({28: 9.0}, 50.0)
+    nobody, somebody = pipeline.recommend([Query(), Query(codes([1, 2]))], 5)
+    assert nobody.names == ("popularity",) and somebody.items[0] == 28
+    assert len(pipeline.scorer.asked) == 1 and len(pipeline.scorer.asked[0]) == 1, "asked for one of the two"
+
+
+def test_what_an_only_item_of_a_history_changes_is_not_popularity():
+    fresh = np.linspace(1, 2, N).astype(np.float32)
+    popularity = PopularityRetriever(RETRIEVERS["popularity"].scores, fresh)
+    weights = Weights({"popularity": 1.0, "ease": 1.0})
+    pipeline = Pipeline({**RETRIEVERS, "popularity": popularity}, weights, weights, weights)
+    query = Query(codes([3]))
+    with_it, without = pipeline.scores([query, replace(query, history=codes([]))], codes(range(N)), weights)
+    (hits,) = RETRIEVERS["ease"].retrieve([query], pipeline.depth)
+    expected = np.zeros(N, np.float32)
+    expected[hits.items] = normalise(hits.scores)
+    np.testing.assert_allclose(with_it - without, expected, atol=1e-6)
 
 
 def test_predictions_sum_to_one_and_are_the_prior_where_nothing_is_known():

@@ -24,7 +24,7 @@ from llmrec.features import Features
 from llmrec.index.faiss_index import FaissIndex
 from llmrec.metrics import per_user, summary
 from llmrec.pipeline import Pipeline
-from llmrec.protocols import Query
+from llmrec.protocols import Hits, Query
 from llmrec.ranking import top
 from llmrec.recipe import HeldOut, Recipe, RetrievalConfig, fit_retrievers, ranks_in, retriever_arrays
 from llmrec.retrieve.linear import EASEConfig, EASERetriever
@@ -272,6 +272,41 @@ def test_a_language_model_that_knows_the_target_gets_a_weight_that_pays(history_
     assert lm_weight(without, Weights(weights), [], "history", 0) == 0
     nobody = Features.of({"ease": [], LM: []}, HeldOut([], codes([])))
     assert lm_weight(nobody, Weights(weights), [], "history", 0) == 0
+
+
+def test_no_weight_rests_on_a_handful_of_users():
+    few = HeldOut(HELD_OUT.queries[:5], HELD_OUT.targets[:5])
+    scorer, log = KnowingScorer(True), []
+    hits = {"popularity": [Hits(codes([1]), np.ones(1, np.float32))] * 5}
+    for part in (few, HeldOut(few.queries[:1], few.targets[:1])):
+        own = {name: found[: len(part.targets)] for name, found in hits.items()}
+        features = Features.with_lm(own, scorer.retrieve(part.queries, 30), scorer, part)
+        assert lm_weight(features, Weights({"popularity": 1.0}), log, "history", 0) == 0
+    assert log[0]["gain"] > 0.5 and log[1]["standard_error"] is None
+    json.dumps(log, allow_nan=False)
+
+
+def test_without_the_language_model_its_own_proposals_are_no_candidates(history_hits):
+    scorer = KnowingScorer(False)
+    # What a bonus below 0 puts under items that nobody else proposed.
+    weights = Weights({"ease": 1.0}, found={"popularity": -2.0, "transitions": -0.5})
+    served = {name: hits for name, hits in history_hits.items() if weights.uses(name)}
+    features = Features.with_lm(served, scorer.retrieve(HELD_OUT.queries, 30), scorer, HELD_OUT)
+    expected = Features.of(served, HELD_OUT).of_targets(weights)
+    np.testing.assert_array_equal(features.of_targets(weights), expected)
+    assert (features.of_targets(weights.with_lm(0.001)) != expected).any()
+
+
+def test_who_has_no_history_chooses_no_weights():
+    empty = [Query(codes([])), *HELD_OUT.queries[:3], Query(codes([]))]
+    part = HeldOut(empty, np.arange(5, dtype=np.int32))
+    known = part.with_history()
+    assert known.targets.tolist() == [1, 2, 3] and list(known.queries) == list(HELD_OUT.queries[:3])
+    assert HELD_OUT.with_history() is HELD_OUT
+    newcomers = HeldOut([Query(codes([]))] * 50, np.full(50, 3, np.int32))
+    mixed = HeldOut([*HELD_OUT.queries, *newcomers.queries], np.append(HELD_OUT.targets, newcomers.targets))
+    alone, beside = (search_recipe(TrainingLog(TRAIN), part, TEXTS, CONFIG)[0] for part in (HELD_OUT, mixed))
+    assert beside.history == alone.history and beside.calibration == alone.calibration
 
 
 def three_signals(knows, users=500, seed=0):

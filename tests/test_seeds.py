@@ -162,6 +162,13 @@ def test_newcomers_get_what_is_popular_now_where_tastes_change():
     )
 
 
+def test_one_date_in_the_future_changes_nothing_for_newcomers():
+    rng = np.random.default_rng(2)
+    items, stamps = log_of(rng, 880, lambda day: rng.integers(0, 5) if day < 730 else rng.integers(5, 10))
+    ahead = PopularityRetriever.fit([np.append(items, 19)], 20, None, [np.append(stamps, 4_102_444_800)])
+    assert set(top_of(ahead, 5)) == {5, 6, 7, 8, 9} and 19 not in top_of(ahead, 10)
+
+
 def test_newcomers_get_what_is_popular_of_all_time_where_tastes_stay():
     rng = np.random.default_rng(3)
     p = np.arange(20, 0, -1) / 210

@@ -138,3 +138,17 @@ def test_the_seed_decides_and_the_callers_random_state_is_left_alone():
 def test_no_events_and_no_text_are_defined():
     none = SequenceRetriever.fit("caser", [np.empty(0, np.int32)], np.zeros((3, 0), np.float32), CONFIG)
     assert np.isfinite(none.scores([np.array([1], np.int32)])).all()
+
+
+def test_time_that_is_over_ends_an_epoch_too(monkeypatch):
+    clock = iter(range(0, 10_000, 40))
+    monkeypatch.setattr("llmrec.retrieve.sequence.time.monotonic", lambda: next(clock))
+    epochs = []
+    config = CONFIG.model_copy(update={"minutes": 1.0, "tokens_per_step": 1, "epochs": 50})
+    many = histories(*[6] * 30)
+    made = SequenceRetriever.fit(
+        "gru4rec", many, TEXT, config, on_epoch=lambda epoch, nats, value: epochs.append(epoch)
+    )
+    # Two batches of thirty take 80 seconds, and the state after them is kept.
+    assert epochs == [0] and next(clock) <= 160
+    assert np.isfinite(made.scores(many[:1])).all()

@@ -10,8 +10,8 @@ import pytest
 
 from llmrec import Item, Recommender, Request
 from llmrec.answering import units_of
-from llmrec.errors import ConfigError, NotFoundError, OverloadError, RequestError
-from llmrec.serve import ApiKey, ServeConfig, Service
+from llmrec.errors import ConfigError, FetchError, ModelError, NotFoundError, OverloadError, RequestError
+from llmrec.serve import ApiKey, ServeConfig, Service, browse
 from llmrec.serve import models as m
 from llmrec.serve.batching import Batcher, Load, Pool
 from llmrec.serve.relevance import score_documents
@@ -409,6 +409,35 @@ def test_a_host_that_others_can_reach_needs_a_key(tmp_path):
         ServeConfig.of({"max_k": 0, "keys": [{"name": "app", "sha256": secret}]})
     assert "'secret'" not in str(wrong.value)
     assert ApiKey(name="app", sha256=digest).role == "read"
+
+
+def test_stages_without_a_left_out_model_that_cannot_be_loaded(tuned, tmp_path, serve, caplog):
+    weight = tuned.recipe.history.lm
+    object.__setattr__(tuned.recipe.history, "lm", 0.0)
+    query = tuned.recipe.query.lm
+    object.__setattr__(tuned.recipe.query, "lm", 0.0)
+    try:
+        tuned.save(tmp_path / "left out")
+    finally:
+        object.__setattr__(tuned.recipe.history, "lm", weight)
+        object.__setattr__(tuned.recipe.query, "lm", query)
+    tuned.save(tmp_path / "takes part")
+    for folder, works in (("left out", True), ("takes part", False)):
+        rec = Recommender.load(tmp_path / folder)
+        object.__setattr__(rec.config.lm, "base", str(tmp_path / "gone"))
+        service = serve(rec)
+        if not works:
+            with pytest.raises((FetchError, ModelError)):
+                browse.stages(service, m.RecommendRequest(user="u1"))
+            continue
+        for _ in range(2):
+            found = browse.stages(service, m.RecommendRequest(user="u1", k=3))
+            assert found.lm_weight is None and [stage.name for stage in found.stages] == [
+                "retrieval",
+                "default",
+            ]
+            assert len(found.stages[1].items) == 3
+        assert sum("without the language model" in line for line in caplog.messages) == 1
 
 
 def test_lm_false_leaves_the_model_out(tuned):

@@ -5,7 +5,7 @@ import pytest
 
 from llmrec.catalog import Catalog
 from llmrec.errors import DataError
-from llmrec.evaluation.split import leave_last_out, tail
+from llmrec.evaluation.split import cold_item_split, leave_last_out, tail
 from llmrec.events import EventLog
 from llmrec.types import Event, Item
 
@@ -81,3 +81,16 @@ def test_a_sample_of_users_is_seeded_in_the_old_order_and_known_by_its_hash():
     assert part.sample(None, 0) is part and part.sample(30, 0) is part
     for user, history, target in zip(some.users, some.histories, some.targets, strict=True):
         assert words([[*history, target]]) == ["abc"] == words([log.history(user)])
+
+
+def test_a_split_by_cold_items_that_leaves_nobody_to_validate_on_is_refused():
+    # Whoever meets the second last item has met the last one before, in a log without a clock.
+    log = EventLog.load([Event("u", item) for item in "abcd"], CATALOG, clock="none")
+    refused = 0
+    for seed in range(20):
+        try:
+            assert len(cold_item_split(log, 0.25, seed).validation)
+        except DataError as error:
+            assert "no validation events" in str(error)
+            refused += 1
+    assert 0 < refused < 20

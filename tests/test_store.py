@@ -316,6 +316,21 @@ def use_after_fork(store):
 # Forgetting.
 
 
+def test_ids_that_cannot_be_stored_are_nobodys(store):
+    store.append([Event("u", "1", 5)])
+    for user in ("\ud800", *(["\0"] if isinstance(store, PostgresStore) else [])):
+        assert store.history(user) == store.users(user) == [] and store.forget(user) == 0
+    assert store.count() == 1
+
+
+def test_a_copy_that_fails_leaves_nothing_behind(postgres, database, path):
+    with SQLiteStore(path) as source, pytest.raises(StoreError, match="refuses"):
+        source.append([Event("a\0b", "1", 5)])
+        copied(source, name := new_name(database), path.parent, database)
+    with pytest.raises(StoreError):
+        open_store(name, path.parent, database)
+
+
 def test_forget_leaves_no_bytes_of_the_user(in_file, path):
     store = in_file
     # Users in no order split the pages of the index, and a split may leave a stale copy of a row: with this

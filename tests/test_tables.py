@@ -74,6 +74,24 @@ def test_pandas_types_arrive_as_they_are():
     assert table["word"].to_list() == ["a", None]
 
 
+@pytest.mark.parametrize("backend", ["numpy_nullable", "pyarrow"])
+def test_nullable_pandas_types_arrive_as_they_are(backend):
+    pandas = pytest.importorskip("pandas")
+    rows = {"whole": [1, 2], "real": [1.5, 2.0], "flag": [True, False], "word": ["a", "b"]}
+    frame = pandas.DataFrame(rows).convert_dtypes(dtype_backend=backend)
+    assert read_table(frame, "items").to_dict(as_series=False) == rows
+    frame.loc[1] = [None] * 4
+    assert read_table(frame.drop(columns="real"), "items").row(1) == (None,) * 3
+    assert np.isnan(read_table(frame, "items")["real"][1]), "as in any column of floats"
+
+
+def test_sets_are_read_in_one_order():
+    words = [f"word{n}" for n in range(50)]
+    for made in (set(words), frozenset(words)):
+        table = read_table([Item("1", "A", attributes={"tags": made})], "items")
+        assert table["tags"].to_list() == [sorted(words)]
+
+
 def test_values_of_the_types_module():
     items = [
         Item("1", "A", attributes={"year": 1995, "tags": ("x", "y")}),

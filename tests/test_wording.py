@@ -107,6 +107,18 @@ def test_a_recommender_phrases_with_a_real_model_and_keeps_what_is_true(tmp_path
     assert writer(told[1:2]) == writer(told)[1:2], "the same, whatever else is asked"
 
 
+def test_a_sentence_that_is_cut_off_inside_a_title_is_given_up(tmp_path, monkeypatch):
+    writer = Writer(tiny_lm(tmp_path / "lm"))
+    long = "Cream 1.7 fl. oz. " + "very long " * 30
+    told = {"title": long, "history": long, "shared": "", "words": ""}
+    monkeypatch.setattr("llmrec.explain.wording.TOKENS", 40)
+    assert writer([told]) == [""]
+    short = {"title": "Heat", "history": "Ronin", "shared": "", "words": ""}
+    monkeypatch.setattr("llmrec.explain.wording.TOKENS", 400)
+    (sentence,) = writer([short])
+    assert sentence.endswith(".") and grounded(sentence, short)
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_whatever_is_drawn_from_the_grammar_is_a_sentence_of_it_and_all_can_be_drawn(data):

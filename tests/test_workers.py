@@ -22,6 +22,7 @@ from llmrec.testing import toy_data
 
 httpx = pytest.importorskip("httpx2")
 metrics = pytest.importorskip("llmrec.serve.metrics")
+workers = pytest.importorskip("llmrec.serve.workers")
 
 CONFIG = {"encoder": {"name": "light", "dim": 16}, "retrieval": {"families": ["transitions"]}}
 
@@ -174,6 +175,20 @@ def test_a_worker_that_is_killed_is_replaced_and_a_model_that_does_not_start_cha
             return
         time.sleep(0.1)
     raise AssertionError("workers outlive the server")
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "again"), [([True, False], True), ([False], False), ([True] * 3, False)]
+)
+def test_an_exchange_that_stops_half_way_is_tried_again(monkeypatch, outcomes, again):
+    monkeypatch.setattr(workers, "AGAIN_SECONDS", 0)
+    said, left = [], iter(outcomes)
+    served = workers.Workers(None, None, said.append)
+    served._workers = [None] * 3
+    served._exchange = lambda i: next(left)
+    served._swap()
+    assert served._asked.is_set() == again and next(left, "all asked") == "all asked"
+    assert ("1 of 3 workers have it" in said[-1]) == again
 
 
 def test_workers_that_do_not_start_end_the_server_with_the_reason(model):
