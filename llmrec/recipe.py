@@ -143,7 +143,9 @@ class Recipe:
         settings = config.settings()
         start = {"ease": 0.7, "transitions": 1.0, "profile": 0.05}
         asked = [name for name in config.families if FAMILIES[name].asks != "words"]
-        by_history = {name: start.get(name, 1.0) for name in settings if name in start or name in asked}
+        # What is the same for everybody only tips the scales.
+        weight = {name: 1.0 if FAMILIES[name].asks else 0.1 for name in asked} | start
+        by_history = {name: weight[name] for name in settings if name in weight}
         return cls(
             settings,
             history=Weights(by_history),

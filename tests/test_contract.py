@@ -110,7 +110,8 @@ def test_a_recipe_of_all_families_survives_json():
 
 def test_without_a_search_every_configured_family_has_a_weight():
     recipe = Recipe.default(RetrievalConfig(families=("als", "recent", "sasrec"), search=False))
-    assert set(recipe.history.retrievers) == {"als", "sasrec", "profile"}
+    assert recipe.history.retrievers == {"als": 1.0, "recent": 0.1, "sasrec": 1.0, "profile": 0.05}
+    assert "popularity" not in Recipe.default(RetrievalConfig()).history.retrievers, "as before"
 
 
 def test_heads_that_do_not_divide_are_a_clear_error():
