@@ -73,7 +73,7 @@ def _do(task: Task, batch: Batch, workers: int, address: str | None) -> None:
 
         rows = run(batch, workers, address, on_part)
     what = "users" if task == "recommend" else "texts"
-    if len(told) > 1:
+    if len(told) > 1 or not rows:
         say(f"{rows:,} {what} done, in {batch.out}")
     else:
         say(f"nothing was computed: {rows:,} {what} were done before, in {batch.out}; take another folder")

@@ -140,11 +140,8 @@ def _problem(error: Mapping[str, Any]) -> str:
         )
     said = f"{where}: {error['msg'].removeprefix('Value error, ')}"
     # A URL may hold a password, and may be given where its section is wanted.
-    return (
-        said
-        if not place or place[0] in ("store", "index", "engine")
-        else f"{said} (got {error['input']!r:.200})"
-    )
+    secret = place[-1:] == ("url",) or place in (("store",), ("index",), ("engine",))
+    return said if not place or secret else f"{said} (got {error['input']!r:.200})"
 
 
 def _settings(place: Sequence[int | str]) -> list[str]:

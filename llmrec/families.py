@@ -233,30 +233,29 @@ class TopicsRetriever(ProfileRetriever):
     """Items whose topics are those of the history."""
 
     name = "topics"
-    lines: list[str]
 
     def __init__(
-        self,
-        encoder: TopicEncoder,
-        lines: Sequence[str],
-        config: TopicsConfig,
-        old: TopicsRetriever | None = None,
+        self, encoder: TopicEncoder, lines: Sequence[str], vectors: Floats, index: VectorIndex, decay: float
     ) -> None:
-        """Place all items among the topics; with an `old` one of the same topics those that changed."""
-        index: VectorIndex
-        if old is None:
-            vectors, index = encoder.encode(lines), FaissIndex(encoder.dim)
-            index.add(vectors)
-        else:
-            changed = np.array(changed_lines(old.lines, lines), np.int32)
-            vectors = np.concatenate(
-                [old.vectors, np.zeros((len(lines) - len(old.lines), encoder.dim), np.float32)]
-            )
-            if len(changed):
-                vectors[changed] = encoder.encode([lines[code] for code in changed])
-            index = old.index.grown(vectors, changed)
-        super().__init__(vectors, index, ProfileConfig(decay=config.decay))
-        self.encoder, self.lines, self.settings = encoder, list(lines), config
+        super().__init__(vectors, index, ProfileConfig(decay=decay))
+        self.encoder, self.lines = encoder, list(lines)
+
+    @classmethod
+    def of(cls, encoder: TopicEncoder, lines: Sequence[str], config: TopicsConfig) -> TopicsRetriever:
+        """Place all items among the topics."""
+        vectors, index = encoder.encode(lines), FaissIndex(encoder.dim)
+        index.add(vectors)
+        return cls(encoder, lines, vectors, index, config.decay)
+
+    def grown(self, lines: Sequence[str]) -> TopicsRetriever:
+        """The same topics for a catalogue that changed or grew; what did not change is not read again."""
+        changed = np.array(changed_lines(self.lines, lines), np.int32)
+        more = np.zeros((len(lines) - len(self.lines), self.encoder.dim), np.float32)
+        vectors = np.concatenate([self.vectors, more])
+        if len(changed):
+            vectors[changed] = self.encoder.encode([lines[code] for code in changed])
+        index = self.index.grown(vectors, changed)
+        return TopicsRetriever(self.encoder, lines, vectors, index, self.config.decay)
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """The topics: items that are added later are placed among them."""
@@ -285,12 +284,14 @@ FAMILIES: Mapping[str, Family] = {
     "nearest": _from_texts(NearestConfig, lambda t, c: NearestRetriever(t.vectors, t.index, c)),
     "topics": Family(
         TopicsConfig,
-        lambda log, texts, config: TopicsRetriever(
+        lambda log, texts, config: TopicsRetriever.of(
             TopicEncoder.fit(texts.lines, config.dim), texts.lines, config
         ),
-        lambda arrays, texts, config: TopicsRetriever(TopicEncoder.from_arrays(arrays), texts.lines, config),
+        lambda arrays, texts, config: TopicsRetriever.of(
+            TopicEncoder.from_arrays(arrays), texts.lines, config
+        ),
         new_items=True,
-        grow=lambda old, texts: TopicsRetriever(old.encoder, texts.lines, old.settings, old),
+        grow=lambda old, texts: old.grown(texts.lines),
     ),
     "again": Family(
         AgainConfig,

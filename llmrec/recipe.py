@@ -160,7 +160,10 @@ class Recipe:
 
     def asks_lm(self, request: Request) -> bool:
         """Whether leaving the language model out could change the answer to a request."""
-        weights = self.query if request.query and request.query.strip() else self.history
+        typed = bool(request.query and request.query.strip())
+        if not typed and request.user is None and not request.history:
+            return False  # what is popular
+        weights = self.query if typed else self.history
         return weights.most_lm > 0 or weights.plain is not None
 
     def with_lm(self, weight: float) -> Recipe:

@@ -15,7 +15,7 @@ from llmrec.blending import OBJECTIVE, cross_fitted, learned_weights
 from llmrec.errors import LLMRecError
 from llmrec.families import FAMILIES, Texts, TrainingLog
 from llmrec.features import Features
-from llmrec.metrics import Values, summary
+from llmrec.metrics import Values, standard_error, summary
 from llmrec.protocols import Hits, Retriever
 from llmrec.recipe import ALWAYS, HeldOut, Recipe, RetrievalConfig, ranks_in
 from llmrec.search import chosen_on, fit_family, search_recipe, with_weights
@@ -127,7 +127,7 @@ def _forward(
         trial = {name: values([*chosen, name]) for name in hits if name not in chosen}
         best = max(trial, key=lambda name: float(trial[name].mean()))
         gain = trial[best] - score
-        error = float(gain.std(ddof=1) / np.sqrt(len(gain))) if len(gain) > 1 else 0.0
+        error = standard_error(gain) or 0.0
         added = bool(gain.mean() > error)
         after = {name: round(float(value.mean()), 5) for name, value in trial.items()}
         step = {"search": "forward selection", "with": list(chosen), OBJECTIVE: after, "best": best}

@@ -32,5 +32,7 @@ def test_all_problems_are_said_at_once_and_no_url():
         with pytest.raises(ConfigError) as section:
             Config.of(whole)
         assert "secret" not in str(section.value)
+    with pytest.raises(ConfigError, match=r"index.exact_up_to: .* \(got -5\)"):
+        Config.of({"index": {"exact_up_to": -5}})
     assert message.startswith("3 problem(s)") and "lm.rank: " in message and "(got 0)" in message
     assert "did you mean url?" in message and "secret" not in message

@@ -177,13 +177,13 @@ def test_topics_put_texts_of_one_subject_together_and_are_made_again_from_arrays
 
 def test_topics_of_a_catalogue_that_changed_are_those_of_one_that_is_read_anew():
     family, encoder = FAMILIES["topics"], TopicEncoder.fit(TEXTS, dim=2)
-    old = TopicsRetriever(encoder, TEXTS, TopicsConfig(dim=2))
+    old = TopicsRetriever.of(encoder, TEXTS, TopicsConfig(dim=2))
     lines = ["robot space ship", *TEXTS[1:], "red shoe", "alien"]
     asked = []
     encoder.encode = lambda texts, encode=encoder.encode: asked.append(list(texts)) or encode(texts)
     grown = family.grow(old, SimpleNamespace(lines=lines))
     assert asked == [[lines[0], "red shoe", "alien"]], "the others are not read again"
-    anew = TopicsRetriever(encoder, lines, TopicsConfig(dim=2))
+    anew = TopicsRetriever.of(encoder, lines, TopicsConfig(dim=2))
     np.testing.assert_allclose(grown.vectors, anew.vectors, atol=1e-6)
     for history in ([0], [20, 3], [19]):
         (ours,), (theirs,) = (m.retrieve([Query(np.array(history, np.int32))], 30) for m in (grown, anew))

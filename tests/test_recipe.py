@@ -36,6 +36,7 @@ from llmrec.search import (
     search_recipe,
     with_language_model,
 )
+from llmrec.types import Request
 
 N = 60
 CONFIG = RetrievalConfig(depth=100)
@@ -493,3 +494,11 @@ def test_a_sample_keeps_each_query_with_its_target_and_the_last_item_alone_asks_
     part = HeldOut([Query(codes([1, 2])), Query(), Query(codes([7]))], codes([3, 4, 5]))
     single = like_last_item(part)
     assert [q.history.tolist() for q in single.queries] == [[2], [7]] and single.targets.tolist() == [3, 5]
+
+
+def test_who_gave_nothing_does_not_wait_for_the_language_model():
+    recipe = Recipe.default(CONFIG).with_lm(0.5)
+    for asked in ({"history": ["a"]}, {"user": "u"}, {"query": "lamp"}, {"history": [], "query": "lamp"}):
+        assert recipe.asks_lm(Request(**asked))
+    for asked in ({}, {"history": []}, {"query": "  "}):
+        assert not recipe.asks_lm(Request(**asked))

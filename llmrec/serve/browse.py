@@ -192,7 +192,7 @@ def stages(service: Service, body: m.RecommendRequest) -> StagesResponse:
 
 def _lm_weight(service: Service, request: Request) -> float | None:
     """The language model's weight; None where there is none, or one that is left out and cannot be loaded."""
-    if service.lm_is_missing:
+    if service.lm_is_missing and request.adapter is None:
         return None
     try:
         # Loads the model, if there is one: no part of the time of an answer.

@@ -48,6 +48,8 @@ def _storable(value: str) -> str:
 
 Id = Annotated[str, Field(min_length=1, max_length=500), AfterValidator(_storable)]
 Ids = list[Id]
+NewId = Annotated[str, Field(min_length=1, max_length=500, pattern=r"\S"), AfterValidator(_storable)]
+"""Of something that a request makes known: not blank."""
 
 
 class Strict(BaseModel):
@@ -219,12 +221,12 @@ class PredictResponse(Strict):
 class EventIn(Strict):
     """One purchase, click or watch. Without a time stamp it happened now."""
 
-    user_id: Id = Field(pattern=r"\S")
+    user_id: NewId
     item_id: Id
     timestamp: int | None = Field(None, ge=-(10**11), le=10**11, description="seconds since 1970")
     weight: float = Field(1.0, gt=0, le=HEAVIEST, allow_inf_nan=False)
-    event_id: Id | None = Field(
-        None, pattern=r"\S", description="unique for the user: sent again it is not stored again"
+    event_id: NewId | None = Field(
+        None, description="unique for the user: sent again it is not stored again"
     )
 
 
