@@ -225,9 +225,7 @@ class EventIn(Strict):
     item_id: Id
     timestamp: int | None = Field(None, ge=-(10**11), le=10**11, description="seconds since 1970")
     weight: float = Field(1.0, gt=0, le=HEAVIEST, allow_inf_nan=False)
-    event_id: NewId | None = Field(
-        None, description="unique for the user: sent again it is not stored again"
-    )
+    event_id: NewId | None = Field(None, description="unique for the user: sent again it is not stored again")
 
 
 class EventsResponse(Strict):
