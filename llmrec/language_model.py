@@ -21,7 +21,7 @@ from llmrec.errors import ModelError
 from llmrec.families import Texts
 from llmrec.index.faiss_index import EXACT_UP_TO, FaissIndex
 from llmrec.prompt import Prompt
-from llmrec.protocols import Floats, Scorer, VectorIndex
+from llmrec.protocols import Floats, Mask, Scorer, VectorIndex
 from llmrec.recipe import HeldOut
 from llmrec.score.config import ItemTokensConfig, LMConfig
 from llmrec.score.engine import Engine
@@ -208,7 +208,13 @@ class LanguageModel:
 
     @classmethod
     def new(
-        cls, config: ItemTokensConfig, base: Path, vectors: Floats, counts: NDArray[Any], seed: int = 0
+        cls,
+        config: ItemTokensConfig,
+        base: Path,
+        vectors: Floats,
+        counts: NDArray[Any],
+        seed: int = 0,
+        late: Mask | None = None,
     ) -> LanguageModel:
         """Make a model to train: fresh LoRA matrices and head.
 
@@ -220,6 +226,8 @@ class LanguageModel:
             Text vectors of the catalogue, shape (items, dim).
         counts
             Weight of the training events of each item, shape (items,).
+        late
+            Whether an item comes after training, shape (items,); None for none.
 
         Raises
         ------
@@ -228,7 +236,7 @@ class LanguageModel:
         """
         torch.manual_seed(seed)
         body = load_body(base, config.layers, body_dtype(config.precision))
-        model, _, wish = _assemble(fresh_adapter(body, config), config, base, vectors, counts)
+        model, _, wish = _assemble(fresh_adapter(body, config), config, base, vectors, counts, late)
         typed = WISH_TOKENS + len(wish.tokens("")) if wish is not None else 0
         need_positions(body, len(model.instruction) + config.window + typed, "lm.window")
         return cls(model, config, wish)
@@ -240,7 +248,7 @@ class LanguageModel:
         head |= {
             "counts": self.model.counts,
             "unseen": self.model.unseen,
-            "trained": torch.tensor(self.model.trained),
+            "late": self.model.late,
         }
         write_adapter(folder, self.model.body, head, self.config, self.card)
 
@@ -260,9 +268,9 @@ class LanguageModel:
         counts = head.pop("counts").numpy()
         body = shared_body(base, config.layers, body_dtype(config.precision))
         body = kept_adapter(body, folder, trainable=trainable)
-        model, _, wish = _assemble(body, config, base, texts.vectors[: len(counts)], counts)
+        late = head.pop("late", torch.zeros(len(counts), dtype=torch.bool)).numpy()
+        model, _, wish = _assemble(body, config, base, texts.vectors[: len(counts)], counts, late)
         unseen = head.pop("unseen", torch.tensor(0.0))
-        model.trained = int(head.pop("trained", torch.tensor(len(counts))))
         if set(head) != set(model.head_names):
             raise ModelError(
                 f"{folder} holds no complete adapter: {HEAD} has {', '.join(sorted(head))} alone"
@@ -281,7 +289,9 @@ class LanguageModel:
         counts = np.zeros(len(vectors), dtype=np.float32)
         counts[: len(old.counts)] = old.counts.cpu().numpy()
         instruction = old.instruction.tolist()
-        model = _model(old.body, instruction, vectors, counts, self.config, old.trained, drawn=False)
+        late = np.ones(len(vectors), dtype=bool)
+        late[: len(old.late)] = old.late.cpu().numpy()
+        model = _model(old.body, instruction, vectors, counts, self.config, late, drawn=False)
         state = {n: p.detach() for n, p in old.named_parameters() if not n.startswith("body.")}
         for name in ("id_in.weight", "id_out.weight"):
             state[name] = torch.nn.functional.pad(state[name], (0, 0, 0, len(vectors) - len(old.counts)))
@@ -303,7 +313,7 @@ class LanguageModel:
         All items of the catalogue could be chosen in these.
         """
         self.model.counts.copy_(torch.from_numpy(counts.astype(np.float32)))
-        self.model.trained = len(counts)
+        self.model.late.zero_()
         return LanguageModel(self.model, self.config, self.wish, self.card)
 
 
@@ -315,7 +325,12 @@ def _indexed(vectors: Floats) -> VectorIndex:
 
 
 def _assemble(
-    body: torch.nn.Module, config: ItemTokensConfig, base: Path, vectors: Floats, counts: NDArray[Any]
+    body: torch.nn.Module,
+    config: ItemTokensConfig,
+    base: Path,
+    vectors: Floats,
+    counts: NDArray[Any],
+    late: Mask | None,
 ) -> tuple[ItemTokenModel, ItemTokensConfig, Wish | None]:
     prompt = Prompt.load(config.prompt)
     wishing = "wish" in prompt.slots or config.wishes > 0
@@ -324,7 +339,7 @@ def _assemble(
         raise ModelError(f"prompt {prompt.name!r}: only a line with {{wish}} may follow the history")
     words = instruction_tokens(base, before)
     wish = Wish(Vocabulary(base), line) if wishing else None
-    return _model(body, words, vectors, counts, config), config, wish
+    return _model(body, words, vectors, counts, config, late), config, wish
 
 
 def _model(
@@ -333,7 +348,7 @@ def _model(
     vectors: Floats,
     counts: NDArray[Any],
     config: ItemTokensConfig,
-    trained: int | None = None,
+    late: Mask | None = None,
     *,
     drawn: bool = True,
 ) -> ItemTokenModel:
@@ -346,6 +361,6 @@ def _model(
         config.dropout,
         config.id_dropout,
         config.id_out_dropout,
-        trained,
+        late,
         drawn=drawn,
     )

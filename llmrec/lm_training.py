@@ -23,7 +23,7 @@ from llmrec.mining import mined_choices
 from llmrec.persistence import BESIDE
 from llmrec.processes import Processes
 from llmrec.progress import Progress, TrainingReport
-from llmrec.protocols import Codes, Floats
+from llmrec.protocols import Codes, Floats, Mask
 from llmrec.recipe import HeldOut, Recipe, ranks_in
 from llmrec.score.config import ItemTokensConfig, TrainingConfig, WordsConfig
 from llmrec.score.item_tokens import ItemTokenScorer
@@ -105,7 +105,7 @@ def fine_tune(
     data: str,
     folder: Path | None = None,
     minutes: float | None = None,
-    natural: bool = True,
+    late: Mask | None = None,
     on_step: OnStep | None = None,
 ) -> tuple[TunedModel, list[Trained], Recipe]:
     """Train on a log, then fit the model's weights in the recipe on what was held out.
@@ -119,8 +119,9 @@ def fine_tune(
         Of the first model.
     minutes
         Of each further one; those that its configuration says if None.
-    natural
-        Whether what is held out says how often items without training events are chosen.
+    late
+        Whether an item comes after training, shape (items,): it counts as one that is added later. None for
+        none.
     """
     one_base(config)
     base = resolve(config.lm.base, allow_hub=config.allow_hub)
@@ -131,12 +132,11 @@ def fine_tune(
         place = folder or Path(temporary)
         for number, (shape, how) in enumerate(wanted):
             own = place / f"{BESIDE}{number}" if number else place
-            where: dict[str, Any] = {"data": data, "folder": own, "on_step": on_step}
+            where: dict[str, Any] = {"data": data, "folder": own, "late": late, "on_step": on_step}
             new: TunedModel
             if isinstance(shape, ItemTokensConfig):
                 new, report = train_language_model(log, held_out, state.texts, base, shape, how, **where)
-                if natural:
-                    new.fit_unseen(held_out)
+                new.fit_unseen(held_out)
             else:
                 new, report = train_words_model(state, log, held_out, base, shape, how, **where)
             entry: dict[str, Any] = {}
@@ -171,13 +171,14 @@ def train_language_model(
     *,
     data: str,
     folder: Path,
+    late: Mask | None = None,
     on_step: OnStep | None = None,
 ) -> tuple[LanguageModel, TrainingReport]:
     """Fine-tune an `item_tokens` model; a run of the same data and settings in `folder` is continued.
 
     `held_out` decides which state is kept; it is not trained on.
     """
-    lm = LanguageModel.new(config, base, texts.vectors, log.counts(len(texts.lines)), training.seed)
+    lm = LanguageModel.new(config, base, texts.vectors, log.counts(len(texts.lines)), training.seed, late)
     task = ItemTokensTask(
         lm.model,
         log.source(),
@@ -216,11 +217,12 @@ def train_words_model(
     *,
     data: str,
     folder: Path,
+    late: Mask | None = None,
     on_step: OnStep | None = None,
 ) -> tuple[WordLanguageModel, TrainingReport]:
     """The same for a model that reads words; the retrievers give the candidates that judge its states."""
     texts = state.texts
-    lm = WordLanguageModel.new(config, base, texts.lines, log.counts(len(texts.lines)), training.seed)
+    lm = WordLanguageModel.new(config, base, texts.lines, log.counts(len(texts.lines)), training.seed, late)
     task: Task[Any]
     if isinstance(lm.scorer, LikelihoodScorer | VocabularyScorer):
         task = lines_task(lm.scorer, log.source(), training, lm.typed, config.wishes)

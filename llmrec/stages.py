@@ -148,6 +148,10 @@ def tuned(
     from llmrec.lm_training import fine_tune
 
     settings = config.training.lasting(minutes)
+    late = None
+    if config.protocol.split == "cold-item":
+        # Items that are held out are those that come after training.
+        late = split.training.counts(len(state.catalog)) == 0
     with tempfile.TemporaryDirectory(prefix="llmrec-") as temporary:
         # The trainer keeps its own fingerprint, and a finished run is read back.
         key: list[Any] = [
@@ -179,7 +183,7 @@ def tuned(
             data=split.log.fingerprint,
             folder=place,
             minutes=minutes,
-            natural=config.protocol.split != "cold-item",
+            late=late,
             on_step=on_step,
         )
     cards = [one.card.training if one.card else {} for one in made]

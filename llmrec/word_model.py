@@ -19,7 +19,7 @@ from llmrec.errors import ConfigError
 from llmrec.families import Texts, changed_lines
 from llmrec.persistence import Arrays, load_arrays, save_arrays
 from llmrec.prompt import Prompt
-from llmrec.protocols import Query
+from llmrec.protocols import Mask, Query
 from llmrec.score.config import WordsConfig
 from llmrec.score.labels import LettersScorer, YesNoScorer
 from llmrec.score.likelihood import LikelihoodModel, LikelihoodScorer
@@ -59,8 +59,8 @@ class WordLanguageModel:
         What it belongs to; None before it is trained.
     shape
         That of the trie of the lines (`ItemTrie.arrays`), if it is known; built where it is needed if not.
-    trained
-        How many items there were in training, the first ones; None for all.
+    late
+        Whether an item came after training, shape (items,); None for none.
     """
 
     def __init__(
@@ -71,10 +71,10 @@ class WordLanguageModel:
         counts: NDArray[Any],
         card: Card | None = None,
         shape: Mapping[str, NDArray[Any]] | None = None,
-        trained: int | None = None,
+        late: Mask | None = None,
     ) -> None:
         self.words, self.config, self.lines, self.counts, self.card = words, config, lines, counts, card
-        self.trained = len(counts) if trained is None else trained
+        self.late = np.zeros(len(counts), dtype=bool) if late is None else late
         self._shape = shape
         self.dtype = body_dtype(config.precision)
         self.scorer = self._scorer()
@@ -94,7 +94,8 @@ class WordLanguageModel:
         if self.config.normalise == "vocabulary":
             return VocabularyScorer(self.words, reader)
         end, smoothing = self.words.vocabulary.end, self.config.smoothing
-        counts = expected_counts(torch.from_numpy(np.asarray(self.counts)), self.trained).numpy()
+        known, late = torch.from_numpy(np.asarray(self.counts)), torch.from_numpy(self.late)
+        counts = expected_counts(known, late).numpy()
         if self._shape is None:
             trie = ItemTrie.of(self.words.lines, end, counts, smoothing)
         else:
@@ -109,7 +110,13 @@ class WordLanguageModel:
 
     @classmethod
     def new(
-        cls, config: WordsConfig, base: Path, lines: Sequence[str], counts: NDArray[Any], seed: int = 0
+        cls,
+        config: WordsConfig,
+        base: Path,
+        lines: Sequence[str],
+        counts: NDArray[Any],
+        seed: int = 0,
+        late: Mask | None = None,
     ) -> WordLanguageModel:
         """Make a model to train: fresh LoRA matrices, and the head as it was.
 
@@ -121,6 +128,8 @@ class WordLanguageModel:
             The catalogue in words, by code.
         counts
             Weight of the training events of each item, shape (items,).
+        late
+            Whether an item comes after training, shape (items,); None for none.
 
         Raises
         ------
@@ -141,12 +150,12 @@ class WordLanguageModel:
         need_positions(body, words.longest(listed), "lm.window, lm.line_tokens or lm.listed")
         if SLOTS[config.mode] is None:
             torch.nn.init.constant_(words.scale, FIRST_SCALE)
-        return cls(words, config, lines, counts)
+        return cls(words, config, lines, counts, late=late)
 
     def save(self, folder: Path) -> None:
         """Write adapter, scale, counts and card into a folder; only a trained model can be."""
         counts = torch.from_numpy(np.asarray(self.counts, dtype=np.float32))
-        head = {"scale": self.words.scale, "counts": counts, "trained": torch.tensor(self.trained)}
+        head = {"scale": self.words.scale, "counts": counts, "late": torch.from_numpy(self.late)}
         write_adapter(folder, self.words.body, head, self.config, self.card)
         lines = self.words.lines
         # Who loads it with the same lines maps them and their tree instead of making them again.
@@ -181,8 +190,10 @@ class WordLanguageModel:
             words.scale.copy_(head["scale"])
         on_device(words)
         known = head["counts"].numpy()
-        trained = int(head.get("trained", torch.tensor(len(known))))
-        return cls(words, config, texts.lines, padded(known, len(texts.lines)), card, shape, trained)
+        late = padded(
+            head.get("late", torch.zeros(len(known), dtype=torch.bool)).numpy(), len(texts.lines), 1
+        )
+        return cls(words, config, texts.lines, padded(known, len(texts.lines)), card, shape, late)
 
     def grown(self, texts: Texts) -> WordLanguageModel:
         """The same for a catalogue whose texts changed or grew: new items have no events."""
@@ -191,13 +202,13 @@ class WordLanguageModel:
         words = WordsModel(old.body, old.head, old.vocabulary, old.layout, tokens, old.window)
         words.scale = old.scale
         same = self._shape if list(lines) == list(self.lines) else None
-        counts = padded(self.counts, len(lines))
-        return WordLanguageModel(words.eval(), self.config, lines, counts, self.card, same, self.trained)
+        counts, late = padded(self.counts, len(lines)), padded(self.late, len(lines), True)
+        return WordLanguageModel(words.eval(), self.config, lines, counts, self.card, same, late)
 
     def fresh(self) -> WordLanguageModel:
         """The same with nothing read; who still asks the old one leaves nothing here."""
         return WordLanguageModel(
-            self.words, self.config, self.lines, self.counts, self.card, self._shape, self.trained
+            self.words, self.config, self.lines, self.counts, self.card, self._shape, self.late
         )
 
     def recounted(self, counts: NDArray[Any]) -> WordLanguageModel:
@@ -240,6 +251,6 @@ def tokens_of(old: WordsPrompt, lines: Sequence[str], grown: Sequence[str], limi
     return old.lines.changed(changed, fresh, len(grown))
 
 
-def padded(counts: NDArray[Any], items: int) -> NDArray[Any]:
-    """Counts of a catalogue that has grown: new items have none."""
-    return np.pad(counts, (0, items - len(counts)))
+def padded(values: NDArray[Any], items: int, new: float = 0) -> NDArray[Any]:
+    """Values of the items of a catalogue that has grown: what new ones have is the same for all."""
+    return np.pad(values, (0, items - len(values)), constant_values=new)

@@ -5,6 +5,7 @@ import pytest
 import torch
 from scipy.optimize import minimize_scalar
 
+from llmrec.card import make_card
 from llmrec.errors import ConfigError, ModelError
 from llmrec.families import Texts, TrainingLog
 from llmrec.index.aside import Aside
@@ -317,3 +318,19 @@ def test_the_bias_of_items_without_events_is_kept_with_the_model(base, vectors, 
     later = loaded.recounted(np.append(lm.counts, 0))
     found = later.scorer.log_probs(asked)
     np.testing.assert_allclose(found[:, ITEMS], found[:, 28], atol=1e-4)
+
+
+def test_items_that_are_held_out_count_as_those_that_are_added_later(base, vectors, tmp_path):
+    counts = np.arange(ITEMS) % 7
+    held = counts == 0
+    lm = LanguageModel.new(config(base), base, vectors, counts, late=held)
+    lm.card = make_card("item_tokens", base, "e", "d", {})
+    found = lm.model.bias()
+    np.testing.assert_allclose(found[~held], np.log1p(counts[~held]), atol=1e-5)
+    np.testing.assert_allclose(found[held], np.log1p(counts[~held]).mean(), atol=1e-5)
+    # What held-out users choose, all of it held out, says nothing of how often new items are chosen.
+    lm.fit_unseen(HeldOut([Query(h) for h in histories(3, 4)], np.array([0, 7], np.int32)))
+    assert float(lm.model.unseen) == 0
+    lm.save(tmp_path)
+    again = load_language_model(tmp_path, base, Texts([""] * ITEMS, vectors, Named(), None), "d")
+    np.testing.assert_allclose(again.model.bias(), found, atol=1e-6)

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from llmrec.errors import ModelError
-from llmrec.protocols import Codes, Floats, Hits, Query, VectorIndex
+from llmrec.protocols import Codes, Floats, Hits, Mask, Query, VectorIndex
 from llmrec.ranking import tops
 from llmrec.score.attention import additive
 from llmrec.score.nearest import Nearest
@@ -113,8 +113,8 @@ class ItemTokenModel(nn.Module):
     id_dropout, id_out_dropout
         Share of items that are known by their text alone for one step of training, where they are read and
         where they are scored. Id vectors learn single histories by heart; this makes the text carry the rest.
-    trained
-        How many items there were in training, the first ones; None for all.
+    late
+        Whether an item came after training, shape (items,); None for none.
     drawn
         Whether the head is drawn at random; what is drawn otherwise is left open, for weights that are there.
     """
@@ -122,6 +122,7 @@ class ItemTokenModel(nn.Module):
     text_vectors: Tensor
     counts: Tensor
     instruction: Tensor
+    late: Tensor
     unseen: Tensor
 
     def __init__(
@@ -134,7 +135,7 @@ class ItemTokenModel(nn.Module):
         dropout: float = 0.2,
         id_dropout: float = 0.0,
         id_out_dropout: float = 0.0,
-        trained: int | None = None,
+        late: Mask | None = None,
         *,
         drawn: bool = True,
     ) -> None:
@@ -150,7 +151,8 @@ class ItemTokenModel(nn.Module):
         self.register_buffer("instruction", torch.tensor(instruction, dtype=torch.long), persistent=False)
         self.register_buffer("text_vectors", torch.from_numpy(text_vectors), persistent=False)
         self.register_buffer("counts", torch.from_numpy(counts.astype(np.float32)), persistent=False)
-        self.trained = items if trained is None else trained
+        came_late = np.zeros(items, dtype=bool) if late is None else late
+        self.register_buffer("late", torch.from_numpy(came_late), persistent=False)
         # Fitted after training, see `fit_unseen`.
         self.register_buffer("unseen", torch.tensor(0.0), persistent=False)
 
@@ -208,7 +210,7 @@ class ItemTokenModel(nn.Module):
         That is its training events and one more; without any it is what held-out events say. For what came
         after training see `expected_counts`.
         """
-        counts = expected_counts(self.counts, self.trained)
+        counts = expected_counts(self.counts, self.late)
         return torch.where(counts > 0, torch.log1p(counts), self.unseen)
 
     def popularity(self) -> Tensor:

@@ -21,7 +21,7 @@ UNSEEN_SPREAD = 2.0
 """Standard deviation, in nats, of what is assumed of the bias of items without training events."""
 
 
-def expected_counts(counts: Tensor, trained: int) -> Tensor:
+def expected_counts(counts: Tensor, late: Tensor) -> Tensor:
     """Counts in which items that came after training have those of a middling item, not none.
 
     Nobody could choose them, so that they have no events says nothing. One more than their count is the
@@ -31,15 +31,13 @@ def expected_counts(counts: Tensor, trained: int) -> Tensor:
     ----------
     counts
         Weight of the training events of each item, shape (items,).
-    trained
-        How many items there were in training, the first ones.
+    late
+        Whether an item came after training, shape (items,).
     """
     seen = counts > 0
-    if trained >= len(counts) or not bool(seen.any()):
+    if not bool(late.any()) or not bool(seen.any()):
         return counts
-    late = ~seen
-    late[:trained] = False
-    return torch.where(late, torch.expm1(torch.log1p(counts[seen]).mean()), counts)
+    return torch.where(late & ~seen, torch.expm1(torch.log1p(counts[seen]).mean()), counts)
 
 
 def fit_unseen(
@@ -58,8 +56,7 @@ def fit_unseen(
     histories, targets
         Of the held-out users, which the model was not trained on; shape (users,).
     """
-    unseen = (model.counts == 0).cpu().numpy()
-    unseen[model.trained :] = False
+    unseen = ((model.counts == 0) & ~model.late).cpu().numpy()
     before = float(model.unseen)
     if not len(targets) or unseen.all() or not unseen.any():
         return
