@@ -16,14 +16,15 @@ from llmrec.score.labels import yes_no_labels
 from llmrec.score.loading import body_dtype
 from llmrec.score.tasks import Choice
 from llmrec.score.words import Vocabulary, WordsPrompt
+from llmrec.tensors import read_tensors, write_tensors
 from llmrec.word_model import layout_of
 
 NEGATIVES = 4
 """Candidates beside the one that came next that a choice is trained on."""
 
 BATCH = 16
-LENGTH_SORTED = 20
-"""Pairs read at once, which `predict` sorts by length."""
+BATCH_READ = 4
+"""Pairs that are read at once, which `predict` sorts by length: the fastest that speed.py finds."""
 
 
 def cross_encoder(base: Path, vocabulary: Vocabulary, **model: Any) -> Any:
@@ -72,6 +73,9 @@ class CrossScorer:
         # As ours: bfloat16 where the processor has it, which is many times slower where it has not.
         self.fast = body_dtype(shape.precision) == torch.bfloat16
         self.model.add_adapter(LoraConfig(r=shape.rank, lora_alpha=shape.alpha, target_modules=shape.targets))
+        self.asking = 0.0
+        """Seconds that all users took."""
+        self._kept: Path | None = None
 
     def pair(self, query: Query, code: int) -> str:
         """The prompt in words."""
@@ -79,14 +83,36 @@ class CrossScorer:
         tokens = [*p.beginning(query.history), *p.stem(query), *p.lines[code], p.vocabulary.end, *p.last]
         return str(self.decode(tokens))
 
-    def train(self, choices: Sequence[Choice], minutes: float, folder: Path) -> tuple[float, int]:
+    def train(self, choices: Sequence[Choice], minutes: float, folder: Path, key: str) -> tuple[float, int]:
         """Binary cross-entropy on what came next and on some of the candidates beside it, for some minutes.
+
+        What is trained, and what is answered afterwards, is kept in the folder: a killed run goes on.
+
+        Parameters
+        ----------
+        key
+            Names the run; what another one left is not taken up.
 
         Returns
         -------
         tuple
             Seconds, and pairs that were learned.
         """
+        folder.mkdir(parents=True, exist_ok=True)
+        adapter, self._kept = folder / "adapter.safetensors", folder / "scores.safetensors"
+        parameters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        if adapter.is_file():
+            tensors, told = read_tensors(adapter)
+            if told["key"] == key:
+                for name, values in tensors.items():
+                    parameters[name].data.copy_(values)
+                return float(told["seconds"]), int(told["pairs"])
+        self._kept.unlink(missing_ok=True)
+        seconds, pairs = self._trained(choices, minutes, folder)
+        write_tensors(adapter, parameters, {"key": key, "seconds": str(seconds), "pairs": str(pairs)})
+        return seconds, pairs
+
+    def _trained(self, choices: Sequence[Choice], minutes: float, folder: Path) -> tuple[float, int]:
         from datasets import Dataset
         from sentence_transformers.cross_encoder import CrossEncoderTrainer, CrossEncoderTrainingArguments
         from sentence_transformers.cross_encoder.losses import BinaryCrossEntropyLoss
@@ -140,15 +166,22 @@ class CrossScorer:
         """Nothing is kept."""
 
     def score(self, queries: Sequence[Query], candidates: Sequence[Codes]) -> list[Floats]:
-        """Log-odds of yes for each candidate of each query."""
-        asked = [
-            (self.pair(query, int(code)), "")
-            for query, items in zip(queries, candidates, strict=True)
-            for code in items
-        ]
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.fast):
-            found = self.model.predict(
-                asked, batch_size=LENGTH_SORTED, show_progress_bar=False, activation_fn=torch.nn.Identity()
-            )
-        ends = np.cumsum([len(items) for items in candidates])[:-1]
-        return np.split(np.asarray(found, np.float32), ends)
+        """Log-odds of yes for each candidate of each query; those that an earlier run has are not asked."""
+        found: dict[str, torch.Tensor] = {}
+        if self._kept is not None and self._kept.is_file():
+            found, told = read_tensors(self._kept)
+            self.asking = float(told["seconds"])
+        for i in range(len(queries)):
+            if str(i) in found:
+                continue
+            asked = [(self.pair(queries[i], int(code)), "") for code in candidates[i]]
+            begun = time.perf_counter()
+            with torch.autocast("cpu", torch.bfloat16, enabled=self.fast):
+                values = self.model.predict(
+                    asked, batch_size=BATCH_READ, show_progress_bar=False, activation_fn=torch.nn.Identity()
+                )
+            self.asking += time.perf_counter() - begun
+            found[str(i)] = torch.from_numpy(np.asarray(values, np.float32))
+            if self._kept is not None:
+                write_tensors(self._kept, found, {"seconds": str(self.asking)})
+        return [found[str(i)].numpy() for i in range(len(queries))]

@@ -25,7 +25,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -298,9 +298,12 @@ def crossed(p: Prepared) -> Found:
     shape = WordsConfig(mode="yes_no", base=p.config.lm.base, window=WINDOW)
     choices = mined_choices(p.state, p.split.training, shape.listed, shape.mined, p.config.training.seed)
     scorer = CrossScorer(resolve(shape.base), p.state.texts.lines, shape)
-    with tempfile.TemporaryDirectory() as temporary:
-        seconds, pairs = scorer.train(choices, p.minutes, Path(temporary))
-    return reranked(p, scorer, seconds, pairs=pairs)
+    key = f"{p.key} {p.minutes:g} {json.dumps(shape.model_dump(), sort_keys=True)}"
+    seconds, pairs = scorer.train(choices, p.minutes, p.folder / "crossed", key)
+    found = reranked(p, scorer, seconds, pairs=pairs)
+    # Of all runs that it took.
+    asking = round(1000 * scorer.asking / len(p.asked.queries), 1)
+    return replace(found, notes={**found.notes, "milliseconds_a_user": asking})
 
 
 def kept(p: Prepared, name: str) -> Found | None:

@@ -348,10 +348,22 @@ def test_the_cross_encoder_is_asked_as_plain_transformers_are_and_learns(tmp_pat
     (before,) = scorer.score([query], [items])
     np.testing.assert_allclose(before, expected, atol=0.05)
     choices = [Choice(query, items, 1, 1.0)] * 40
-    seconds, pairs = scorer.train(choices, 0.1, tmp_path / "run")
+    seconds, pairs = scorer.train(choices, 0.1, tmp_path / "run", "key")
     (after,) = scorer.score([query], [items])
     assert seconds >= 6 and pairs % cross.BATCH == 0 < pairs
     assert after[1] - after[0] > before[1] - before[0]
+
+    # A killed run goes on: it does not learn again, and asks those alone who were not asked.
+    again = cross.CrossScorer(base, ["some thing", "another one", "a third", "last"], shape)
+    assert again.train(choices, 0.1, tmp_path / "run", "key") == (seconds, pairs)
+    first, second = again.score([query, query], [items[::-1], items])
+    np.testing.assert_array_equal(first, after)
+    np.testing.assert_allclose(second, after, atol=1e-4)
+    assert again.asking > scorer.asking
+    # That of another data set does not.
+    assert again.train(choices, 0.02, tmp_path / "run", "another key") != (seconds, pairs)
+    (fresh,) = again.score([query], [items])
+    assert not np.array_equal(fresh, after)
 
 
 def test_the_trials_that_are_shipped_are_valid_and_held_against_trials_that_there_are():
