@@ -417,6 +417,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=HERE / "results")
     args = parser.parse_args(argv)
     p = prepare(args.data, Config.of(args.config), args.users, args.minutes, args.out)
+    about = environment()
+    machine = f"{about['machine']}, {about['instructions']}"
     found: dict[str, Found] = {}
     for names, make in systems(p).items():
         there = {name: kept(p, name) for name in names}
@@ -426,7 +428,9 @@ def main(argv: list[str] | None = None) -> None:
         if args.only and not any(word in name for word in args.only for name in names):
             continue
         made = make()
-        for name, own in made.items() if isinstance(made, Mapping) else [(names[0], made)]:
+        for name, one in made.items() if isinstance(made, Mapping) else [(names[0], made)]:
+            # What is kept may be published by another machine.
+            own = replace(one, notes={**one.notes, "machine": machine})
             keep(p, name, own)
             found[name] = own
             print(name, {m: round(v, 4) for m, v in summary(own.ranks).items()}, flush=True)
