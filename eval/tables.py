@@ -83,6 +83,15 @@ def short(results: dict[Path, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def shortest(results: dict[Path, dict[str, Any]]) -> dict[Path, dict[str, Any]]:
+    """Of the runs that fine-tune on the same data, the one of the fewest minutes, which come first."""
+    first: dict[str, Path] = {}
+    for path, found in results.items():
+        if found["training"]:
+            first.setdefault(path.stem.split("-test-")[0], path)
+    return {path: results[path] for path in first.values()}
+
+
 def table(path: Path, found: dict[str, Any]) -> str:
     """One results file as Markdown: every system, the comparisons, costs."""
     data, protocol, training = found["dataset"], found["protocol"], found["training"]
@@ -313,7 +322,7 @@ IN_SHORT = {
     "request in batches, ms": "request in batches of 64, ms",
     "batch, MB": "`llmrec batch recommend`, peak MB",
 }
-"""Rows of the grid that the README shows, and what they are called there."""
+"""Rows of the grid that docs/results.md shows, and what they are called there."""
 
 
 def growth(*, short: bool) -> str:
@@ -420,9 +429,12 @@ def pages() -> dict[Path, str]:
     timed = [read_json(path) for path in (*results_like("speed.json"), *results_like("speed-*.json"))]
     quick = "\n\n".join(speed(found, short=True) for found in timed[:1])
     slow = ["### speed (bring data)", *(speed(found, short=False) for found in timed)] if timed else []
+    in_short = "\n".join([short(shortest(results)), *repeated(results)])
     return {
-        ROOT / "docs" / "results.md": f"{short(results)}\n\n{retrieval(results)}\n\n{quick}",
-        ROOT / "README.md": f"{short(results)}\n\n{retrieval(results)}\n\n{quick}\n\n{growth(short=True)}",
+        ROOT / "docs" / "results.md": "\n\n".join(
+            [short(results), retrieval(results), quick, growth(short=True)]
+        ),
+        ROOT / "README.md": f"{in_short}\n\n{quick}",
         ROOT / "eval" / "README.md": "\n\n".join(
             [
                 *(table(path, found) for path, found in results.items()),
