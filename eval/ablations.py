@@ -46,9 +46,9 @@ from llmrec.lm_training import (
     VALIDATION_USERS,
     WORDS_VALIDATION_USERS,
     hash_words,
-    in_order,
     measure,
     measure_words,
+    ranks_among,
     run_training,
 )
 from llmrec.metrics import Ranks, summary
@@ -293,10 +293,10 @@ def run(
     for n in CANDIDATES if trial.get("detail") else CANDIDATES[:1]:
         listed = [items[:n] for items in merged]
         begun = time.perf_counter()
-        ordered = in_order(listed, once.score(p.few.queries, listed))
+        scores = once.score(p.few.queries, listed)
         seconds = time.perf_counter() - begun
         found.setdefault("milliseconds_a_user_of_20", round(seconds * 1000 / len(listed), 2))
-        ranks[f"first {n}"] = ranks_in(ordered, p.few.targets)
+        ranks[f"first {n}"] = ranks_among(listed, scores, p.few.targets)
         lm.scorer.forget()
     if isinstance(lm, LanguageModel):
         found["nats"] = nats(lm.scorer, p.asked)

@@ -40,11 +40,11 @@ from llmrec.evaluation.split import Part
 from llmrec.families import Texts, TrainingLog
 from llmrec.fetch import resolve
 from llmrec.language_model import TunedModel
-from llmrec.lm_training import in_order, train_language_model, train_words_model
+from llmrec.lm_training import ranks_among, train_language_model, train_words_model
 from llmrec.metrics import Comparison, compare_values, holm, per_user
 from llmrec.offline import core_of
 from llmrec.protocols import Codes
-from llmrec.recipe import HeldOut, ranks_in
+from llmrec.recipe import HeldOut
 from llmrec.score.config import ItemTokensConfig, TrainingConfig, WordsConfig
 from llmrec.selection import choose_recipe
 from llmrec.stages import cached_texts
@@ -212,7 +212,7 @@ def measured(p: Prepared, lm: TunedModel) -> Measured:
     if hasattr(scorer, "retrieve"):
         hits = scorer.retrieve(p.asked.queries, 10)
         share = float(np.mean([(found.items >= p.known).mean() for found in hits if len(found.items)]))
-    return Measured(ahead, ranks_in(in_order(p.lists, scores), p.asked.targets), share)
+    return Measured(ahead, ranks_among(p.lists, scores, p.asked.targets), share)
 
 
 def compared(

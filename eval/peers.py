@@ -48,7 +48,7 @@ from llmrec.evaluation.split import Split
 from llmrec.features import Features
 from llmrec.fetch import resolve
 from llmrec.language_model import CachingScorer
-from llmrec.lm_training import hash_words, in_order, train_language_model, train_words_model
+from llmrec.lm_training import hash_words, ranks_among, train_language_model, train_words_model
 from llmrec.metrics import Comparison, Ranks, compare, holm, summary
 from llmrec.mining import mined_choices
 from llmrec.offline import core_of
@@ -238,7 +238,7 @@ def reranked(p: Prepared, scorer: CachingScorer, seconds: float, **notes: Any) -
     begun = time.perf_counter()
     scores = scorer.score(p.asked.queries, listed)
     asking = (time.perf_counter() - begun) / len(listed)
-    ranks = ranks_in(in_order(listed, scores), p.asked.targets)
+    ranks = ranks_among(listed, scores, p.asked.targets)
     return Found(ranks, seconds, {**notes, "milliseconds_a_user": round(1000 * asking, 1)})
 
 

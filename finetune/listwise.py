@@ -22,12 +22,13 @@ import numpy as np
 
 from llmrec import LLMRecError
 from llmrec.assembly import encode, read_catalog, read_log
+from llmrec.card import hash_ids
 from llmrec.cli_show import say, training_bar
 from llmrec.config import Config
 from llmrec.errors import ConfigError
 from llmrec.evaluation.split import tail
 from llmrec.fetch import resolve
-from llmrec.lm_training import hash_words, in_order, measure_words, run_training
+from llmrec.lm_training import hash_words, measure_words, ranks_among, run_training
 from llmrec.metrics import compare
 from llmrec.mining import mined_choices
 from llmrec.persistence import keep_log
@@ -121,11 +122,14 @@ def main(argv: list[str] | None = None) -> None:
         lm.scorer.forget()
         scores = lm.scorer.score(judges.queries, merged)
         ranks = {
-            "lm": ranks_in(in_order(merged, scores), judges.targets),
+            "lm": ranks_among(merged, scores, judges.targets),
             "merge": ranks_in(merged, judges.targets),
         }
         print(report)
         print(f"{compare(ranks, 'lm', 'merge')} (held-out users that chose the state)")
+        # Who loads it over other items is refused.
+        data = {**lm.card.training["data"], "items_sha256": hash_ids(catalog.ids)}
+        lm.card = lm.card.noting(data=data)
         print(save(lm, args.out))
     team.end()
 

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from llmrec.card import Card
-from llmrec.errors import ModelError
+from llmrec.errors import ConfigError, ModelError
 from llmrec.lora import fused
 from llmrec.model_card import model_card
 from llmrec.score.config import ItemTokensConfig, LMConfig, WordsConfig
@@ -27,11 +27,20 @@ SETTINGS = "adapter_config.json"
 
 
 def fresh_adapter(body: Any, config: LMConfig) -> Any:
-    """The body with LoRA matrices to train (Hu et al. 2021, arXiv 2106.09685)."""
+    """The body with LoRA matrices to train (Hu et al. 2021, arXiv 2106.09685).
+
+    Raises
+    ------
+    ConfigError
+        If the base has no such modules.
+    """
     from peft import LoraConfig, get_peft_model
 
     settings = LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=config.targets)
-    adapted: Any = get_peft_model(body, settings)
+    try:
+        adapted: Any = get_peft_model(body, settings)
+    except ValueError as unknown:
+        raise ConfigError(f"lm.targets does not fit the base model: {unknown}") from unknown
     # peft notes the folder, which says nothing on another machine.
     adapted.peft_config["default"].base_model_name_or_path = config.base
     return fused(adapted)
@@ -45,10 +54,15 @@ def kept_adapter(body: Any, folder: Path, *, trainable: bool = False) -> Any:
     ModelError
         If they are damaged, or are not of such a body.
     """
-    from peft import PeftModel
+    from peft import PeftModel, get_peft_model_state_dict
 
     try:
         adapted = PeftModel.from_pretrained(body, str(folder), is_trainable=trainable)
+        # peft leaves out what the file lacks, and what the body has no place for.
+        needed, there = set(get_peft_model_state_dict(adapted)), set(read_tensors(folder / LORA)[0])
+        if needed != there:
+            odd = ", ".join(sorted(needed ^ there)[:3])
+            raise ValueError(f"{LORA} is of another body: {len(needed ^ there)} matrices differ, {odd}")
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as broken:
         raise ModelError(f"{folder} holds no complete adapter: {broken}") from broken
     return fused(adapted)
@@ -115,6 +129,8 @@ def read_adapter(folder: Path) -> tuple[ItemTokensConfig | WordsConfig, Card, di
         head, _ = read_tensors(folder / HEAD)
         if "counts" not in head:
             raise ValueError(f"{HEAD} has no counts")
+        if isinstance(config, WordsConfig) and "scale" not in head:
+            raise ValueError(f"{HEAD} has no scale")
         for name in (LORA, SETTINGS):
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"{name} is missing")

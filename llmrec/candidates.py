@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llmrec.protocols import Codes, Floats, Hits
+from llmrec.protocols import Codes, ComparingScorer, Floats, Hits, Query, Scorer
 
 LM = "lm"
 """Name of the language model in weights, provenance and reports."""
@@ -142,6 +142,13 @@ def normalise(scores: Floats, base: Floats | None = None) -> Floats:
     else:
         scaled = np.maximum(scores / low, 0.0).astype(np.float32)
     return scaled
+
+
+def compared(scorer: Scorer, queries: Sequence[Query], items: Codes) -> list[Floats]:
+    """Scores of the same items for several queries that can be set against one another."""
+    if isinstance(scorer, ComparingScorer):
+        return scorer.compared(queries, items)
+    return scorer.score(queries, [items] * len(queries))
 
 
 def gather(hits: Mapping[str, Hits]) -> tuple[Codes, Floats, NDArray[np.int32]]:

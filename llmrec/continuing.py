@@ -27,9 +27,9 @@ from llmrec.language_model import LanguageModel, TunedModel, load_language_model
 from llmrec.lm_training import (
     hash_items,
     hash_words,
-    in_order,
     measure,
     measure_words,
+    ranks_among,
     run_training,
 )
 from llmrec.metrics import Ranks, compare
@@ -143,7 +143,6 @@ def continue_tuning(
     news = News.of(log, after, search.lm_users, search.seed)
     state = replace(state, retrievers=fit_retrievers(news.log, state.texts, state.recipe))
     base = resolve(config.lm.base, allow_hub=config.allow_hub)
-    replayed = round(news.fresh * training.replay / (1 - training.replay))
     parts = (p.held_out(state.catalog.active, not state.repeats) for p in (news.chosen_on, news.judged_on))
     chosen_on, judged_on = (part.sample(before.judged or search.lm_users, search.seed) for part in parts)
     with tempfile.TemporaryDirectory(prefix="llmrec-") as temporary:
@@ -153,13 +152,12 @@ def continue_tuning(
         data = before.card.data_sha256
         lm = load_language_model(place / "adapter", base, state.texts, data, trainable=True)
         lm = lm.recounted(news.log.counts(len(state.texts.lines)))
-        report = _train(
+        report, learned = _train(
             cast(LanguageModel | WordLanguageModel, lm),
             state,
             news,
             chosen_on,
             training,
-            replayed,
             base=base,
             data=log.fingerprint,
             parent=adapter_hash(place / "adapter"),
@@ -168,7 +166,7 @@ def continue_tuning(
         )
     candidates = _candidates(lm, state, judged_on)
     ranks = {name: _ranks(m, judged_on, candidates) for name, m in (("continued", lm), ("earlier", before))}
-    continued = Continued(after, news.fresh, replayed, compare(ranks, "continued", "earlier"))
+    continued = Continued(after, *learned, compare(ranks, "continued", "earlier"))
     kept = replace(state, lm=lm if continued.kept else before)
     gain = gain_of(kept, judged_on)
     if continued.kept:
@@ -219,15 +217,16 @@ def _train(
     news: News,
     held_out: HeldOut,
     training: TrainingConfig,
-    replayed: int,
     *,
     base: Path,
     data: str,
     parent: str,
     folder: Path,
     on_step: Callable[[Progress, float], None] | None,
-) -> TrainingReport:
+) -> tuple[TrainingReport, tuple[int, int]]:
+    """Train, and say how many new events an epoch had, and about how many old ones."""
     candidates = _candidates(lm, state, held_out)
+    task, learned = _task(lm, state, news, training)
     if isinstance(lm, LanguageModel):
         items = hash_items(state.texts, lm.config)
 
@@ -241,7 +240,7 @@ def _train(
 
     report = run_training(
         lm,
-        _task(lm, state, news, training, replayed),
+        task,
         training,
         validate,
         log=news.log,
@@ -259,25 +258,24 @@ def _train(
     lm.scorer.forget()
     if isinstance(lm, LanguageModel):
         lm.fit_unseen(held_out)
-    return report
+    return report, learned
 
 
 def _task(
-    lm: LanguageModel | WordLanguageModel, state: State, news: News, training: TrainingConfig, replayed: int
-) -> Task[Any]:
-    """New events in the context of the old ones, and old ones drawn anew in each epoch."""
+    lm: LanguageModel | WordLanguageModel, state: State, news: News, training: TrainingConfig
+) -> tuple[Task[Any], tuple[int, int]]:
+    """New events in the context of the old ones, old ones drawn anew in each epoch, and how many of each."""
     log, ends = news.log, news.old.tolist()
     old = first_parts(log, ends)
     if isinstance(lm.scorer, YesNoScorer | LettersScorer):
         mined = lm.config.listed, lm.config.mined, training.seed
         wishes = lm.config.wishes
-        return ListwiseTask(
-            lm.scorer,
-            mined_choices(state, log, *mined, ends, wishes),
-            training,
-            mined_choices(state, old, *mined, wishes=wishes),
-            replayed,
-        )
+        # Those alone that retrievers find can be learned from.
+        choices = mined_choices(state, log, *mined, ends, wishes)
+        known = mined_choices(state, old, *mined, wishes=wishes)
+        listwise = ListwiseTask(lm.scorer, choices, training, known, _replayed(len(choices), training))
+        return listwise, (len(choices), listwise.replayed)
+    replayed = _replayed(news.fresh, training)
     users = [user for user, end in enumerate(ends) if len(log.histories[user]) > end]
     histories = [log.histories[user] for user in users]
     weights = [np.ones(len(h), np.float32) for h in histories]
@@ -287,15 +285,18 @@ def _task(
         weight[: ends[user]] = 0.0
     source = Source(histories, weights, Replay(old.histories, old.weights, replayed))
     if isinstance(lm, LanguageModel):
-        return ItemTokensTask(
-            lm.model,
-            source,
-            lm.config.window,
-            training,
-            typed=lm.typing(state.texts.lines),
-            wishes=lm.config.wishes,
+        typed, wishes = lm.typing(state.texts.lines), lm.config.wishes
+        task: Task[Any] = ItemTokensTask(
+            lm.model, source, lm.config.window, training, typed=typed, wishes=wishes
         )
-    return lines_task(lm.scorer, source, training, lm.typed, lm.config.wishes)
+    else:
+        task = lines_task(lm.scorer, source, training, lm.typed, lm.config.wishes)
+    return task, (news.fresh, replayed)
+
+
+def _replayed(fresh: int, training: TrainingConfig) -> int:
+    """How many old events stand beside so many new ones."""
+    return round(fresh * training.replay / (1 - training.replay))
 
 
 def _candidates(lm: TunedModel, state: State, held_out: HeldOut) -> list[Codes]:
@@ -313,4 +314,4 @@ def _ranks(lm: TunedModel, held_out: HeldOut, candidates: Sequence[Codes]) -> Ra
         hits = lm.scorer.retrieve(held_out.queries, 10)
         return ranks_in((one.items for one in hits), held_out.targets)
     scores = lm.scorer.score(held_out.queries, candidates)
-    return ranks_in(in_order(candidates, scores), held_out.targets)
+    return ranks_among(candidates, scores, held_out.targets)

@@ -18,7 +18,7 @@ from llmrec.config import Config, one_base
 from llmrec.families import Texts, TrainingLog
 from llmrec.fetch import licence_of, resolve
 from llmrec.language_model import LanguageModel, TunedModel
-from llmrec.metrics import summary
+from llmrec.metrics import Ranks, summary
 from llmrec.mining import mined_choices
 from llmrec.persistence import BESIDE
 from llmrec.processes import Processes
@@ -62,10 +62,11 @@ class Trained:
     def __str__(self) -> str:
         if not self.entry:
             return str(self.report)
+        error = self.entry["standard_error"]
         said = "left out" if self.entry["chosen"] == "earlier" else f"taken ({self.entry['chosen']})"
         return (
             f"{self.mode}: {self.report}\n{self.mode} {said}: NDCG@10 {self.entry['gain']:+.4f}, standard "
-            f"error {self.entry['standard_error']:.4f}, over what was there"
+            f"error {'unknown' if error is None else format(error, '.4f')}, over what was there"
         )
 
 
@@ -327,9 +328,18 @@ def measure(scorer: ItemTokenScorer, held_out: HeldOut) -> dict[str, float]:
     return {**summary(ranks, ["ndcg@10", "recall@10"]), "nats": float(np.mean(nats))}
 
 
-def in_order(candidates: Sequence[Codes], scores: Sequence[Floats]) -> list[Codes]:
-    """Candidates of each query, best first."""
-    return [items[np.argsort(-s, kind="stable")] for items, s in zip(candidates, scores, strict=True)]
+def ranks_among(candidates: Sequence[Codes], scores: Sequence[Floats], targets: Codes) -> Ranks:
+    """Rank of each target among its candidates by score, shape (targets,); 0 where it is not one of them.
+
+    Behind all others of its score, and behind all where it has none: a model that tells nothing apart is
+    not given the order that its candidates came in.
+    """
+    ranks = np.zeros(len(targets), np.int64)
+    for row, (items, own, target) in enumerate(zip(candidates, scores, targets, strict=True)):
+        at = np.flatnonzero(items == target)
+        if len(at):
+            ranks[row] = len(items) - int((own < own[at[0]]).sum())
+    return ranks
 
 
 def measure_words(lm: WordLanguageModel, held_out: HeldOut, candidates: Sequence[Codes]) -> dict[str, float]:
@@ -340,7 +350,7 @@ def measure_words(lm: WordLanguageModel, held_out: HeldOut, candidates: Sequence
     """
     lm.scorer.forget()
     scores = lm.scorer.score(held_out.queries, candidates)
-    ranks = ranks_in(in_order(candidates, scores), held_out.targets)
+    ranks = ranks_among(candidates, scores, held_out.targets)
     measured = summary(ranks, ["ndcg@10", "recall@10"])
     if isinstance(lm.scorer, LikelihoodScorer):
         own = lm.scorer.score(held_out.queries, [held_out.targets[i : i + 1] for i in range(len(scores))])

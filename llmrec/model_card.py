@@ -137,10 +137,11 @@ def _loading(config: LMConfig) -> str:
         "```\n\n"
         "Alone, for a catalogue in words and vectors (`rec.texts`):\n\n"
         "```python\n"
+        "from pathlib import Path\n\n"
         "from llmrec.fetch import resolve\n"
         "from llmrec.language_model import load_language_model\n\n"
         f'base = resolve("{base}"{hub})\n'
-        'lm = load_language_model(Path("adapter"), base, rec.texts, data="")\n'
+        'lm = load_language_model(Path("adapter"), base, rec.texts, data=None)\n'
         "```\n\n"
         "`adapter_model.safetensors` and `adapter_config.json` are peft's, `head.safetensors` is ours."
     )

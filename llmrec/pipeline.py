@@ -18,6 +18,7 @@ from llmrec.candidates import (
     Candidates,
     Weights,
     blend,
+    compared,
     discount,
     followed,
     merge,
@@ -25,7 +26,7 @@ from llmrec.candidates import (
     to_score,
     with_rest,
 )
-from llmrec.protocols import Codes, Floats, Query, Retriever, Scorer
+from llmrec.protocols import Codes, Floats, Hits, Query, Retriever, Scorer
 
 
 @dataclass(frozen=True)
@@ -92,11 +93,15 @@ class Pipeline:
 
     def retrieve(self, queries: Sequence[Query], weights: Sequence[Weights]) -> list[Candidates]:
         """Retrieve and merge, without the language model's score."""
-        wanted = {n for w in weights for n in self.retrievers if w.uses(n)}
-        found = {n: self.retrievers[n].retrieve(queries, self.depth) for n in self.retrievers if n in wanted}
+        found: dict[str, dict[int, Hits]] = {}
+        for name, retriever in self.retrievers.items():
+            rows = [row for row, weight in enumerate(weights) if weight.uses(name)]
+            if rows:
+                hits = retriever.retrieve([queries[row] for row in rows], self.depth)
+                found[name] = dict(zip(rows, hits, strict=True))
         merged = []
         for row, (query, weight) in enumerate(zip(queries, weights, strict=True)):
-            used = {n: hits[row] for n, hits in found.items() if weight.uses(n)}
+            used = {n: hits[row] for n, hits in found.items() if row in hits}
             if not any(len(h.items) for h in used.values()):
                 # Weights of a blend say nothing of a list that rests on popularity alone.
                 used = {self.fallback: self.retrievers[self.fallback].retrieve([query], self.depth)[0]}
@@ -173,6 +178,6 @@ class Pipeline:
                 table[row, order[np.searchsorted(items, hits.items, sorter=order)]] += part
         if weights.lm > 0 and self.scorer is not None:
             first = items[: self.scored]
-            scores = self.scorer.score(queries, [first] * len(queries))
+            scores = compared(self.scorer, queries, first)
             table[:, : len(first)] += weights.lm * np.stack([normalise(row, scores[0]) for row in scores])
         return table

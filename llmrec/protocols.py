@@ -120,6 +120,15 @@ class Scorer(Protocol):
 
 
 @runtime_checkable
+class ComparingScorer(Scorer, Protocol):
+    """A scorer whose `score` says of two queries nothing that could be set against one another."""
+
+    def compared(self, queries: Sequence[Query], items: Codes) -> list[Floats]:
+        """Scores of the same items for several queries, comparable between them."""
+        ...
+
+
+@runtime_checkable
 class Predictor(Protocol):
     """Says how probable each item is to be the next."""
 

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmrec.blending import OBJECTIVE, best_lm_weight, gained
-from llmrec.candidates import normalise, to_score, with_rest
+from llmrec.candidates import compared, normalise, to_score, with_rest
 from llmrec.card import Card
 from llmrec.errors import ModelError
 from llmrec.families import Texts
@@ -57,8 +57,8 @@ class SeveralScorer:
     """The sum of what several models say, each scaled to [0, 1] among a request's candidates.
 
     Candidates come as the merge ordered them: a model that reads words scores the first ones and what it has
-    proposed for the query, as it does alone, and the others get its lowest score. Since each query is scaled
-    by itself, scores of two queries are comparable in their order alone.
+    proposed for the query, as it does alone, and the others get its lowest score. Since `score` scales each
+    query by itself, what it says of two queries is comparable in its order alone; see `compared`.
     """
 
     name = "lm"
@@ -90,6 +90,16 @@ class SeveralScorer:
             for query in queries:
                 self._proposed.pop(id(query), None)
         return totals
+
+    def compared(self, queries: Sequence[Query], items: Codes) -> list[Floats]:
+        """Scores of the same items for several queries: each model on the scale of the first query."""
+        total = np.zeros((len(queries), len(items)), np.float32)
+        for member in self.members:
+            own = to_score(np.zeros(len(items), np.int32), member.model.scored)
+            found = compared(member.model.scorer, queries, items[own])
+            rows = [with_rest(values, own, len(items)) for values in found]
+            total += np.float32(member.share) * np.stack([normalise(row, rows[0]) for row in rows])
+        return list(total)
 
     def _rows(self, member: Member, query: Query, items: Codes) -> NDArray[np.int64]:
         """Which candidates a member scores."""

@@ -14,6 +14,7 @@ from typing import Any, Generic
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from llmrec.errors import ModelError
@@ -220,12 +221,21 @@ class LoRATrainer(Generic[Batch]):
             loss += float(mean.detach()) * share
         if self.team.count > 1:
             loss = self._sum_gradients(loss)
+        self._need_number(loss)
         torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.config.clip)
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
         self.progress.step += 1
         self.progress.events += self.task.events(batch)
         return loss
+
+    def _need_number(self, nats: float) -> None:
+        """Stop a run that has diverged: what it has learned is lost, and more steps do not bring it back."""
+        if not math.isfinite(nats):
+            raise ModelError(
+                f"training diverged at step {self.progress.step}, its loss is {nats}: lower "
+                "training.learning_rate or training.head_learning_rate"
+            )
 
     def _sum_gradients(self, loss: float) -> float:
         """Add up the gradients of all processes, in one message, and return the sum of their losses."""
@@ -254,6 +264,7 @@ class LoRATrainer(Generic[Batch]):
             {"step": p.step, "events": p.events, "seconds": p.seconds, "train_nats": p.loss, **measures}
         )
         logger.info("step %d: %s", p.step, p.curve[-1])
+        self._need_number(measures.get("nats", 0.0))
         self._note("validation", measures)
         p.stale += 1
         if measures["ndcg@10"] > p.best:
@@ -322,9 +333,20 @@ class LoRATrainer(Generic[Batch]):
         metadata = {"fingerprint": self.fingerprint, "progress": json.dumps(asdict(self.progress))}
         write_tensors(self.folder / CHECKPOINT, state, metadata)
 
+    @staticmethod
+    def _kept(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """What a checkpoint holds; nothing where there is none, or one that cannot be read."""
+        if not path.is_file():
+            return {}, {}
+        try:
+            return read_tensors(path)
+        except (SafetensorError, OSError) as broken:
+            logger.warning("the checkpoint %s cannot be read (%s); starting anew", path, broken)
+            return {}, {}
+
     def _resume(self) -> None:
         path = self.folder / CHECKPOINT
-        tensors, metadata = read_tensors(path) if path.is_file() else ({}, {})
+        tensors, metadata = self._kept(path)
         # All have looked before anything is removed.
         self.team.wait()
         if metadata.get("fingerprint") != self.fingerprint:

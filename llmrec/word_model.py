@@ -146,8 +146,9 @@ class WordLanguageModel:
         tokens = vocabulary.lines(lines, config.line_tokens)
         adapted = fresh_adapter(body, config)
         words = WordsModel(adapted, head, vocabulary, layout, tokens, config.window)
-        listed = config.listed if config.mode == "letters" else 1
-        need_positions(body, words.longest(listed), "lm.window, lm.line_tokens or lm.listed")
+        listed, label = (config.listed, len(vocabulary.tokens("A: "))) if config.mode == "letters" else (1, 0)
+        longest = words.longest(listed, config.line_tokens, label)
+        need_positions(body, longest, "lm.window, lm.line_tokens or lm.listed")
         if SLOTS[config.mode] is None:
             torch.nn.init.constant_(words.scale, FIRST_SCALE)
         return cls(words, config, lines, counts, late=late)

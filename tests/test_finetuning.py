@@ -14,6 +14,7 @@ import torch
 from programs import ROOT, program
 
 from llmrec import Event, Item, Recommender, cli
+from llmrec.card import hash_ids
 from llmrec.errors import ConfigError, DataError, ModelError
 from llmrec.evaluation.split import training_log
 from llmrec.families import Texts, TrainingLog
@@ -658,6 +659,10 @@ def test_the_program_for_words_goes_from_a_log_to_an_adapter(base, files, tmp_pa
     assert shown.out.splitlines()[-1] == str(adapter)
     assert f"in mode `{mode}`" in (adapter / "README.md").read_text()
     assert (adapter / "log.jsonl").read_text() and not (tmp_path / "out" / ".adapter").exists()
+    # It is of these items, in this order.
+    ids = sorted(pl.read_parquet(files[1])["item_id"])
+    card = json.loads((adapter / "card.json").read_text())["card"]
+    assert card["training"]["data"]["items_sha256"] == hash_ids(ids)
     # The finished run is taken up: no step is taken again, and the adapter is the same.
     weights = (adapter / "adapter_model.safetensors").read_bytes()
     listwise.main(arguments)

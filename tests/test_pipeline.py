@@ -36,13 +36,14 @@ class FavouritesScorer:
     name = LM
 
     def __init__(self, favourites):
-        self.favourites, self.asked = favourites, []
+        self.favourites, self.asked, self.proposed_for = favourites, [], 0
 
     def score(self, queries, candidates):
         self.asked.append([c.tolist() for c in candidates])
         return [np.array([self.favourites.get(int(i), -5.0) for i in c], np.float32) for c in candidates]
 
     def retrieve(self, queries, k):
+        self.proposed_for += len(queries)
         scores = np.array([self.favourites.get(i, -5.0) for i in range(N)], np.float32)
         return [top(scores, k, query.mask) for query in queries]
 
@@ -271,6 +272,7 @@ def test_who_gave_nothing_gets_what_is_popular_whatever_the_language_model_says(
     pipeline = with_lm({28: 9.0}, 50.0)
     nobody, somebody = pipeline.recommend([Query(), Query(codes([1, 2]))], 5)
     assert nobody.names == ("popularity",) and somebody.items[0] == 28
+    assert pipeline.scorer.proposed_for == 1, "proposes for those alone whom it scores"
     assert len(pipeline.scorer.asked) == 1 and len(pipeline.scorer.asked[0]) == 1, "asked for one of the two"
 
 

@@ -206,6 +206,17 @@ def test_the_time_is_for_all_attempts_and_requests_go_side_by_side():
         engine(slow, timeout_seconds=0.3, retries=1000).ask("/x", [{}] * 3)
     assert time.monotonic() - begun < 2
 
+    class Dripping(httpx2.SyncByteStream):
+        def __iter__(self):
+            for _ in range(12):
+                time.sleep(0.25)
+                yield b" "
+
+    begun = time.monotonic()
+    with pytest.raises(EngineError, match=r"within 0\.5 seconds"):
+        engine(lambda request: httpx2.Response(200, stream=Dripping()), timeout_seconds=0.5).ask("/x", [{}])
+    assert time.monotonic() - begun < 2
+
     together, most, lock = [0], [0], threading.Lock()
 
     def counted(request):

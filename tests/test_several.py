@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from llmrec import Item, Recommender, Request
-from llmrec.candidates import LM
+from llmrec.candidates import LM, Weights
 from llmrec.config import Config
 from llmrec.errors import ConfigError, ModelError
 from llmrec.evaluation.split import tail
 from llmrec.offline import evaluate
+from llmrec.pipeline import Pipeline
 from llmrec.protocols import Hits, Query
 from llmrec.recipe import HeldOut, fit_retrievers
 from llmrec.several import SEVERAL, Member, SeveralModels, SeveralScorer, beside, load_models
@@ -80,6 +81,22 @@ def knowing(some, noise=0.4):
 
 
 EVEN, ODD = set(range(0, 30, 2)), set(range(1, 30, 2))
+
+
+def test_what_an_item_of_the_history_changes_is_not_hidden_by_scaling_each_query():
+    """One model twice says what it says alone, for the asked query and without some of its history."""
+    table = np.random.default_rng(1).normal(size=(30, 30)).astype(np.float32)
+    queries = [Query(np.array([last], np.int32)) for last in (3, 7, 9)]
+    items, weights = np.array([5, 11, 2, 29], np.int32), Weights({}, 2.0)
+
+    def scores(scorer):
+        pipeline = Pipeline({}, weights, weights, weights, scorer=scorer)
+        return pipeline.scores(queries, items, weights)
+
+    alone = scores(Said(lambda a, b: table[a, b]))
+    twice = scores(SeveralScorer([Member(Said(lambda a, b: table[a, b]), share) for share in (1.0, 3.0)]))
+    np.testing.assert_allclose(twice, alone, atol=1e-5)
+    assert not np.allclose(alone.max(axis=1), 2.0)
 
 
 @pytest.mark.parametrize(

@@ -7,19 +7,21 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 
 from llmrec import progress, sequences, training
-from llmrec.errors import DataError, ModelError
+from llmrec.errors import ConfigError, DataError, ModelError
 from llmrec.families import Texts, TrainingLog
 from llmrec.index.faiss_index import FaissIndex
 from llmrec.language_model import LanguageModel, load_language_model
-from llmrec.lm_training import train_language_model
+from llmrec.lm_training import ranks_among, train_language_model
 from llmrec.protocols import Query
 from llmrec.recipe import HeldOut
 from llmrec.score.config import ItemTokensConfig, TrainingConfig
 from llmrec.score.item_tokens import Stretch
 from llmrec.score.tasks import ItemTokensTask
 from llmrec.sequences import Source, Window, batches, next_item_loss, windows
+from llmrec.tensors import read_tensors, write_tensors
 from llmrec.testing import tiny_lm
 
 ITEMS = 12
@@ -109,6 +111,40 @@ def test_a_run_killed_after_a_checkpoint_ends_as_if_it_had_not_been(base, tmp_pa
     assert report.steps == 12
     for name, parameter in training.trainable(whole.model).items():
         torch.testing.assert_close(parameter, dict(resumed.model.named_parameters())[name], msg=name)
+
+
+def test_a_checkpoint_that_cannot_be_read_is_as_none(base, tmp_path, caplog):
+    train(base, tmp_path / "run", steps=3)
+    path = tmp_path / "run" / "checkpoint.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    steps = []
+    train(base, tmp_path / "run", lambda p, done: steps.append(p.step), steps=3)
+    assert steps == [1, 2, 3] and "cannot be read" in caplog.text
+
+
+def test_a_run_that_diverges_ends_with_an_error_and_leaves_no_state_that_is_not_a_number(base, tmp_path):
+    with pytest.raises(ModelError, match=r"diverged at step \d+, .*lower training\.learning_rate"):
+        train(base, tmp_path / "run", head_learning_rate=1e30, warmup_steps=0, steps=30, clip=1e30)
+    for path in (tmp_path / "run").glob("*.safetensors"):
+        assert all(bool(torch.isfinite(t).all()) for t in read_tensors(path)[0].values())
+
+
+def test_a_model_that_tells_nothing_apart_has_no_part_in_the_order_of_its_candidates():
+    items = [np.array([7, 3, 9], np.int32)] * 4
+    targets = np.array([7, 7, 3, 1], np.int32)
+    scores = [np.zeros(3), np.full(3, np.nan), np.array([1.0, 2.0, 1.0]), np.array([3.0, 2.0, 1.0])]
+    assert ranks_among(items, scores, targets).tolist() == [3, 3, 1, 0]
+
+
+def test_who_sets_steps_alone_trains_so_many_and_endless_runs_are_refused():
+    assert TrainingConfig(steps=5).minutes is None and TrainingConfig().minutes == 20
+    assert TrainingConfig(steps=5, minutes=2).minutes == 2
+    with pytest.raises(ValidationError, match="finite"):
+        TrainingConfig(minutes=math.inf)
+    with pytest.raises(ConfigError, match="an end, got inf"):
+        TrainingConfig().lasting(math.inf)
+    with pytest.raises(ValidationError, match="greater than or equal to 0"):
+        TrainingConfig(seed=-1)
 
 
 def test_a_checkpoint_of_another_run_is_not_continued(base, tmp_path):
@@ -230,6 +266,18 @@ def test_an_adapter_scores_the_same_after_saving_and_refuses_what_it_was_not_tra
     asked = [RULE[0], RULE[5][:2]]
     np.testing.assert_array_equal(again.scorer.log_probs(asked), lm.scorer.log_probs(asked))
     assert {p.suffix for p in (tmp_path / "adapter").iterdir()} == {".json", ".safetensors", ".md"}
+
+    # Matrices of fewer layers would be left as they were drawn, those of more left out.
+    matrices = tmp_path / "adapter" / "adapter_model.safetensors"
+    whole, layers = matrices.read_bytes(), read_tensors(matrices)[0]
+    for some in (
+        {n: t for n, t in layers.items() if ".1." not in n},
+        {**layers, "base_model.x": torch.ones(1)},
+    ):
+        write_tensors(matrices, some, {})
+        with pytest.raises(ModelError, match="of another body"):
+            load_language_model(tmp_path / "adapter", base, texts("e"), "d")
+    matrices.write_bytes(whole)
 
     other = tiny_lm(tmp_path / "other", seed=7)
     with pytest.raises(ModelError, match=r"another base: [0-9a-f]{12}\.\.\. then, [0-9a-f]{12}"):

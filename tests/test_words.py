@@ -218,6 +218,10 @@ def test_a_history_is_read_from_steps_of_ten():
         starts[:21] == [[], *[[0]] * 20] and starts[21] == [10] and starts[30] == [10] and starts[31] == [20]
     )
     assert all(11 <= len(read(np.arange(n, dtype=np.int32), 20)) <= 20 for n in range(11, 60))
+    # A short window keeps at least half of what it may read.
+    for window in range(1, 12):
+        lengths = [len(read(np.arange(n, dtype=np.int32), window)) for n in range(window, 40)]
+        assert max(lengths) == window and min(lengths) >= window - window // 2
 
 
 def test_memory_is_bounded(base):
@@ -416,6 +420,28 @@ def test_of_a_long_wish_the_beginning_is_read(base):
 def test_prompts_that_the_base_model_cannot_read_are_refused(base):
     config = WordsConfig(mode="yes_no", base=str(base), precision="float32", window=600)
     with pytest.raises(ConfigError, match=r"the base model reads 512: lower lm\.window"):
+        WordLanguageModel.new(config, base, TITLES, COUNTS)
+    # Items with longer titles may come later, and letters stand before candidates.
+    config = config.model_copy(update={"window": 12})
+    WordLanguageModel.new(config, base, ["A"] * 3, np.ones(3))
+    with pytest.raises(ConfigError, match=r"lm\.listed"):
+        WordLanguageModel.new(config.model_copy(update={"mode": "letters"}), base, ["A"] * 3, np.ones(3))
+
+
+def test_what_is_no_base_model_is_a_clear_error(tmp_path):
+    (tmp_path / "empty").mkdir()
+    for content in ("{", '{"model_type": "of another time"}'):
+        (tmp_path / "config.json").write_text(content)
+        for folder in (tmp_path, tmp_path / "empty"):
+            with pytest.raises(ModelError, match="no base model that transformers can load"):
+                load_causal(folder, None, torch.float32)
+            with pytest.raises(ModelError, match="no base model that transformers can load"):
+                Vocabulary(folder)
+
+
+def test_modules_that_the_base_lacks_are_a_clear_error(base):
+    config = WordsConfig(mode="yes_no", base=str(base), precision="float32", targets=["q_prjo"])
+    with pytest.raises(ConfigError, match=r"lm\.targets does not fit the base model"):
         WordLanguageModel.new(config, base, TITLES, COUNTS)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from llmrec.errors import ConfigError
 
@@ -117,8 +117,15 @@ class TrainingConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    minutes: float | None = Field(20.0, gt=0, description="time to train; the learning rate falls with it")
-    steps: int | None = Field(None, ge=1, description="optimiser steps, instead of or besides minutes")
+    minutes: float | None = Field(
+        20.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="time to train, 20 if no steps are set; the learning rate falls with it",
+    )
+    steps: int | None = Field(
+        None, ge=1, description="optimiser steps; besides minutes, the sooner of the two ends the run"
+    )
     learning_rate: float = Field(1e-3, gt=0, description="of the LoRA matrices")
     head_learning_rate: float = Field(5e-3, gt=0, description="of item projections and id vectors")
     weight_decay: float = Field(0.01, ge=0)
@@ -150,7 +157,15 @@ class TrainingConfig(BaseModel):
     replay: float = Field(
         0.5, ge=0, lt=1, description="share of old events where a tuned model is continued on new ones"
     )
-    seed: int = 0
+    seed: int = Field(0, ge=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _steps_alone(cls, given: Any) -> Any:
+        """TOML has no word for None: who sets steps and no minutes has a run of steps."""
+        if isinstance(given, Mapping) and given.get("steps") is not None and "minutes" not in given:
+            return {**given, "minutes": None}
+        return given
 
     @property
     def learned(self) -> dict[str, Any]:
@@ -161,8 +176,8 @@ class TrainingConfig(BaseModel):
         """The same for a run of so many minutes; as it is for None."""
         if minutes is None:
             return self
-        if not minutes > 0:
-            raise ConfigError(f"training needs more than 0 minutes, got {minutes:g}")
+        if not 0 < minutes < float("inf"):
+            raise ConfigError(f"training needs more than 0 minutes and an end, got {minutes:g}")
         return TrainingConfig(**{**self.model_dump(), "minutes": minutes, "steps": None})
 
     def model_post_init(self, _context: Any) -> None:

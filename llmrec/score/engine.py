@@ -65,6 +65,10 @@ def check_web(url: str) -> None:
         )
 
 
+GRACE_SECONDS = 0.2
+"""For a request to say itself what kept it, when its time is over."""
+
+
 class Engine:
     """Asks the server, several requests at once over kept connections. Thread-safe.
 
@@ -120,7 +124,13 @@ class Engine:
         end = time.monotonic() + self.config.timeout_seconds
         waiting = [self._pool.submit(self._one, path, body, end) for body in bodies]
         try:
-            return [one.result() for one in waiting]
+            # A timeout of httpx is for each read, of which an answer may have many.
+            return [one.result(max(0.0, end + GRACE_SECONDS - time.monotonic())) for one in waiting]
+        except TimeoutError:
+            raise EngineError(
+                f"the inference server on {self.where} gave no scores for {path} within "
+                f"{self.config.timeout_seconds:g} seconds"
+            ) from None
         finally:
             for one in waiting:
                 one.cancel()

@@ -13,7 +13,7 @@ import math
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,16 @@ from torch import Tensor, nn
 
 from llmrec.errors import ModelError
 from llmrec.protocols import Codes, Floats, Hits, Mask, Query, VectorIndex
+from llmrec.quiet import loading_from
 from llmrec.ranking import tops
 from llmrec.score.attention import additive
 from llmrec.score.nearest import Nearest
 from llmrec.score.unseen import expected_counts
 from llmrec.score.words import WISH_TOKENS, Vocabulary
 from llmrec.sequences import Window, pad, rows_of
+
+SUMMED = 1000
+"""Items whose probabilities stand for those of a catalogue that is too large to sum over."""
 
 CHUNK = 128
 """Queries whose scores of the whole catalogue are held at once."""
@@ -39,7 +43,8 @@ def instruction_tokens(folder: Path, words: str) -> list[int]:
     """Tokenise the instruction; the begin-of-text token is put first where the model has one."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    with loading_from(folder):
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     tokens: list[int] = tokenizer(words)["input_ids"]
     return tokens
 
@@ -458,6 +463,18 @@ class ItemTokenScorer:
             else:
                 hits += tops(self._log_probs(chunk), chunk, k)
         return hits
+
+    def compared(self, queries: Sequence[Query], items: Codes) -> list[Floats]:
+        """Scores of the same items for several queries, as log-probabilities.
+
+        With an index, the sum over the catalogue is that over what the index finds.
+        """
+        scores = self.score(queries, [items] * len(queries))
+        if self._make_index is None:
+            return scores
+        found = self.retrieve([replace(query, mask=None) for query in queries], SUMMED)
+        sums = [np.logaddexp.reduce(hits.scores) for hits in found]
+        return [own - total for own, total in zip(scores, sums, strict=True)]
 
     def _own_logits(self, queries: Sequence[Query], candidates: Sequence[Codes]) -> list[Floats]:
         """Logits of the candidates alone."""

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from llmrec.errors import ConfigError, ModelError
-from llmrec.quiet import quiet_transformers
+from llmrec.quiet import loading_from, quiet_transformers
 from llmrec.score.attention import use_blocks
 from llmrec.score.config import Precision
 from llmrec.score.packed import takes_branches
@@ -45,7 +45,7 @@ def load_body(folder: Path, layers: int | None, dtype: torch.dtype) -> nn.Module
     """
     from transformers import AutoModel
 
-    with quiet_transformers():
+    with loading_from(folder):
         body, info = AutoModel.from_pretrained(
             folder, dtype=dtype, trust_remote_code=False, output_loading_info=True
         )
@@ -128,7 +128,7 @@ def load_causal(folder: Path, layers: int | None, dtype: torch.dtype) -> tuple[n
     """
     from transformers import AutoModelForCausalLM
 
-    with quiet_transformers():
+    with loading_from(folder):
         model, info = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, trust_remote_code=False, output_loading_info=True
         )

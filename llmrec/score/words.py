@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from llmrec.errors import ConfigError, ModelError
 from llmrec.prompt import Prompt
 from llmrec.protocols import Codes, Query
-from llmrec.quiet import quiet_transformers
+from llmrec.quiet import loading_from
 from llmrec.score.lines import TokenLines
 
 STEP = 10
@@ -50,7 +50,7 @@ class Vocabulary:
     def __init__(self, folder: Path) -> None:
         from transformers import AutoTokenizer
 
-        with quiet_transformers():
+        with loading_from(folder):
             self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         found = self.label(*LINE_ENDS)
         end = self._tokenizer.eos_token_id if found is None else found
@@ -189,10 +189,20 @@ class WordsPrompt:
             tokens += [*self.vocabulary.tokens(line), self.vocabulary.end]
         return tokens
 
-    def longest(self, candidates: int) -> int:
-        """Tokens of the longest prompt with so many candidates in it, about."""
+    def longest(self, candidates: int, line_tokens: int, label: int = 0) -> int:
+        """Tokens of the longest prompt that there may be, whatever items are added: about.
+
+        Parameters
+        ----------
+        candidates
+            In the prompt at once.
+        line_tokens
+            Of an item, at most.
+        label
+            Tokens before each candidate.
+        """
         wish = Query(np.empty(0, np.int32), "wish")
-        lines = (self.window + candidates) * (int(self.lines.lengths().max(initial=0)) + 1)
+        lines = (self.window + candidates) * (line_tokens + 1) + candidates * label
         return len(self.start) + lines + len(self.stem(wish)) + WISH_TOKENS + len(self.last)
 
 
@@ -252,5 +262,5 @@ def read(history: Codes, window: int) -> Codes:
     """The latest items of a history, at most `window`; the first of them moves in steps."""
     if len(history) <= window:
         return history
-    step = min(STEP, window)
+    step = min(STEP, max(1, window // 2))
     return history[-(-(len(history) - window) // step) * step :]
