@@ -83,13 +83,13 @@ def short(results: dict[Path, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def shortest(results: dict[Path, dict[str, Any]]) -> dict[Path, dict[str, Any]]:
-    """Of the runs that fine-tune on the same data, the one of the fewest minutes, which come first."""
-    first: dict[str, Path] = {}
+def longest(results: dict[Path, dict[str, Any]]) -> dict[Path, dict[str, Any]]:
+    """Of the runs that fine-tune on the same data, the one of the most minutes, which come last."""
+    last: dict[str, Path] = {}
     for path, found in results.items():
         if found["training"]:
-            first.setdefault(path.stem.split("-test-")[0], path)
-    return {path: results[path] for path in first.values()}
+            last[path.stem.split("-test-")[0]] = path
+    return {path: results[path] for path in last.values()}
 
 
 def table(path: Path, found: dict[str, Any]) -> str:
@@ -429,7 +429,7 @@ def pages() -> dict[Path, str]:
     timed = [read_json(path) for path in (*results_like("speed.json"), *results_like("speed-*.json"))]
     quick = "\n\n".join(speed(found, short=True) for found in timed[:1])
     slow = ["### speed (bring data)", *(speed(found, short=False) for found in timed)] if timed else []
-    in_short = "\n".join([short(shortest(results)), *repeated(results)])
+    in_short = "\n".join([short(longest(results)), *repeated(results)])
     return {
         ROOT / "docs" / "results.md": "\n\n".join(
             [short(results), retrieval(results), quick, growth(short=True)]

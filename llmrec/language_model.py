@@ -243,9 +243,7 @@ class LanguageModel:
 
     def save(self, folder: Path) -> None:
         """Write adapter, head and card into a folder; only a trained model can be."""
-        parameters = dict(self.model.named_parameters())
-        head: dict[str, Tensor] = {name: parameters[name] for name in self.model.head_names}
-        head |= {
+        head = self.model.head() | {
             "counts": self.model.counts,
             "unseen": self.model.unseen,
             "late": self.model.late,
@@ -292,10 +290,8 @@ class LanguageModel:
         late = np.ones(len(vectors), dtype=bool)
         late[: len(old.late)] = old.late.cpu().numpy()
         model = _model(old.body, instruction, vectors, counts, self.config, late, drawn=False)
-        state = {n: p.detach() for n, p in old.named_parameters() if not n.startswith("body.")}
-        for name in ("id_in.weight", "id_out.weight"):
-            state[name] = torch.nn.functional.pad(state[name], (0, 0, 0, len(vectors) - len(old.counts)))
-        model.load_state_dict(state, strict=False)
+        # Whoever ranks an item that is not listed grows the model for one request.
+        model.share_head(old)
         model.unseen.copy_(old.unseen)
         made = LanguageModel(model.to(old.counts.device).eval(), self.config, self.wish, self.card)
         made.scorer.grow_from(self.scorer)
@@ -312,9 +308,13 @@ class LanguageModel:
 
         All items of the catalogue could be chosen in these.
         """
-        self.model.counts.copy_(torch.from_numpy(counts.astype(np.float32)))
-        self.model.late.zero_()
-        return LanguageModel(self.model, self.config, self.wish, self.card)
+        old = self.model
+        counted = counts.astype(np.float32)
+        vectors = old.text_vectors.cpu().numpy()
+        model = _model(old.body, old.instruction.tolist(), vectors, counted, self.config, drawn=False)
+        model.load_state_dict(old.head(), strict=False)
+        model.unseen.copy_(old.unseen)
+        return LanguageModel(model.to(old.counts.device).eval(), self.config, self.wish, self.card)
 
 
 def _indexed(vectors: Floats) -> VectorIndex:

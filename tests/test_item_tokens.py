@@ -237,6 +237,22 @@ def test_growing_keeps_the_scores_of_old_items_up_to_the_normaliser(lm, vectors)
     assert np.isfinite(new).all()
     shift = new[:ITEMS] - old
     assert np.ptp(shift) < 1e-4
+    # What was computed of the old items is taken over, but for those whose texts are others.
+    changed = np.concatenate([vectors, vectors[:2]])
+    changed[3] = vectors[9]
+    other = lm.grown(Texts([], changed, None, None))
+    other.scorer.log_probs(asked)
+    outputs, fresh = other.scorer._outputs[0], other.model.item_outputs()
+    torch.testing.assert_close(outputs, fresh)
+    torch.testing.assert_close(outputs[:3], lm.model.item_outputs()[:3])
+    assert not torch.allclose(outputs[3], lm.model.item_outputs()[3])
+    # Items that came later have id vectors once they have events.
+    counts = np.ones(ITEMS + 2)
+    assert (
+        len(other.recounted(counts).model.id_in.weight)
+        == ITEMS + 2
+        == len(other.model.head()["id_out.weight"])
+    )
 
 
 def test_asking_for_more_layers_than_there_are_is_an_error(base):

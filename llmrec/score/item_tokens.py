@@ -188,7 +188,7 @@ class ItemTokenModel(nn.Module):
         """Input vectors of items: codes of any shape -> (..., hidden)."""
         known = self._with_id(codes, self.id_dropout)
         with torch.autocast(codes.device.type, enabled=False):
-            vectors: Tensor = self.text_in(self.text_vectors[codes]) + self.id_in(codes) * known
+            vectors: Tensor = self.text_in(self.text_vectors[codes]) + self.id_in(self._row(codes)) * known
         return vectors
 
     def item_outputs(self) -> Tensor:
@@ -199,8 +199,27 @@ class ItemTokenModel(nn.Module):
         """Output vectors of some items: (n,) -> (n, head_dim)."""
         known = self._with_id(codes, self.id_out_dropout)
         with torch.autocast(known.device.type, enabled=False):
-            vectors: Tensor = self.text_out(self.text_vectors[codes]) + self.id_out(codes) * known
+            vectors: Tensor = self.text_out(self.text_vectors[codes]) + self.id_out(self._row(codes)) * known
         return vectors
+
+    def _row(self, codes: Tensor) -> Tensor:
+        """Rows of the id vectors; any for items that came after these were made, which have none."""
+        return codes.clamp(max=self.id_in.num_embeddings - 1)
+
+    def share_head(self, other: ItemTokenModel) -> None:
+        """Take the trained parts of a model over another catalogue, whose first items have the id vectors."""
+        for name in ("text_in", "id_in", "norm", "state", "text_out", "id_out"):
+            setattr(self, name, getattr(other, name))
+
+    def head(self) -> dict[str, Tensor]:
+        """The trained parts by name, with a row of id vectors for every item."""
+        parameters = dict(self.named_parameters())
+        found: dict[str, Tensor] = {name: parameters[name].detach() for name in self.head_names}
+        for name in ("id_in.weight", "id_out.weight"):
+            new = len(self.counts) - len(found[name])
+            if new:
+                found[name] = nn.functional.pad(found[name], (0, 0, 0, new))
+        return found
 
     def _with_id(self, codes: Tensor, dropout: float) -> Tensor:
         """Which items have an id vector, this time: codes of any shape -> (..., 1)."""
@@ -376,12 +395,14 @@ class ItemTokenScorer:
         self._lock = threading.Lock()
         self._states: OrderedDict[bytes, Tensor] = OrderedDict()
         self._outputs: tuple[Tensor, Tensor] | None = None
+        # Output vectors of the same model over a smaller catalogue, and the text vectors of that.
+        self._before: tuple[Tensor, Tensor] | None = None
 
     def forget(self) -> None:
         """Drop all cached states; an index holds nothing of users, and stays."""
         with self._lock:
             self._states.clear()
-            self._outputs = None
+            self._outputs = self._before = None
 
     def log_probs(self, histories: Sequence[Codes]) -> Floats:
         """Log-probability of each item to be the next, shape (len(histories), items); rows sum to 1."""
@@ -390,8 +411,24 @@ class ItemTokenScorer:
     def _all_outputs(self) -> tuple[Tensor, Tensor]:
         """Output vectors and popularity of all items."""
         if self._outputs is None:
-            self._outputs = (self.model.item_outputs(), self.model.popularity())
+            self._outputs = (self._output_vectors(), self.model.popularity())
         return self._outputs
+
+    def _output_vectors(self) -> Tensor:
+        """Output vectors of all items: those of a smaller catalogue, and of what is new or other."""
+        before, self._before = self._before, None
+        if before is None:
+            return self.model.item_outputs()
+        outputs, texts = before
+        new = torch.arange(len(texts), len(self.model.counts), device=outputs.device)
+        grown = torch.cat([outputs, self.model.outputs_of(new)])
+        other = self._other_than(texts)
+        grown[other] = self.model.outputs_of(other)
+        return grown
+
+    def _other_than(self, texts: Tensor) -> Tensor:
+        """Codes of items whose text vector is not what it was."""
+        return (self.model.text_vectors[: len(texts)] != texts).any(dim=1).nonzero()[:, 0]
 
     def _log_probs(self, queries: Sequence[Query]) -> Floats:
         """The same, after the wish too where one was typed."""
@@ -497,7 +534,9 @@ class ItemTokenScorer:
         return vectors.cpu().numpy(), self.model.bias().cpu().numpy()
 
     def grow_from(self, old: ItemTokenScorer) -> None:
-        """Take over the index of the same model over a smaller catalogue, when something is searched."""
+        """Take over index and output vectors of the same model over a smaller catalogue, when asked."""
+        outputs, before = old._outputs, old._before
+        self._before = before if outputs is None else (outputs[0], old.model.text_vectors)
         # In this order no lock is needed, which the other may hold for as long as an index takes to make.
         smaller, made = old._smaller, old._nearest
         self._smaller = smaller if made is None else (made, old.model.text_vectors)
@@ -507,8 +546,8 @@ class ItemTokenScorer:
         assert self._make_index is not None
         if self._nearest is None and self._smaller is not None:
             old, texts = self._smaller
-            other = (self.model.text_vectors[: len(texts)] != texts).any(dim=1).nonzero()[:, 0]
-            self._nearest = old.grown(*self._biased(), other.cpu().numpy().astype(np.int32))
+            other = self._other_than(texts).cpu().numpy().astype(np.int32)
+            self._nearest = old.grown(*self._biased(), other)
         elif self._nearest is None:
             self._nearest = Nearest.of(*self._biased(), self._make_index)
         self._smaller = None
