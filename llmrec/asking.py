@@ -26,7 +26,7 @@ from llmrec.state import State
 from llmrec.store.places import Slot
 from llmrec.timing import Timing
 from llmrec.titles import TitleIndex
-from llmrec.types import Event, Item, Recommendation, Request
+from llmrec.types import Event, Item, Recommendation, Request, as_id
 
 if TYPE_CHECKING:
     from llmrec.explain.wording import Writer
@@ -224,6 +224,8 @@ class Asking:
         RequestError
             If k is no whole number of at least 1.
         """
+        if not isinstance(text, str):
+            raise RequestError(f"what was typed must be text, got {text!r:.100}")
         k, state = Request(k=k).k, self._state
         popularity, known = state.retrievers["popularity"], self._titles
         if known is None or known[0] is not popularity or known[1].catalog is not state.catalog:
@@ -358,6 +360,7 @@ class Asking:
 
     def history(self, user: str, limit: int | None = None) -> list[Event]:
         """Return the latest `limit` stored events of a user, oldest first; none for an unknown user."""
+        user = as_id(user, "user")
         with self._slot.use() as store:
             return store.history(user, limit)
 
@@ -384,6 +387,8 @@ def _request(request: Request | None, fields: Mapping[str, Any]) -> Request:
         except TypeError as wrong:
             known = ", ".join(Request.__dataclass_fields__)
             raise RequestError(f"{wrong}; a request has the fields {known}") from None
+    if not isinstance(request, Request):
+        raise RequestError(f"expected a Request or fields such as user='42', got {request!r:.100}")
     if fields:
         raise RequestError(f"give a Request or its fields, not both: {', '.join(fields)}")
     return request

@@ -24,6 +24,7 @@ from llmrec import errors
 from llmrec.errors import DataError, EngineError, LLMRecError, RequestError
 from llmrec.persistence import read_manifest
 from llmrec.recommender import Recommender
+from llmrec.rows import id_strings
 from llmrec.types import Request
 
 Task = Literal["recommend", "embed"]
@@ -100,6 +101,9 @@ class PartWorker:
         """Do one part and write its file."""
         batch = self.batch
         rows = _scan(batch).slice(part * batch.size, batch.size).collect()
+        what = str(batch.source or batch.out / ROWS)
+        for name in (name for name in ("user_id", "item_id", "id") if name in rows.columns):
+            rows = rows.with_columns(id_strings(rows[name], what))
         made = self._recommended(rows, part) if batch.task == "recommend" else self._embedded(rows)
         path = batch.path(part)
         draft = path.with_name(f".{path.name}.{os.getpid()}")
@@ -107,12 +111,8 @@ class PartWorker:
         draft.replace(path)
 
     def _recommended(self, rows: pl.DataFrame, part: int) -> pl.DataFrame:
-        requests = [
-            Request(
-                user=row.get("user_id"), history=row.get("history"), query=row.get("query"), k=self.batch.k
-            )
-            for row in rows.iter_rows(named=True)
-        ]
+        first = part * self.batch.size
+        requests = [self._request(row, n) for n, row in enumerate(rows.iter_rows(named=True), start=first)]
         found = self.rec.recommend_many(requests)
         if any(r.degraded for answer in found for r in answer):
             # A part that is written is not done again.
@@ -128,6 +128,18 @@ class PartWorker:
         who = kept[np.repeat(np.arange(len(kept)), [len(answer) for answer in found])]
         schema = {"rank": pl.Int32, "item_id": pl.String, "score": pl.Float64}
         return who.hstack(pl.DataFrame(table, schema=schema))
+
+    def _request(self, row: Mapping[str, Any], number: int) -> Request:
+        """What a row asks for; what is wrong with it names the row, counted from 0."""
+        user, history, query = row.get("user_id"), row.get("history"), row.get("query")
+        try:
+            if user is None and history is None and query is None:
+                raise RequestError("nobody is asked for: user_id, history and query are empty")
+            request = Request(user=user, history=history, query=query, k=self.batch.k)
+            self.rec.catalog.codes(history or [])
+        except RequestError as wrong:
+            raise DataError(f"{self.batch.source}: row {number:,}: {wrong}") from None
+        return request
 
     def _embedded(self, rows: pl.DataFrame) -> pl.DataFrame:
         encoder = self.rec.texts.encoder
@@ -252,13 +264,15 @@ def _begin(batch: Batch) -> int:
         _write_rows(batch)
     try:
         columns = _source(batch).collect_schema()
-        rows = int(_scan(batch).select(pl.len()).collect().item())
+        rows = int(_source(batch).select(pl.len()).collect().item())
     except (OSError, pl.exceptions.PolarsError) as broken:
         raise DataError(f"cannot read {batch.source}: {str(broken).splitlines()[0]}") from broken
     found = [name for name in _COLUMNS[batch.task] if name in columns]
     if not found or (batch.task == "embed" and "text" not in found):
         needed = "text" if batch.task == "embed" else "one of user_id, history, query"
         raise DataError(f"{batch.source} needs the column {needed}, and has {', '.join(columns)}")
+    if "history" in found and not isinstance(columns["history"], pl.List):
+        raise DataError(f"{batch.source}: history must be lists of item ids, got {columns['history']}")
     draft = path.with_suffix(".tmp")
     draft.write_text(json.dumps({"key": key, "rows": rows}), encoding="utf-8")
     draft.replace(path)
@@ -281,14 +295,19 @@ def _write_rows(batch: Batch) -> None:
 
 
 def _scan(batch: Batch) -> pl.LazyFrame:
-    """The rows, in order, with ids as text; nothing is read yet."""
+    """The rows, in order; nothing is read yet."""
     frame = _source(batch)
     known = frame.collect_schema()
-    return frame.select(
-        pl.col(name).cast(pl.List(pl.String) if name == "history" else pl.String)
-        for name in _COLUMNS[batch.task]
-        if name in known
-    )
+    chosen = []
+    for name in (name for name in _COLUMNS[batch.task] if name in known):
+        column, kind = pl.col(name), known[name]
+        if isinstance(kind, pl.List):
+            whole = kind.inner is not None and kind.inner.is_float()
+            column = (column.cast(pl.List(pl.Int64)) if whole else column).cast(pl.List(pl.String))
+        elif name in ("query", "text"):
+            column = column.cast(pl.String)
+        chosen.append(column)
+    return frame.select(chosen)
 
 
 def _files(batch: Batch) -> list[Path]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from llmrec.persistence import manifest_of
 from llmrec.protocols import ItemChange
 from llmrec.saved import Saved, adapter_in, load_tuned, model_of
 from llmrec.state import Named, State
-from llmrec.types import Event, Item
+from llmrec.types import Event, Item, as_id
 
 
 class Changing(Asking):
@@ -97,6 +97,7 @@ class Changing(Asking):
         StoreError
             If the event store cannot be used, or could not erase all; the message says what is left.
         """
+        user = as_id(user, "user")
         try:
             with self._slot.use() as store:
                 if self._saved is not None:
@@ -119,12 +120,18 @@ class Changing(Asking):
 
         Raises
         ------
+        RequestError
+            If it is no list of items: tables are for `Recommender.fit`.
         DataError
             If an item breaks the data contract.
         StoreError
             If the event store cannot be used.
         """
-        self._change(items, [])
+        given = list(items)
+        wrong = next((one for one in given if not isinstance(one, Item | Mapping)), None)
+        if wrong is not None:
+            raise RequestError(f"add_items takes a list of items (llmrec.Item), got {wrong!r:.100}")
+        self._change(given, [])
 
     def remove_items(self, item_ids: Sequence[str]) -> None:
         """Remove items: never returned again, unless added again. Events that name them stay.

@@ -32,7 +32,7 @@ def recommend(
     out: Out,
     users: Annotated[
         str | None,
-        typer.Option(help="Parquet with user_id, history (ids) or query; if not given, all with events."),
+        typer.Option(help="Parquet with user_id or history (ids), and query; if not given, all with events."),
     ] = None,
     k: Annotated[int, typer.Option("-k", "--k", help="Items for each row.")] = 10,
     size: Size = 1000,

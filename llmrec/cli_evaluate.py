@@ -61,12 +61,17 @@ def evaluate(
     """Measure every stage on held-out events; settings are chosen on validation, the table is on test."""
     from llmrec.config import Config
     from llmrec.offline import evaluate as evaluate_offline
+    from llmrec.persistence import may_write
 
+    if no_lm and minutes is not None:
+        raise RequestError("--minutes is the time of a language model, and --no-lm leaves it out")
     if minutes is not None and not minutes > 0:
         raise RequestError(f"--minutes must be above 0, got {minutes:g}")
     for flag, path, right in (("--json", result, Path.is_file), ("--out", out, Path.is_dir)):
         if path is not None and path.exists() and not right(path):
             raise RequestError(f"{flag}: {path} is a {'folder' if path.is_dir() else 'file'}")
+        if path is not None and not may_write(path):
+            raise RequestError(f"{flag}: nothing can be written to {path}")
     protocol = {
         "split": split,
         "validation_from": validation_from,

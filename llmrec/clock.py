@@ -13,7 +13,7 @@ _NUMBER = r"^[+-]?\d+(\.0*)?([eE][+-]?\d+)?$|^[+-]?\d*\.\d+[eE][+-]?\d+$"
 _ISO = (
     r"^(?<day>\d{4}-\d{2}-\d{2})"
     r"(?:[T ](?<time>\d{2}:\d{2}(?::\d{2})?)(?:[.,]\d+)?)?"
-    r" ?(?<zone>Z|UTC|[+-]\d{2}:?\d{2})?$"
+    r" ?(?<zone>Z|UTC|[+-](?:0\d|1[0-4])(?::?[0-5]\d)?)?$"
 )
 # 1e11 seconds are the year 5138, 1e11 milliseconds the year 1973.
 _UNITS = (
@@ -69,6 +69,11 @@ def _from_numbers(column: pl.Series, what: str) -> tuple[pl.Series, str]:
         whole = column.is_finite() & (column == column.round()) & (column.abs() < 2**62)
         column = column.set(~whole, None)
     seconds = column.cast(pl.Int64, strict=False)
+    if _are_dates(seconds):
+        raise DataError(
+            f"{what}: every value of column 'timestamp' is a date such as {seconds.drop_nulls()[0]}, and as "
+            "seconds since 1970 all would be in August 1970: write dates as 2023-11-24"
+        )
     for limit, divisor, unit in _UNITS:
         large = (seconds.abs() > limit).fill_null(False)
         if not bool(large.any()):
@@ -76,6 +81,14 @@ def _from_numbers(column: pl.Series, what: str) -> tuple[pl.Series, str]:
         _same_format(what, {unit: large, "smaller units": ~large & seconds.is_not_null()})
         return seconds // divisor, f"timestamp was read as {unit}"
     return seconds, ""
+
+
+def _are_dates(numbers: pl.Series) -> bool:
+    """Whether all are dates of this age, written without dashes."""
+    there = numbers.drop_nulls()
+    if not len(there) or not bool(there.is_between(19_700_101, 21_001_231).all()):
+        return False
+    return bool(there.cast(pl.String).str.to_date("%Y%m%d", strict=False).is_not_null().all())
 
 
 def _iso_parts(text: pl.Series) -> pl.DataFrame:
@@ -98,9 +111,8 @@ def _from_iso(text: pl.Series, what: str) -> pl.Series:
     clock = pl.when(clock.str.len_bytes() == 5).then(clock + ":00").otherwise(clock)
     moment = (pl.col("day") + "T" + clock).str.to_datetime("%Y-%m-%dT%H:%M:%S", time_unit="us", strict=False)
     zone = pl.col("zone").str.replace_all(r"[^+\-0-9]", "")
-    minutes = zone.str.slice(1, 2).cast(pl.Int64, strict=False) * 60 + zone.str.slice(3, 2).cast(
-        pl.Int64, strict=False
-    )
+    hours, rest = zone.str.slice(1, 2), zone.str.slice(3, 2)
+    minutes = hours.cast(pl.Int64, strict=False) * 60 + rest.cast(pl.Int64, strict=False).fill_null(0)
     offset = pl.when(zone.str.starts_with("-")).then(-minutes).otherwise(minutes).fill_null(0) * 60
     return parts.select((moment.dt.epoch("s") - offset).alias("timestamp"))["timestamp"]
 

@@ -6,7 +6,7 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, get_args
+from typing import Annotated, Any, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -36,8 +36,12 @@ class DataConfig(BaseModel):
     policy: Policy = Field("raise", description="what to do with bad rows")
     clock: Clock = Field("time", description="'none': the order of rows is the order of events")
     ties: Ties = Field("input", description="order of events with equal time stamps")
-    rating_threshold: float | None = Field(None, description="ratings below are no positive events")
-    event_weights: dict[str, float] | None = Field(None, description="weight of each event type")
+    rating_threshold: float | None = Field(
+        None, allow_inf_nan=False, description="ratings below are no positive events"
+    )
+    event_weights: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] | None = Field(
+        None, description="weight of each event type; 0 leaves its events out"
+    )
 
 
 class BesideConfig(BaseModel):

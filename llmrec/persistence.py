@@ -56,6 +56,12 @@ _TYPES = {
 """Of numpy, by their names in a safetensors file."""
 
 
+def may_write(path: Path) -> bool:
+    """Whether this user may write to a path, or make it where it is to be."""
+    there = next(known for known in (path.absolute(), *path.absolute().parents) if known.exists())
+    return os.access(there, os.W_OK | (os.X_OK if there.is_dir() else 0))
+
+
 def check_place(folder: Path) -> None:
     """Make sure that nothing of others is replaced or removed by saving into a directory.
 
@@ -69,6 +75,8 @@ def check_place(folder: Path) -> None:
             if not path.is_dir():
                 raise ModelError(f"{path} is a file; a recommender is saved into a directory")
             break
+    if not may_write(folder):
+        raise ModelError(f"nothing can be written to {folder}; save into a directory of your own")
     if not folder.is_dir() or manifest_of(folder):
         return
     manifest = folder / MANIFEST

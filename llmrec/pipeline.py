@@ -91,8 +91,14 @@ class Pipeline:
             rows.append(prior if alone else self.calibration.probabilities(candidates, self.prior))
         return np.stack(rows) if rows else np.zeros((0, len(self.prior)))
 
-    def retrieve(self, queries: Sequence[Query], weights: Sequence[Weights]) -> list[Candidates]:
-        """Retrieve and merge, without the language model's score."""
+    def retrieve(
+        self, queries: Sequence[Query], weights: Sequence[Weights], *, popular: bool = False
+    ) -> list[Candidates]:
+        """Retrieve and merge, without the language model's score.
+
+        Where nothing is found, popular items are, but not for somebody who typed what it should be about,
+        unless `popular` says so.
+        """
         found: dict[str, dict[int, Hits]] = {}
         for name, retriever in self.retrievers.items():
             rows = [row for row, weight in enumerate(weights) if weight.uses(name)]
@@ -104,7 +110,8 @@ class Pipeline:
             used = {n: hits[row] for n, hits in found.items() if row in hits}
             if not any(len(h.items) for h in used.values()):
                 # Weights of a blend say nothing of a list that rests on popularity alone.
-                used = {self.fallback: self.retrievers[self.fallback].retrieve([query], self.depth)[0]}
+                depth = self.depth if popular or not query.text else 0
+                used = {self.fallback: self.retrievers[self.fallback].retrieve([query], depth)[0]}
                 merged.append(merge(used, Weights({self.fallback: 1.0})))
             else:
                 merged.append(merge(used, weight))
@@ -131,7 +138,7 @@ class Pipeline:
         The query's mask has to allow these items and no others; an item is given once.
         """
         weights = self.weights_for(query)
-        merged = self.retrieve([query], [weights])[0]
+        merged = self.retrieve([query], [weights], popular=True)[0]
         merged = followed(merged, items[~np.isin(items, merged.items)])
         return self.rerank([query], [merged], [weights.lm])[0]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Any, Literal
 
 from llmrec.errors import RequestError
@@ -112,21 +113,37 @@ class Request:
             raise RequestError(f"k must be a whole number of at least 1, got {self.k!r}")
         if self.seen not in ("auto", "exclude", "include"):
             raise RequestError(f"seen must be 'auto', 'exclude' or 'include', got {self.seen!r}")
-        if self.user is not None and self.history is not None:
-            raise RequestError("give either user (its stored history is used) or history, not both")
-        if any(isinstance(ids, str) for ids in (self.history, self.exclude, self.pins)):
-            raise RequestError("history, exclude and pins are lists of item ids, got one string")
+        self._check_ids()
         if self.query is not None and not isinstance(self.query, str):
             raise RequestError(f"query must be text, got {type(self.query).__name__}")
         if not isinstance(self.explain, bool):
             raise RequestError(f"explain must be True or False, got {self.explain!r:.100}")
         if self.budget_ms is not None and not (_is_number(self.budget_ms) and self.budget_ms > 0):
             raise RequestError(f"budget_ms must be a number above 0, got {self.budget_ms!r:.100}")
-        if self.now is not None and (isinstance(self.now, bool) or not isinstance(self.now, int)):
+        if self.now is not None and not _is_whole(self.now):
             raise RequestError(f"now must be whole seconds since 1970, got {self.now!r:.100}")
         if self.adapter is not None and not isinstance(self.adapter, str):
             raise RequestError(f"adapter must be a name, got {type(self.adapter).__name__}")
         self._check_arrangement()
+
+    def _check_ids(self) -> None:
+        if self.user is not None and self.history is not None:
+            raise RequestError("give either user (its stored history is used) or history, not both")
+        if any(isinstance(ids, str) for ids in (self.history, self.exclude, self.pins)):
+            raise RequestError("history, exclude and pins are lists of item ids, got one string")
+        if self.user is not None:
+            object.__setattr__(self, "user", as_id(self.user, "user"))
+        for name in ("history", "exclude", "pins"):
+            given = getattr(self, name)
+            if given is None and name == "history":
+                continue
+            try:
+                text = all(isinstance(one, str | Event) for one in given) and len(given) >= 0
+            except TypeError:
+                raise RequestError(f"{name} must be a list of item ids, got {given!r:.100}") from None
+            if not text:
+                ids = [one if isinstance(one, Event) else as_id(one, name) for one in given]
+                object.__setattr__(self, name, ids)
 
     def _check_arrangement(self) -> None:
         if self.caps is not None and not isinstance(self.caps, Mapping):
@@ -142,12 +159,34 @@ class Request:
             raise RequestError(f"diversity must be a number from 0 to 1, got {self.diversity!r:.100}")
 
 
+def as_id(value: object, what: str) -> str:
+    """An id as text: text as it is, whole numbers as in tables, so that 42 and 42.0 are ``"42"``.
+
+    Raises
+    ------
+    RequestError
+        For anything else, of which no events could be stored.
+    """
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, bool):
+        if isinstance(value, Integral):
+            return str(int(value))
+        if isinstance(value, Real) and float(value).is_integer():
+            return str(int(float(value)))
+    raise RequestError(f"{what} must be text or a whole number, got {value!r:.100}")
+
+
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return not isinstance(value, bool) and isinstance(value, Real)
 
 
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+def _is_whole(value: object) -> bool:
+    return not isinstance(value, bool) and isinstance(value, Integral)
+
+
+def _is_count(value: Any) -> bool:
+    return _is_whole(value) and value >= 1
 
 
 @dataclass(frozen=True, slots=True)

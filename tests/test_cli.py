@@ -232,7 +232,7 @@ def fails(monkeypatch, capsys):
     return check
 
 
-def test_bad_requests(fails, fitted, tmp_path):
+def test_bad_requests(fails, fitted, tmp_path, monkeypatch):
     ask = ("recommend", fitted, "--user", "u1")
     assert "whom for?" in fails("recommend", fitted)
     assert "not both" in fails(*ask, "--history", "i1")
@@ -247,6 +247,11 @@ def test_bad_requests(fails, fitted, tmp_path):
     assert "minutes" in fails("finetune", fitted, "--minutes", 0)
     assert "not a saved recommender" in fails("recommend", tmp_path / "none", "--user", "u1")
     assert "not a known name" in fails("fetch", "no such name")
+    tables = ("evaluate", "--items", "i.csv", "--events", "e.csv")
+    assert "--no-lm leaves it out" in fails(*tables, "--no-lm", "--minutes", 3)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert "nothing can be written" in fails(*tables, "--out", tmp_path / "report")
+    assert "nothing can be written" in fails("fit", *tables[1:], "--out", tmp_path / "model")
 
 
 def test_bad_conditions_say_where(fails, fitted):

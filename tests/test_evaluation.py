@@ -273,3 +273,9 @@ def test_the_protocol_of_a_file_is_the_one_that_runs(tmp_path):
     )
     result = evaluate(*toy_data(), Config.of(tmp_path / "c.toml"), lm=False).result
     assert result["protocol"]["users"] == 12 and result["config"]["protocol"]["split"] == "cold-user"
+
+
+def test_thresholds_and_weights_that_mean_nothing_are_refused():
+    for data in ({"rating_threshold": float("nan")}, {"event_weights": {"view": -1.0}}):
+        with pytest.raises(ConfigError):
+            Config.of({"data": data})

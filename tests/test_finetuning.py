@@ -107,7 +107,7 @@ def tasks(base):
     """A task of each kind, with weights that differ."""
     vectors = LanguageModel.new(shape(base), base, VECTORS, np.ones(ITEMS))
     yield ItemTokensTask(vectors.model, Source(HISTORIES, WEIGHTS), 5, settings())
-    words = {"base": str(base), "rank": 4, "precision": "float32", "window": 3}
+    words = {"base": str(base), "rank": 4, "precision": "float32", "window": 3, "line_tokens": 8}
     lm = WordLanguageModel.new(WordsConfig(mode="likelihood", **words), base, LINES, np.ones(ITEMS))
     yield LikelihoodTask(lm.scorer.model, Source(HISTORIES, WEIGHTS), settings())
     for mode in ("yes_no", "letters"):
@@ -542,7 +542,7 @@ def test_a_continued_model_that_is_worse_is_refused(yesterday, tmp_path):
     rec.save(tmp_path / "model")
     before = {n: p.detach().clone() for n, p in rec._state.lm.model.named_parameters()}
     page = next((tmp_path / "model").glob("state-*/adapter/README.md")).read_text()
-    train_with(rec, learning_rate=3.0, head_learning_rate=3.0, validations=1, steps=20)
+    train_with(rec, learning_rate=0.3, head_learning_rate=0.3, validations=1, steps=20)
     report = rec.finetune(since="last")
     assert not report.continued.kept and report.continued.comparison.high < 0
     assert "not kept, the earlier model stays" in str(report)

@@ -115,6 +115,12 @@ def test_rules_hold_and_may_leave_less_than_k(rec, data):
         {"seen": "never"},
         {"query": 3},
         {"usr": "u1"},
+        {"user": ["u1"]},
+        {"user": 1.5},
+        {"user": True},
+        {"history": 5},
+        {"exclude": None},
+        {"pins": [None]},
     ],
 )
 def test_a_bad_request_is_a_clear_error(rec, fields):
@@ -769,6 +775,35 @@ def test_damaged_parts_of_a_saved_recommender_are_named(rec, tmp_path):
     next((tmp_path / "model").glob("state-*/encoder.safetensors")).unlink()
     with pytest.raises(ModelError, match=r"encoder\.safetensors is missing"):
         Recommender.load(tmp_path / "model")
+
+
+def test_ids_as_numbers_are_those_of_the_tables(tmp_path):
+    items = [Item(str(code), f"thing {code}") for code in range(8)]
+    events = [Event(str(user), str((user + t) % 8), t) for user in range(6) for t in range(3)]
+    rec = Recommender.fit(items, events, LIGHT)
+    expected = ids(rec.recommend(user="4", k=np.int64(3)))
+    for user in (4, 4.0, np.int64(4), np.float64(4)):
+        assert ids(rec.recommend(user=user, k=3)) == expected and len(rec.history(user)) == 3
+    assert ids(rec.recommend(history=[4, "5", np.int64(6)], k=3)) == ids(
+        rec.recommend(history=["4", "5", "6"], k=3)
+    )
+    assert rec.forget(np.int64(4)) == 3 and not rec.history("4")
+    for wrong in (None, ["4"], float("nan")):
+        with pytest.raises(RequestError, match="user must be text or a whole number"):
+            rec.forget(wrong)
+    with pytest.raises(RequestError, match="expected a Request"):
+        rec.recommend("4")
+    with pytest.raises(RequestError, match="must be text"):
+        rec.complete(None)
+    for table in ("items.csv", pl.DataFrame({"item_id": ["x"], "title": ["y"]})):
+        with pytest.raises(RequestError, match="takes a list of items"):
+            rec.add_items(table)
+
+
+def test_words_that_nothing_has_find_nothing(rec):
+    assert rec.search("zzzzqqq") == []
+    # Given candidates all come back.
+    assert ids(rec.rank(["i3", "i1"], query="zzzzqqq")) and len(rec.rank(["i3", "i1"], query="zzzzqqq")) == 2
 
 
 def test_popular_items_follow_where_too_few_were_found_and_nothing_was_typed(data):

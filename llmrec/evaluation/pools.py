@@ -12,6 +12,7 @@ from llmrec.catalog import Catalog
 from llmrec.errors import DataError
 from llmrec.evaluation.split import Part
 from llmrec.protocols import Codes, Mask
+from llmrec.rows import id_strings
 from llmrec.tables import read_table
 
 
@@ -100,7 +101,7 @@ def _read_lists(path: Path, source: str | None) -> dict[str, list[str]]:
         table = table.filter(pl.col("source").cast(pl.String) == source)
         if not table.height:
             raise DataError(f"{path}: no rows of source {source!r}; known are {', '.join(known)}")
-    ids = table["user_id"].cast(pl.String)
+    ids = id_strings(table["user_id"], str(path))
     if ids.n_unique() < len(ids):
         raise DataError(f"{path}: some users have more than one list; choose one with candidate_source")
     lists = table["candidates"].cast(pl.List(pl.String)).fill_null([])
