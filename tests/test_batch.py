@@ -128,7 +128,7 @@ def test_what_cannot_be_done_is_said(model, tmp_path):
     fails(DataError, "cannot read", None)
     fails(DataError, "one of user_id, history, query, and has users", {"users": ["u1"]})
     fails(DataError, "needs the column text", {"item_id": ["i1"]}, "embed")
-    fails(DataError, "row 1: .*'nope'", {"history": [["i1"], ["nope"]]})
+    fails(DataError, r"row 1: .*'nope'", {"history": [["i1"], ["nope"]]})
     fails(DataError, "row 1: give either user", {"user_id": ["u1", "u2"], "history": [None, ["i1"]]})
     fails(DataError, "row 1: nobody is asked for", {"user_id": ["u1", None]})
     fails(DataError, "history must be lists of item ids, got String", {"history": ["i1,i2"]})
@@ -173,7 +173,7 @@ def test_two_actors_give_the_same_parts_and_one_that_is_killed_is_replaced(model
     assert parts(job.out).equals(parts(tmp_path / "here"))
     # The error of a row comes through as it is.
     pl.DataFrame({"history": [["nope"]]}).write_parquet(tmp_path / "bad.parquet")
-    with pytest.raises(DataError, match="row 0: .*nope"):
+    with pytest.raises(DataError, match=r"row 0: .*nope"):
         run(Batch("recommend", model, tmp_path / "bad", str(tmp_path / "bad.parquet")), workers=2)
 
 
