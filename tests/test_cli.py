@@ -290,15 +290,22 @@ def test_a_process_that_fails_says_so_in_one_line(tmp_path):
 # ---- what is stopped -------------------------------------------------------------------------------
 
 
+# A pytest in the background ignores Ctrl-C, and its children would inherit that.
+STOPPABLE = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from llmrec.cli import main
+main()
+"""
+
+
 def start_finetuning(model, data):
-    # A pytest in the background ignores Ctrl-C, and its children would inherit that.
     return subprocess.Popen(
-        [*COMMAND, "finetune", str(model), "--config", str(data / "long.toml")],
+        [sys.executable, "-c", STOPPABLE, "finetune", str(model), "--config", str(data / "long.toml")],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env=ENVIRONMENT,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 

@@ -107,7 +107,7 @@ def tasks(base):
     """A task of each kind, with weights that differ."""
     vectors = LanguageModel.new(shape(base), base, VECTORS, np.ones(ITEMS))
     yield ItemTokensTask(vectors.model, Source(HISTORIES, WEIGHTS), 5, settings())
-    words = {"base": str(base), "rank": 4, "precision": "float32", "window": 3, "line_tokens": 8}
+    words = {"base": str(base), "rank": 4, "precision": "float32", "window": 3, "listed": 5}
     lm = WordLanguageModel.new(WordsConfig(mode="likelihood", **words), base, LINES, np.ones(ITEMS))
     yield LikelihoodTask(lm.scorer.model, Source(HISTORIES, WEIGHTS), settings())
     for mode in ("yes_no", "letters"):
