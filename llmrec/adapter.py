@@ -127,10 +127,9 @@ def read_adapter(folder: Path) -> tuple[ItemTokensConfig | WordsConfig, Card, di
         config: ItemTokensConfig | WordsConfig = TypeAdapter(LMConfig).validate_python(stored["config"])
         card = Card(**stored["card"])
         head, _ = read_tensors(folder / HEAD)
-        if "counts" not in head:
-            raise ValueError(f"{HEAD} has no counts")
-        if isinstance(config, WordsConfig) and "scale" not in head:
-            raise ValueError(f"{HEAD} has no scale")
+        for name in ("counts", "late", "scale" if isinstance(config, WordsConfig) else "unseen"):
+            if name not in head:
+                raise ValueError(f"{HEAD} has no {name}")
         for name in (LORA, SETTINGS):
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"{name} is missing")

@@ -266,9 +266,9 @@ class LanguageModel:
         counts = head.pop("counts").numpy()
         body = shared_body(base, config.layers, body_dtype(config.precision))
         body = kept_adapter(body, folder, trainable=trainable)
-        late = head.pop("late", torch.zeros(len(counts), dtype=torch.bool)).numpy()
+        late = head.pop("late").numpy()
         model, _, wish = _assemble(body, config, base, texts.vectors[: len(counts)], counts, late)
-        unseen = head.pop("unseen", torch.tensor(0.0))
+        unseen = head.pop("unseen")
         if set(head) != set(model.head_names):
             raise ModelError(
                 f"{folder} holds no complete adapter: {HEAD} has {', '.join(sorted(head))} alone"

@@ -138,7 +138,8 @@ class Request:
             if given is None and name == "history":
                 continue
             try:
-                text = all(isinstance(one, str | Event) for one in given) and len(given) >= 0
+                # What has no length is read once and gone.
+                text = len(given) == sum(isinstance(one, str | Event) for one in given)
             except TypeError:
                 raise RequestError(f"{name} must be a list of item ids, got {given!r:.100}") from None
             if not text:

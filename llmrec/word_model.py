@@ -191,9 +191,7 @@ class WordLanguageModel:
             words.scale.copy_(head["scale"])
         on_device(words)
         known = head["counts"].numpy()
-        late = padded(
-            head.get("late", torch.zeros(len(known), dtype=torch.bool)).numpy(), len(texts.lines), 1
-        )
+        late = padded(head["late"].numpy(), len(texts.lines), True)
         return cls(words, config, texts.lines, padded(known, len(texts.lines)), card, shape, late)
 
     def grown(self, texts: Texts) -> WordLanguageModel:
