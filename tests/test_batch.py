@@ -1,12 +1,8 @@
 """Batches: equal to the online path, interrupted, killed, and given what they cannot do."""
 
-import os
-import signal
 import subprocess
 import sys
-import threading
 import time
-from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -147,34 +143,56 @@ def _empty(tmp_path):
     return tmp_path / "empty.parquet"
 
 
+SPREAD = """
+import os, signal, sys
+from pathlib import Path
+from llmrec.batch import Batch, run
+from llmrec.errors import DataError
+
+model, out, source, kills = sys.argv[1:]
+killed = []
+
 def actors():
     found = []
     for place in Path("/proc").glob("[0-9]*"):
         try:
-            if b"ray::MapWorker" in (place / "cmdline").read_bytes():
+            if (place / "cmdline").read_bytes().startswith(b"ray::MapWorker"):
                 found.append(int(place.name))
         except OSError:
             continue
     return found
 
+def kill(done, parts):
+    if kills and done >= 2 and not killed and (found := actors()):
+        os.kill(found[0], signal.SIGKILL)
+        killed.append(found[0])
+
+try:
+    job = Batch("recommend", Path(model), Path(out), source or None, k=5, size=3)
+    done = run(job, workers=2, on_part=kill)
+except DataError as error:
+    sys.exit(f"said: {error}")
+print(done, len(killed))
+"""
+
 
 def test_two_actors_give_the_same_parts_and_one_that_is_killed_is_replaced(model, tmp_path):
     pytest.importorskip("ray")
-    job = Batch("recommend", model, tmp_path / "spread", k=5, size=3)
-    killed = threading.Event()
 
-    def kill(done, parts):
-        if done >= 2 and not killed.is_set() and actors():
-            os.kill(actors()[0], signal.SIGKILL)
-            killed.set()
+    def spread(out, source="", kills=""):
+        # In a process of its own: Ray leaves threads, and ends its process where it loses what it started.
+        command = [sys.executable, "-c", SPREAD, str(model), str(tmp_path / out), str(source), kills]
+        return subprocess.run(command, capture_output=True, text=True, timeout=240)
 
-    assert run(job, workers=2, on_part=kill) == 90 and killed.is_set()
+    done = spread("spread", kills="one")
+    # Ray says on standard output too that a worker died.
+    assert done.stdout.splitlines()[-1:] == ["90 1"], done.stderr
     run(Batch("recommend", model, tmp_path / "here", k=5, size=3))
-    assert parts(job.out).equals(parts(tmp_path / "here"))
+    assert parts(tmp_path / "spread").equals(parts(tmp_path / "here"))
     # The error of a row comes through as it is.
     pl.DataFrame({"history": [["nope"]]}).write_parquet(tmp_path / "bad.parquet")
-    with pytest.raises(DataError, match=r"row 0: .*nope"):
-        run(Batch("recommend", model, tmp_path / "bad", str(tmp_path / "bad.parquet")), workers=2)
+    done = spread("bad", tmp_path / "bad.parquet")
+    assert done.returncode == 1 and "said: " in done.stderr and "row 0: 1 of 1 item ids" in done.stderr
 
 
 def test_the_command_line_does_a_batch_and_says_what_is_wrong(model, tmp_path):
