@@ -1,4 +1,5 @@
-# Serves a saved model: docker build -t llmrec . && docker run -v ./model:/model -p 8000:8000 llmrec
+# Serves a saved model, as the user that may write to it, since events are kept in it:
+# docker build -t llmrec . && docker run --user "$(id -u):$(id -g)" -v ./model:/model -p 8000:8000 llmrec
 # A host that other machines can reach needs keys: mount a serve.toml with [[keys]] at /etc/llmrec/serve.toml.
 FROM python:3.11-slim AS build
 WORKDIR /src

@@ -18,7 +18,7 @@ import json
 import sys
 import time
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -43,7 +43,6 @@ from llmrec.features import Features
 from llmrec.fetch import resolve
 from llmrec.language_model import LanguageModel, TunedModel
 from llmrec.lm_training import (
-    VALIDATION_USERS,
     WORDS_VALIDATION_USERS,
     hash_words,
     measure,
@@ -55,7 +54,7 @@ from llmrec.metrics import Ranks, summary
 from llmrec.mining import mined_choices
 from llmrec.offline import core_of
 from llmrec.protocols import Codes, Floats, Query, Scorer
-from llmrec.recipe import HeldOut, ranks_in
+from llmrec.recipe import VALIDATION_USERS, HeldOut, ranks_in
 from llmrec.retrieve.sequence import SequenceRetriever
 from llmrec.score.config import ItemTokensConfig, TrainingConfig
 from llmrec.score.item_tokens import ItemTokenScorer
@@ -64,6 +63,7 @@ from llmrec.score.line_tasks import lines_task
 from llmrec.score.tasks import Choice, ItemTokensTask, ListwiseTask, Task
 from llmrec.score.wordwise import VocabularyScorer
 from llmrec.search import known_item_queries, quality
+from llmrec.several import Remembered
 from llmrec.stages import cached_retrievers, cached_texts
 from llmrec.state import State
 from llmrec.word_model import WordLanguageModel
@@ -260,25 +260,6 @@ def on_device(lm: Any) -> Any:
     return lm
 
 
-class Once:
-    """A scorer that answers a list of a query once: the blend asks for the merge's first items again."""
-
-    def __init__(self, scorer: Scorer) -> None:
-        self.scorer = scorer
-        self._known: dict[tuple[str, bytes, bytes], Floats] = {}
-
-    def score(self, queries: Sequence[Query], candidates: Sequence[Codes]) -> list[Floats]:
-        """Scores of the candidates of each query."""
-        keys = [
-            (query.text, query.history.tobytes(), np.asarray(items, np.int32).tobytes())
-            for query, items in zip(queries, candidates, strict=True)
-        ]
-        new = [row for row, key in enumerate(keys) if key not in self._known]
-        fresh = self.scorer.score([queries[row] for row in new], [candidates[row] for row in new])
-        self._known |= {keys[row]: own for row, own in zip(new, fresh, strict=True)}
-        return [self._known[key] for key in keys]
-
-
 def run(
     p: Prepared, name: str, trial: Mapping[str, Any], folder: Path
 ) -> tuple[dict[str, Any], dict[str, Ranks]]:
@@ -289,7 +270,8 @@ def run(
     lm, training = trained(p, name, trial, folder)
     found: dict[str, Any] = {"training": training}
     merged = [c.items for c in p.state.pipeline().recommend(p.few.queries, max(CANDIDATES))]
-    once = Once(lm.scorer)
+    # The blend asks for the merge's first items again.
+    once = Remembered(lm)
     for n in CANDIDATES if trial.get("detail") else CANDIDATES[:1]:
         listed = [items[:n] for items in merged]
         begun = time.perf_counter()
@@ -347,7 +329,8 @@ def blended(p: Prepared, lm: TunedModel, scorer: Scorer, held_out: HeldOut, kind
     used = [name for name in recipe.settings if weights.ever_uses(name)]
     depth = p.config.retrieval.depth
     hits = {n: retrievers[n].retrieve(held_out.queries, depth) for n in used}
-    proposed = cast(Any, lm.scorer).retrieve(held_out.queries, depth) if lm.proposes else None
+    own = lm.proposes and kind == "history"
+    proposed = cast(Any, lm.scorer).retrieve(held_out.queries, depth) if own else None
     features = Features.with_lm(hits, proposed, scorer, held_out, weights, lm.scored)
     log: list[dict[str, Any]] = []
     weight = lm_weight(features, weights, log, kind, 0)

@@ -13,6 +13,9 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
+import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -21,7 +24,7 @@ from pathlib import Path
 from rich.console import Console
 
 from llmrec.config import Config
-from llmrec.errors import LLMRecError
+from llmrec.errors import ConfigError, LLMRecError
 from llmrec.fetch import resolve
 from llmrec.offline import Evaluation, evaluate
 from llmrec.progress import Progress
@@ -52,10 +55,33 @@ def seeded(config: Config, seed: int) -> Config:
     """The same with this seed in everything that is chosen and fitted."""
     values = config.model_dump()
     retrieval = values["retrieval"]
-    for section in (values["training"], retrieval, *retrieval.values()):
+    beside = [more["training"] for more in values["beside"]]
+    for section in (values["training"], *beside, retrieval, *retrieval.values()):
         if isinstance(section, dict) and "seed" in section:
             section["seed"] = seed
     return Config.of(values)
+
+
+def other_result(path: Path, config: Config, given: str | None) -> None:
+    """Refuse to replace the result of another configuration.
+
+    Raises
+    ------
+    ConfigError
+        If one is there under this name.
+    """
+    if not path.is_file():
+        return
+    found = json.loads(path.read_text(encoding="utf-8"))
+    told = shlex.split(found["command"])
+    file = next((word for flag, word in itertools.pairwise(told) if flag == "--config"), None)
+    # Where the lists lie is of the machine.
+    theirs, ours = (
+        values["protocol"] | {"candidates": None}
+        for values in (found["config"], config.model_dump(mode="json"))
+    )
+    if theirs != ours or Path(file or "").name != Path(given or "").name:
+        raise ConfigError(f"{path} is the result of another configuration: give this one a name by --name")
 
 
 def git_sha() -> str:
@@ -132,6 +158,7 @@ def main(argv: list[str] | None = None) -> None:
         what += f"-{protocol.negatives}drawn"
     name = args.name or f"{folder.name}{what}-{part}-{budget}"
     path = Path(args.out) / f"{name}.json"
+    other_result(path, config, args.config)
     # Before the log of readings changes the tree.
     commit = git_sha()
     if args.final:

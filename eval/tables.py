@@ -62,8 +62,9 @@ def short(results: dict[Path, dict[str, Any]]) -> str:
     """One row a results file: what the language model adds to the merge."""
     lines = [
         "| data | minutes at most | users | merge R@10 | merge N@10 | LM alone N@10 | blend R@10 "
-        "| blend N@10 | blend - merge, N@10 | typed words: merge N@10 | typed words: served N@10 |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| blend N@10 | blend - merge, N@10 | known items by typed words, N@10: merge | served "
+        "| items of a typed attribute, N@10: merge | served |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for path, found in results.items():
         systems, training = found["systems"], found["training"]
@@ -72,15 +73,25 @@ def short(results: dict[Path, dict[str, Any]]) -> str:
         merge, lm, blend = systems["merge"], systems["lm"], systems["default"]
         compared = next(c for c in found["comparisons"] if (c["a"], c["metric"]) == ("default", "ndcg@10"))
         weight = lm_weight(found)
-        typed = found["search"]["known_item"]["systems"]
+        typed = " | ".join(searched(found, kind) for kind in ("known_item", "attribute"))
         added = difference(compared) if weight else "weight 0: left out"
         lines.append(
             f"| {path.stem.split('-test-')[0]} ({source(found)}) | {_minutes(found):g} "
             f"| {found['protocol']['users']:,} | {merge['recall@10']:.4f} | {merge['ndcg@10']:.4f} "
             f"| {lm['ndcg@10']:.4f} | {blend['recall@10']:.4f} | {blend['ndcg@10']:.4f} | {added} "
-            f"| {typed['merge']['ndcg@10']:.4f} | {typed['default']['ndcg@10']:.4f} |"
+            f"| {typed} |"
         )
     return "\n".join(lines)
+
+
+def searched(found: dict[str, Any], kind: str) -> str:
+    """NDCG@10 for typed words of one kind: of the merge, and as served, with its interval if it has one."""
+    own = found["search"][kind]
+    if not own["systems"]:
+        return " | "
+    merge, served = (own["systems"][name]["ndcg@10"] for name in ("merge", "default"))
+    tested = [f" ({difference(c)})" for c in own.get("comparisons", ())]
+    return f"{merge:.4f} | {served:.4f}{''.join(tested)}"
 
 
 def longest(results: dict[Path, dict[str, Any]]) -> dict[Path, dict[str, Any]]:

@@ -74,19 +74,21 @@ def added_items(name: str, found: Found) -> str:
         "first; .5 is no preference. First ten: share of added items among the first ten of the catalogue.",
         "",
         "| mode | ahead, grown | retrained | difference | first ten, grown | retrained "
-        "| NDCG@10 of an added item, grown | retrained | of another, grown | retrained |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| NDCG@10 of an added item, grown | retrained | difference | of another, grown | retrained "
+        "| difference |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for mode, own in found["modes"].items():
-        (ahead,) = (c for c in found["comparisons"] if (c["a"], c["metric"]) == (f"{mode}, grown", "ahead"))
+        tested = {c["metric"]: c for c in found["comparisons"] if c["a"] == f"{mode}, grown"}
         cells = [mode]
         for measure in ("ahead", "first ten", "ndcg@10 of an added item", "ndcg@10 of another"):
             for side in ("grown", "retrained"):
                 value = own[side][measure]
                 cells.append("" if value is None else f"{value:.3f}")
-            if measure == "ahead":
-                low, high = ahead["ci95"]
-                cells.append(f"{ahead['difference']:+.3f} [{low:+.3f}, {high:+.3f}]{ahead['verdict']}")
+            if measure in tested:
+                low, high = tested[measure]["ci95"]
+                told = f"{tested[measure]['difference']:+.3f} [{low:+.3f}, {high:+.3f}]"
+                cells.append(told + tested[measure]["verdict"])
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -98,7 +100,7 @@ def _difference(trial: str, found: Found) -> str:
     if kind is None:
         return ""
     low, high = own[kind]["ci95"]
-    shown = "" if own[kind]["shown"] else ", not shown"
+    shown = ", not shown" if own[kind]["verdict"] else ""
     measure = "" if kind == "alone" else ", first 20"
     return f"{own[kind]['difference']:+.4f} [{low:+.4f}, {high:+.4f}]{shown}{measure} (to {own[kind]['b']})"
 

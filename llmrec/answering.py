@@ -103,13 +103,13 @@ def _answer(
     answered = recommendations(shown, state.catalog)
     if not asked.request.explain:
         return answered
-    return _explained(answered, shown.items, found.items, asked, state, pipeline)
+    return _explained(answered, shown.items, found, asked, state, pipeline)
 
 
 def _explained(
     answered: Sequence[Recommendation],
     shown: Codes,
-    candidates: Codes,
+    found: Candidates,
     asked: Asked,
     state: State,
     pipeline: Pipeline,
@@ -117,10 +117,11 @@ def _explained(
     """Add reasons to what is shown: how its scores change when one history item is left out."""
     left_out, queries = leave_one_out(asked.query)
     changes = np.zeros((len(left_out), len(state.catalog)), np.float32)
+    candidates = found.items
     if len(left_out) and len(candidates):
         mask = only(candidates, len(state.catalog))
         masked = [replace(query, mask=mask) for query in (asked.query, *queries)]
-        scores = pipeline.scores(masked, candidates, pipeline.weights_for(asked.query))
+        scores = pipeline.scores(masked, candidates, pipeline.weights_of(asked.query, found))
         changes[:, candidates] = scores[0] - scores[1:]
     reasons = explain(answered, asked.query, left_out, changes[:, shown], state.catalog)
     return [replace(one, reason=reason) for one, reason in zip(answered, reasons, strict=True)]

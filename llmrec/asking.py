@@ -174,11 +174,11 @@ class Asking:
         plain = _without_lm(pipeline)
         stages = {"retrieval": plain, "default": pipeline}
         if state.lm is not None:
-            alone = replace(pipeline, history=Weights({}, lm=1.0), query=Weights({}, lm=1.0))
+            # It orders what words find; by history what the merge gives, unless it proposes items itself.
+            most = 1000.0
+            alone = replace(pipeline, history=Weights({}, lm=1.0), query=plain.query.with_lm(most))
             if state.lm.scored is not None:
-                # It orders what the merge gives it.
-                most = 1000.0
-                alone = replace(plain, history=plain.history.with_lm(most), query=plain.query.with_lm(most))
+                alone = replace(plain, history=plain.history.with_lm(most), query=alone.query)
             stages["language model"] = alone
         asked = [self._ask(request, state)]
         for name, stage in stages.items():

@@ -121,8 +121,23 @@ def _recognise(column: pl.Series) -> pl.Series:
     return _texts(column)
 
 
+def _nearly_numbers(column: pl.Series) -> str:
+    """Say what keeps a column of a text file from being numbers; empty unless nine in ten values are some."""
+    text = column.str.strip_chars()
+    known = text.filter(text != "")
+    number = known.str.contains(_NUMBER) & known.str.contains(r"\d")
+    others = known.filter(~number)
+    if not len(others) or 10 * len(others) > len(known):
+        return ""
+    shown = ", ".join(map(repr, others.unique(maintain_order=True)[:3].to_list()))
+    return (
+        f"attribute {column.name!r} is text, though {len(known) - len(others):,} of {len(known):,} values "
+        f"are numbers: {shown}; leave these empty to compare by number"
+    )
+
+
 def clean_items(
-    frame: pl.DataFrame, untyped: bool, policy: Policy, *, unique: bool = True, what: str = "items"
+    frame: pl.DataFrame, untyped: bool, policy: Policy | None, *, unique: bool = True, what: str = "items"
 ) -> tuple[pl.DataFrame, LoadReport]:
     """Return the cleaned columns item_id, title, text and attributes of the rows that are valid."""
     missing = [name for name in ("item_id", "title") if name not in frame.columns]
@@ -135,7 +150,7 @@ def clean_items(
     ids = id_strings(frame["item_id"], what)
     titles = _words(frame, "title", TITLE_LIMIT, what)
     texts = _words(frame, "text", TEXT_LIMIT, what)
-    attributes = []
+    attributes, notes = [], []
     for name in frame.columns:
         if name in CONTRACT:
             continue
@@ -143,13 +158,15 @@ def clean_items(
             if name == ACTIVE:
                 raise DataError(f"attribute {name!r}: this name is taken; use another")
             attributes.append(clean_attribute(frame[name], untyped))
+            if untyped and attributes[-1].dtype == pl.String and frame[name].dtype == pl.String:
+                notes.append(_nearly_numbers(frame[name]))
         except DataError as error:
             problems.fatal.append(str(error))
     problems.add("null or blank item_id", ids.is_null().to_numpy())
     problems.add("null or blank title", (titles == "").to_numpy())
     if unique:
         _add_duplicates(problems, ids)
-    report = problems.finish(policy)
+    report = problems.finish(policy, filter(None, notes))
     columns = [ids.alias("item_id"), titles.alias("title"), texts.alias("text"), *attributes]
     return pl.DataFrame(columns).filter(pl.Series(problems.keep)), report
 

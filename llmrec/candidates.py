@@ -17,6 +17,9 @@ from llmrec.protocols import Codes, ComparingScorer, Floats, Hits, Query, Scorer
 LM = "lm"
 """Name of the language model in weights, provenance and reports."""
 
+READS_WORDS = ("bm25", "text")
+"""Retrievers that read a typed query."""
+
 
 @dataclass(frozen=True, slots=True)
 class Weights:

@@ -130,7 +130,7 @@ class Catalog:
         RequestError
             If there is no such item; the message names the closest ids.
         """
-        code = self._index.get(item_id)
+        code = self._index.get(item_id) if isinstance(item_id, str) else None
         if code is None:
             close = self._closest(item_id)
             hint = (
@@ -196,7 +196,7 @@ class Catalog:
         """Return lines of items that need not be in the catalogue, cleaned and rendered as its own."""
         if not items:
             return []
-        frame, _ = clean_items(read_table(items, "items"), False, "raise", unique=False)
+        frame, _ = clean_items(read_table(items, "items"), False, None, unique=False)
         return _render(frame)
 
     @property
@@ -238,7 +238,7 @@ class Catalog:
         """
         if not items:
             return self
-        new, report = clean_items(read_table(items, "new items"), False, "raise", what="new items")
+        new, report = clean_items(read_table(items, "new items"), False, None, what="new items")
         codes = self.find(new["item_id"].to_list())
         added = codes < 0
         kept = self.active.copy()

@@ -248,11 +248,17 @@ def live_events(events: Iterable[Event], catalog: Catalog, clock: Clock, now: in
         If an item is unknown, a user blank, a time no whole seconds, a weight out of range, or an event_id
         no text of 1 to 500 characters.
     """
+    if isinstance(events, Event):
+        raise RequestError("expected a list of events, got a single one")
     checked = []
     for event in events:
         if not isinstance(event, Event):
             raise RequestError(f"expected events, got {event!r:.100}; make them with llmrec.Event")
-        user, stamp, weight = event.user_id, event.timestamp, event.weight
+        user = event.user_id
+        stamp: Any = event.timestamp
+        weight: Any = event.weight
+        # Numbers of tables are numpy's.
+        stamp, weight = (n.item() if isinstance(n, np.generic) else n for n in (stamp, weight))
         catalog.code(event.item_id)
         if not isinstance(user, str) or not user.strip() or "\0" in user:
             raise RequestError(f"an event needs the id of its user, without NUL; got {user!r:.100}")
@@ -267,7 +273,8 @@ def live_events(events: Iterable[Event], catalog: Catalog, clock: Clock, now: in
             raise RequestError(
                 f"event_id must be text of 1 to 500 characters, without NUL; got {named!r:.100}"
             )
-        checked.append(replace(event, timestamp=None if clock == "none" else now if stamp is None else stamp))
+        at = None if clock == "none" else now if stamp is None else stamp
+        checked.append(replace(event, timestamp=at, weight=weight))
     return checked
 
 

@@ -111,10 +111,21 @@ class Features:
         return Features(self.names, self.scores[rows], self.ranks[rows], starts, truth, self.lengths[queries])
 
     def without(self, name: str) -> Features:
-        """The same candidates without what one component says of them."""
+        """The candidates of the other components, without what one says of them."""
         kept = [i for i, own in enumerate(self.names) if own != name]
-        names = tuple(self.names[i] for i in kept)
-        return replace(self, names=names, scores=self.scores[:, kept], ranks=self.ranks[:, kept])
+        ranks = self.ranks[:, kept]
+        theirs = ranks.any(axis=1)
+        place = np.append(0, np.cumsum(theirs))
+        known = np.maximum(self.truth, 0)
+        found = (self.truth >= 0) & np.append(theirs, False)[known]
+        return Features(
+            tuple(self.names[i] for i in kept),
+            self.scores[theirs][:, kept],
+            ranks[theirs],
+            place[self.starts],
+            np.where(found, place[known], -1),
+            self.lengths,
+        )
 
     def total(self, weights: Weights) -> Floats:
         """Score of each candidate under these weights, as the pipeline has it, shape (rows,)."""
@@ -143,7 +154,8 @@ class Features:
         counts = np.diff(np.append(self.starts, len(total)))
         without = np.array([not weights.for_history(int(n)).uses(LM) for n in self.lengths], np.bool_)
         left_out = np.repeat(without, counts)
-        total[left_out & ~self.without(LM).ranks.any(axis=1)] = -np.inf
+        others = [i for i, name in enumerate(self.names) if name != LM]
+        total[left_out & ~self.ranks[:, others].any(axis=1)] = -np.inf
         ranks, found = self.targets_in(total), self.truth >= 0
         ranks[found] = np.where(total[self.truth[found]] == -np.inf, 0, ranks[found])
         return ranks

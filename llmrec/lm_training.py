@@ -24,7 +24,7 @@ from llmrec.persistence import BESIDE
 from llmrec.processes import Processes
 from llmrec.progress import Progress, TrainingReport
 from llmrec.protocols import Codes, Floats, Mask
-from llmrec.recipe import HeldOut, Recipe, ranks_in
+from llmrec.recipe import VALIDATION_USERS, HeldOut, Recipe, ranks_in, roles
 from llmrec.score.config import ItemTokensConfig, TrainingConfig, WordsConfig
 from llmrec.score.item_tokens import ItemTokenScorer
 from llmrec.score.likelihood import LikelihoodScorer
@@ -40,11 +40,8 @@ from llmrec.word_model import WordLanguageModel
 
 OnStep = Callable[[Progress, float], None]
 
-VALIDATION_USERS = 1000
-"""Held-out users that decide which state of a training run is kept."""
-
 WORDS_VALIDATION_USERS = 100
-"""The same for the modes that read words, which take far longer a user."""
+"""Of these, for the modes that read words, which take far longer a user."""
 
 BATCHES = 3
 """Number of the way that batches and loss are made; a run with others is not continued."""
@@ -111,8 +108,9 @@ def fine_tune(
 ) -> tuple[TunedModel, list[Trained], Recipe]:
     """Train on a log, then fit the model's weights in the recipe on what was held out.
 
-    Neither the log nor the fitted retrievers of the state may hold the held-out events. What is configured
-    beside the first model is trained after it, in a folder of its own, and joins it where that pays.
+    Neither the log nor the fitted retrievers of the state may hold the held-out events. Who chooses the state
+    of a model does not judge it: see `roles`. What is configured beside the first model is trained after it,
+    in a folder of its own, and joins it where that pays.
 
     Parameters
     ----------
@@ -129,6 +127,7 @@ def fine_tune(
     wanted = [(config.lm, training), *((more.lm, more.training.lasting(minutes)) for more in config.beside)]
     made: list[Trained] = []
     lm: TunedModel | None = None
+    choosing, judging = roles(held_out, training.seed)
     with tempfile.TemporaryDirectory(prefix="llmrec-") as temporary:
         place = folder or Path(temporary)
         for number, (shape, how) in enumerate(wanted):
@@ -136,22 +135,22 @@ def fine_tune(
             where: dict[str, Any] = {"data": data, "folder": own, "late": late, "on_step": on_step}
             new: TunedModel
             if isinstance(shape, ItemTokensConfig):
-                new, report = train_language_model(log, held_out, state.texts, base, shape, how, **where)
-                new.fit_unseen(held_out)
+                new, report = train_language_model(log, choosing, state.texts, base, shape, how, **where)
+                new.fit_unseen(choosing)
             else:
-                new, report = train_words_model(state, log, held_out, base, shape, how, **where)
+                new, report = train_words_model(state, log, choosing, base, shape, how, **where)
             entry: dict[str, Any] = {}
             if lm is None:
                 lm = new
             else:
-                lm, entry = beside(lm, new, state.recipe, state.retrievers, held_out, config.retrieval)
+                lm, entry = beside(lm, new, state.recipe, state.retrievers, judging, config.retrieval)
             made.append(Trained(shape.mode, report, entry, new.card))
     assert lm is not None
     recipe = with_language_model(
         state.recipe,
         state.retrievers,
         lm.scorer,
-        held_out,
+        judging,
         state.texts.lines,
         config.retrieval,
         proposes=lm.proposes,

@@ -32,6 +32,7 @@ from llmrec.events import EventLog
 from llmrec.metrics import Comparison, Ranks, compare_values, per_user
 from llmrec.pipeline import Pipeline
 from llmrec.protocols import Codes, Query
+from llmrec.recipe import roles
 from llmrec.stages import cached_retrievers, cached_texts, estimate, in_words, tuned
 from llmrec.state import State
 
@@ -176,9 +177,10 @@ def evaluate(
         state, training = tuned(state, split, judged, config, minutes, cache, on_step)
         assert state.lm is not None
         fresh = state.lm.scorer.forget
+        choosing, judging = roles(judged, config.training.seed)
         for one in (training, *training.get("beside", ())):
-            checked += leaks.check_language_model(state.lm.counts, one, split, judged)
-        checked += leaks.check_recipe(state.recipe, held_out, judged)
+            checked += leaks.check_language_model(state.lm.counts, one, split, choosing)
+        checked += leaks.check_recipe(state.recipe, held_out, judging)
         clock.lap("finetune")
     else:
         checked += leaks.check_recipe(state.recipe, held_out)

@@ -170,6 +170,8 @@ def write_state(folder: Path, write: Callable[[Path], None]) -> str:
         write(target)
         for path in target.rglob("*"):
             if path.is_file():
+                # Who may read the folder may read the file: safetensors leaves it to its owner alone.
+                path.chmod(0o600 | target.stat().st_mode & 0o044)
                 with path.open("rb") as opened:
                     os.fsync(opened.fileno())
     except BaseException:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from llmrec.candidates import (
     LM,
+    READS_WORDS,
     Calibration,
     Candidates,
     Weights,
@@ -61,6 +62,7 @@ class Pipeline:
     prior: Floats | None = None
     scored: int | None = None
     fallback: ClassVar[str] = "popularity"
+    by_meaning: ClassVar[str] = "text"
 
     def weights_for(self, query: Query) -> Weights:
         """The weights that apply to a query: without history and words those of popularity alone."""
@@ -71,6 +73,14 @@ class Pipeline:
         # Weights that were fitted with the language model say nothing without it.
         history = self.history if self.scorer is not None else self.history.with_lm(0.0)
         return history.for_history(len(query.history))
+
+    def weights_of(self, query: Query, found: Candidates) -> Weights:
+        """The weights that a query's candidates were merged with: of one retriever where that stood in."""
+        weights = self.weights_for(query)
+        names = [name for name in found.names if name != LM]
+        if len(names) == 1 and not weights.uses(names[0]):
+            return Weights({names[0]: 1.0}, lm=weights.lm)
+        return weights
 
     def recommend(self, queries: Sequence[Query], k: int) -> list[Candidates]:
         """Return up to k candidates for each query, ranked by the whole pipeline."""
@@ -96,26 +106,38 @@ class Pipeline:
     ) -> list[Candidates]:
         """Retrieve and merge, without the language model's score.
 
-        Where nothing is found, popular items are, but not for somebody who typed what it should be about,
-        unless `popular` says so.
+        The language model proposes nothing for typed words: it scores what they find, since what lacks them
+        is not what was asked for. Where no retriever finds anything for them, those items stand in whose
+        texts are near in meaning, whether the recipe uses that retriever or not, and without what the history
+        finds. Where nothing is found still, popular items are, but not for somebody who typed what it should
+        be about, unless `popular` says so.
         """
         found: dict[str, dict[int, Hits]] = {}
         for name, retriever in self.retrievers.items():
-            rows = [row for row, weight in enumerate(weights) if weight.uses(name)]
+            rows = [row for row, query in enumerate(queries) if _proposes(name, query, weights[row])]
             if rows:
                 hits = retriever.retrieve([queries[row] for row in rows], self.depth)
                 found[name] = dict(zip(rows, hits, strict=True))
         merged = []
         for row, (query, weight) in enumerate(zip(queries, weights, strict=True)):
             used = {n: hits[row] for n, hits in found.items() if row in hits}
-            if not any(len(h.items) for h in used.values()):
-                # Weights of a blend say nothing of a list that rests on popularity alone.
-                depth = self.depth if popular or not query.text else 0
-                used = {self.fallback: self.retrievers[self.fallback].retrieve([query], depth)[0]}
-                merged.append(merge(used, Weights({self.fallback: 1.0})))
-            else:
-                merged.append(merge(used, weight))
+            name, instead = self._instead(query, used, popular)
+            merged.append(
+                merge(used, weight) if instead is None else merge({name: instead}, Weights({name: 1.0}))
+            )
         return merged
+
+    def _instead(self, query: Query, used: Mapping[str, Hits], popular: bool) -> tuple[str, Hits | None]:
+        """The one retriever that answers in place of those of the recipe, and its hits; None if they do."""
+        has = {name for name, hits in used.items() if len(hits.items)}
+        if query.text and self.by_meaning in self.retrievers and has.isdisjoint(READS_WORDS):
+            found = self.retrievers[self.by_meaning].retrieve([query], self.depth)[0]
+            if len(found.items):
+                return self.by_meaning, found
+        if has:
+            return "", None
+        depth = self.depth if popular or not query.text else 0
+        return self.fallback, self.retrievers[self.fallback].retrieve([query], depth)[0]
 
     def rerank(
         self, queries: Sequence[Query], merged: Sequence[Candidates], lm_weights: Sequence[float]
@@ -169,7 +191,7 @@ class Pipeline:
         """
         table = np.zeros((len(queries), len(items)), np.float32)
         order = np.argsort(items)
-        for name in (name for name in self.retrievers if weights.uses(name)):
+        for name in (name for name in self.retrievers if _proposes(name, queries[0], weights)):
             # Popularity of all time for some rows and of late for others would be no effect of an item.
             asked = (
                 queries
@@ -188,3 +210,8 @@ class Pipeline:
             scores = compared(self.scorer, queries, first)
             table[:, : len(first)] += weights.lm * np.stack([normalise(row, scores[0]) for row in scores])
         return table
+
+
+def _proposes(name: str, query: Query, weights: Weights) -> bool:
+    """Whether a component proposes candidates for a query."""
+    return weights.uses(name) and not (name == LM and query.text)

@@ -29,6 +29,9 @@ ALWAYS = ("popularity", "profile", "text", "bm25")
 """Families that every recipe has: the fallback, and those that the catalogue gives for nothing."""
 
 
+VALIDATION_USERS = 1000
+"""Held-out users that decide which state of a language model is kept, at most."""
+
 REPEATS = 0.05
 """Share of repeated items in a log from which on seen items may come back."""
 
@@ -122,8 +125,22 @@ class HeldOut:
         """A random part of at most n, in the old order."""
         if len(self.queries) <= n:
             return self
-        rows = np.sort(np.random.default_rng(seed).choice(len(self.queries), n, replace=False))
-        return self.take(rows)
+        return self.apart(n, seed)[0]
+
+    def apart(self, n: int, seed: int) -> tuple[HeldOut, HeldOut]:
+        """A random part of n, and the others, each in the old order."""
+        drawn = np.random.default_rng(seed).choice(len(self.queries), n, replace=False)
+        others = np.setdiff1d(np.arange(len(self.queries)), drawn)
+        return self.take(np.sort(drawn)), self.take(others)
+
+
+def roles(held_out: HeldOut, seed: int) -> tuple[HeldOut, HeldOut]:
+    """Held-out users who choose which state of a language model is kept, and those who judge it.
+
+    The best of many states looks better than it is to those who chose it. They are half of all at most.
+    """
+    n = len(held_out.queries)
+    return held_out.apart(min(VALIDATION_USERS, -(-n // 2)), seed)
 
 
 @dataclass(frozen=True, slots=True)

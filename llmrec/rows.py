@@ -71,13 +71,17 @@ class Problems:
         if not wanted:
             self._errors.append(describe_rows(reason, len(found), self.rows[reason]) + examples)
 
-    def finish(self, policy: Policy, notes: Iterable[str] = (), *, empty: bool = False) -> LoadReport:
-        """Return the report, or raise everything at once as one DataError; no row may be left if `empty`."""
-        check_policy(policy)
-        errors = self.fatal + (self._errors if policy == "raise" else [])
+    def finish(self, policy: Policy | None, notes: Iterable[str] = (), *, empty: bool = False) -> LoadReport:
+        """Return the report, or raise everything at once as one DataError; no row may be left if `empty`.
+
+        None raises as well, where nobody could choose to drop rows.
+        """
+        if policy is not None:
+            check_policy(policy)
+        errors = self.fatal + (self._errors if policy != "drop" else [])
         if errors:
             advice = "; correct them, or drop these rows with the policy 'drop' (--policy drop, data.policy)"
-            advice = "" if self.fatal else advice
+            advice = "" if self.fatal or policy is None else advice
             raise DataError(f"{self.what}: " + "; ".join(errors) + advice)
         kept = int(self.keep.sum())
         report = LoadReport(len(self.keep), kept, self.dropped, self.rows, tuple(notes))

@@ -263,6 +263,7 @@ class _Attribute:
 
     def _value(self, value: Any) -> Any:
         """Return a value as the column holds it, or raise RequestError if it is of another type."""
+        value = value.item() if isinstance(value, np.generic) else value
         if self.kind == "number" and isinstance(value, int | float) and not isinstance(value, bool):
             return self._number(value)
         if self.kind == "boolean" and isinstance(value, bool):

@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import BaseModel
 
 from llmrec.blending import OBJECTIVE, calibrated, choose_weights, lm_weight, search_weights, weights_with_lm
-from llmrec.candidates import Weights
+from llmrec.candidates import READS_WORDS, Weights
 from llmrec.families import FAMILIES, Texts, TrainingLog
 from llmrec.features import Features
 from llmrec.metrics import per_user, summary
@@ -96,7 +96,7 @@ def with_language_model(
     Parameters
     ----------
     proposes
-        Whether the model's own best items join the candidates; then it is a `Retriever` too.
+        Whether the model's own best items join the candidates by history; then it is a `Retriever` too.
     scored
         How many of the first candidates the model scores; None for all.
     scores_all
@@ -121,9 +121,11 @@ def with_language_model(
             return weights
         used = [name for name in recipe.settings if weights.ever_uses(name)]
         hits = {n: retrievers[n].retrieve(part.queries, config.depth) for n in used}
-        proposed = cast(Retriever, model).retrieve(part.queries, config.depth) if proposes else None
+        typed = kind.startswith("query")
+        own = proposes and not typed
+        proposed = cast(Retriever, model).retrieve(part.queries, config.depth) if own else None
         features = Features.with_lm(hits, proposed, model, part, weights, scored)
-        if kind.startswith("query"):
+        if typed:
             return weights.with_lm(lm_weight(features, weights, log, kind, config.seed))
         if scored is None and scores_all:
             chosen = weights_with_lm(features, weights, log, kind, config.seed)
@@ -383,5 +385,5 @@ def with_weights(
 
 def _of_typed(recipe: Recipe) -> list[str]:
     """Families for typed queries: those by words first, then those by history; popularity says nothing."""
-    words = [name for name in ("bm25", "text") if name in recipe.settings]
+    words = [name for name in READS_WORDS if name in recipe.settings]
     return words + [name for name in recipe.settings if FAMILIES[name].asks == "history"]

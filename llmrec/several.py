@@ -220,7 +220,7 @@ def load_models(
     )
 
 
-class _Remembered:
+class Remembered:
     """A model whose answers to the same candidates are not computed again."""
 
     def __init__(self, model: TunedModel) -> None:
@@ -230,6 +230,7 @@ class _Remembered:
         self._hits: list[Hits] | None = None
 
     def score(self, queries: Sequence[Query], candidates: Sequence[Codes]) -> list[Floats]:
+        """Scores of the candidates of each query."""
         keys = [
             (q.history.tobytes(), q.text, items.tobytes())
             for q, items in zip(queries, candidates, strict=True)
@@ -240,7 +241,7 @@ class _Remembered:
         return [self._scores[key] for key in keys]
 
     def retrieve(self, queries: Sequence[Query], k: int) -> list[Hits]:
-        # Asked for the same queries each time.
+        """The model's own best items for queries that are the same each time."""
         if self._hits is None:
             self._hits = cast(Retriever, self.model.scorer).retrieve(queries, k)
         return self._hits
@@ -271,8 +272,8 @@ def beside(
     used = [name for name in recipe.settings if weights.ever_uses(name)]
     hits = {n: retrievers[n].retrieve(part.queries, config.depth) for n in used}
     before = earlier.members if isinstance(earlier, SeveralModels) else (Member(earlier, 1.0),)
-    known = [(cast(TunedModel, _Remembered(m.model)), m.share) for m in before]
-    added = cast(TunedModel, _Remembered(new))
+    known = [(cast(TunedModel, Remembered(m.model)), m.share) for m in before]
+    added = cast(TunedModel, Remembered(new))
 
     def blended(share_before: float, share: float) -> Features:
         shares = [*((model, share_before * own) for model, own in known), (added, share)]

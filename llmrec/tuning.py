@@ -17,7 +17,7 @@ from llmrec.language_model import TunedModel
 from llmrec.lm_training import LearnedLog, Trained, fine_tune
 from llmrec.metrics import Comparison, compare
 from llmrec.progress import Progress, TrainingReport
-from llmrec.recipe import HeldOut, Recipe, fit_retrievers, ranks_in
+from llmrec.recipe import HeldOut, Recipe, fit_retrievers, ranks_in, roles
 from llmrec.state import State
 from llmrec.streaming import StreamedLog
 
@@ -130,7 +130,7 @@ def tune(
         minutes=minutes,
         on_step=on_step,
     )
-    judged = held_out.sample(lm.judged or search.lm_users, search.seed)
+    judged = roles(held_out, config.training.seed)[1].sample(lm.judged or search.lm_users, search.seed)
     tuned = replace(state, recipe=recipe, lm=lm)
     gain = gain_of(tuned, judged)
     note(tuned, log, gain, CHOSEN)

@@ -59,6 +59,7 @@ def test_codes_of_unknown_ids_are_request_errors_with_hints():
         lambda: catalog.item(2000),
         lambda: catalog.item(-1),
         lambda: catalog.find([[]]),
+        lambda: catalog.code(["film-1"]),
     ):
         with pytest.raises(RequestError):
             call()
@@ -159,6 +160,20 @@ def test_text_files_recognise_numbers_and_booleans_but_keep_ids(tmp_path):
     assert isinstance(catalog.item(0).attributes["year"], int)
 
 
+def test_a_column_that_a_few_words_keep_from_being_numbers_is_told(tmp_path):
+    path = tmp_path / "items.csv"
+    prices = ["n/a", *(f"{n}.50" for n in range(19)), ""]
+    rows = [f"i{n},t,{price},x{n}" for n, price in enumerate(prices)]
+    path.write_text("\n".join(["item_id,title,price,size", *rows]))
+    report = Catalog.load(path).report
+    assert len(report.notes) == 1 and "'price' is text, though 19 of 20 values are numbers: 'n/a'" in str(
+        report
+    )
+    path.write_text(path.read_text().replace("n/a", ""))
+    loaded = Catalog.load(path)
+    assert loaded.report.notes == () and loaded.column("price").dtype == pl.Float64
+
+
 def test_lines_hold_title_texts_years_and_nothing_unsafe():
     catalog = Catalog.load([*FILMS, Item("4", "x" * 5000, "<|im_end|> " * 900, {"studio": "[INST]"})])
     assert catalog.lines()[:3] == [
@@ -217,8 +232,9 @@ def test_with_items_appends_updates_and_revives_without_touching_the_old():
         ([Item("9", " ")], "blank title"),
         ([Item("9", "a", "", {"year": "x"})], "'year' is a number in the catalogue, got a string"),
     ]:
-        with pytest.raises(DataError, match=message):
+        with pytest.raises(DataError, match=message) as refused:
             old.with_items(bad)
+        assert "policy" not in str(refused.value), "which has no say in this"
     with pytest.raises(RequestError, match="unknown"):
         old.without_items(["2", "nope"])
 

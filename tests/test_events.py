@@ -342,6 +342,13 @@ def test_a_weight_beyond_the_largest_is_refused_and_says_what_to_do():
         live_events([Event("a", "10", weight=2000.0)], CATALOG, "time", 5)
 
 
+def test_a_live_event_may_have_the_numbers_of_a_table_and_stands_in_a_list():
+    (event,) = live_events([Event("a", "10", np.int64(7), np.float32(2.5))], CATALOG, "time", 9)
+    assert event == Event("a", "10", 7, 2.5) and type(event.timestamp) is int and type(event.weight) is float
+    with pytest.raises(RequestError, match="a list of events"):
+        live_events(Event("a", "10"), CATALOG, "time", 9)
+
+
 def test_ids_with_the_character_nul_are_refused_as_databases_would():
     catalog = Catalog.load([Item("1", "A")])
     with pytest.raises(DataError, match=r"user_id.*NUL"):

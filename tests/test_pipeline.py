@@ -155,6 +155,28 @@ def test_a_query_that_no_component_can_use_falls_back_to_popularity_and_words_to
     assert len(nothing.items) == 0
 
 
+def test_words_that_no_component_of_the_recipe_finds_are_looked_up_by_meaning():
+    class Meanings:
+        """What each word means, in one dict."""
+
+        def retrieve(self, queries, k):
+            return [hits_of({4: 0.9, 8: 0.4}) if q.text == "lmap" else hits_of({}) for q in queries]
+
+    query = Weights({"bm25": 1.0, "transitions": 0.1})
+    pipeline = Pipeline({**RETRIEVERS, "text": Meanings()}, RECIPE.history, query, RECIPE.similar)
+    history = codes([1, 2, 3])
+    typo, known, unknown = (Query(history, text=words) for words in ("lmap", "lamp", "zzz"))
+    meant, found, personal = pipeline.recommend([typo, known, unknown], N)
+    assert meant.names == ("text",) and meant.items.tolist() == [4, 8]
+    assert set(found.names) == set(personal.names) == {"bm25", "transitions"} and len(personal.items)
+    assert pipeline.weights_of(known, found) == query
+    # So leaving out what was chosen changes nothing of what the words alone brought.
+    left_out = replace(typo, history=history[:2])
+    scores = pipeline.scores([typo, left_out], meant.items, pipeline.weights_of(typo, meant))
+    assert (scores[0] == scores[1]).all() and scores[0].argmax() == 0
+    assert (pipeline.order(typo, codes([8, 2, 4])).items == [4, 8, 2]).all()
+
+
 @settings(max_examples=150, deadline=None)
 @given(
     st.lists(st.integers(0, N - 1), max_size=6),
@@ -171,7 +193,8 @@ def test_what_comes_out_is_allowed_listed_once_and_at_most_k(history, text, mask
     assert allowed[got.items].all()
     assert len(set(got.items.tolist())) == len(got.items) <= k
     assert np.isfinite(got.scores).all() and (np.diff(got.scores) <= 0).all()
-    assert len(got.items) > 0 or not allowed.any() or weight == 0
+    assert len(got.items) > 0 or not allowed.any() or text
+    assert not (text and pipeline.scorer.proposed_for), "for words the model scores, and does not propose"
     for proposed in (items for batch in pipeline.scorer.asked for items in batch):
         assert allowed[proposed].all(), "the model does not even score what may not be returned"
 

@@ -39,7 +39,7 @@ def split_or_none(log, **protocol):
 @given(rows, st.sampled_from(["leave-last", "time", "cold-item", "cold-user"]), st.sampled_from([0.1, 0.3]))
 def test_every_split_passes_the_leak_checks_and_holds_what_its_name_says(events, name, share):
     log = log_of(events)
-    split = split_or_none(log, split=name, share=share)
+    split = split_or_none(log, split=name, **{} if name == "leave-last" else {"share": share})
     if split is None:
         return
     check_split(split)
@@ -108,6 +108,8 @@ def test_all_problems_of_a_protocol_are_named_at_once():
         {"validation_from": 1, "test_from": 2},
         {"negatives": 5, "candidates": "x"},
         {"candidate_count": 5},
+        {"share": 0.2},
+        {"split": "time", "share": 0.2, "validation_from": 1, "test_from": 2},
     ):
         with pytest.raises(ConfigError, match="protocol"):
             Config.of({"protocol": wrong})

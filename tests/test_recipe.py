@@ -246,6 +246,15 @@ def lm_features(hits, scorer):
     return Features.with_lm(hits, scorer.retrieve(HELD_OUT.queries, 30), scorer, HELD_OUT)
 
 
+def test_candidates_without_the_language_model_are_those_that_the_others_found(history_hits):
+    features = lm_features(history_hits, KnowingScorer(True))
+    got, expected = features.without(LM), Features.of(history_hits, HELD_OUT)
+    assert len(got.scores) < len(features.scores) and (got.truth < 0).sum() > (features.truth < 0).sum()
+    assert got.names == expected.names
+    for name in ("scores", "ranks", "starts", "truth", "lengths"):
+        np.testing.assert_array_equal(getattr(got, name), getattr(expected, name), name)
+
+
 def test_a_language_model_of_noise_seldom_gets_a_weight(history_hits):
     """The best of many noisy weights gains more than two standard errors too often, but not cross-fitted."""
     weights = Recipe.default(CONFIG).history.retrievers

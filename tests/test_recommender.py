@@ -403,6 +403,8 @@ def test_save_and_load_give_the_same_answers_and_keep_live_events(tuned, tmp_pat
     requests = [Request(user="u1"), Request(query="old river"), Request(history=[tuned.catalog.ids[2]])]
     before = tuned.recommend_many(requests)
     tuned.save(tmp_path / "model")
+    files = [path for path in (tmp_path / "model").glob("state-*/**/*") if path.is_file()]
+    assert len({path.stat().st_mode for path in files}) == 1, "a container may run as another user"
     again = Recommender.load(tmp_path / "model")
     for one, other in zip(before, again.recommend_many(requests), strict=True):
         assert ids(one) == ids(other)

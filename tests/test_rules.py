@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import re
 
+import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -136,6 +137,8 @@ def test_mask_equals_the_grammar_read_item_by_item(where):
         ({"genres": {"not": {"in": ["Comedy", "Crime"]}, "exists": True}}, "3"),
         ({"year": {"gte": 1979, "lt": 1995}}, "3"),
         ({"year": 1995.0, "brand": "a b"}, "2"),
+        ({"year": np.int64(1995), "new": {"not": np.bool_(True)}}, "2"),
+        ({"price": {"gt": np.float32(9)}}, "23"),
         ({"brand": {"exists": False}}, "35"),
         ({"text": {"match": "C++"}}, "4"),
         ({"text": {"exists": True}}, "134"),

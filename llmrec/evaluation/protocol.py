@@ -13,6 +13,9 @@ from llmrec.evaluation.split import Split, cold_item_split, cold_user_split, lea
 from llmrec.events import EventLog
 
 SplitName = Literal["leave-last", "time", "cold-item", "cold-user"]
+SHARE = 0.1
+"""Of events, items or users that are held out in validation, and in test."""
+
 Moment = int | datetime.datetime | datetime.date
 
 
@@ -25,7 +28,7 @@ class ProtocolConfig(BaseModel):
     validation_from: Moment | None = Field(None, description="split by time: seconds, date or ISO text")
     test_from: Moment | None = Field(None, description="split by time: end of validation")
     share: float = Field(
-        0.1,
+        SHARE,
         gt=0,
         lt=0.5,
         description="of events, items or users in validation, and in test, where no time is given",
@@ -55,6 +58,9 @@ class ProtocolConfig(BaseModel):
             problems.append("validation_from and test_from belong together")
         if self.validation_from is not None and self.split != "time":
             problems.append(f"validation_from is for split = 'time', not {self.split!r}")
+        fixed = "leave-last" if self.split == "leave-last" else "times that are given"
+        if self.share != SHARE and (self.split == "leave-last" or self.validation_from is not None):
+            problems.append(f"share is of splits that are drawn, or by time without times, not of {fixed}")
         if self.negatives is not None and self.candidates is not None:
             problems.append("negatives and candidates exclude each other")
         if self.candidates is None and (

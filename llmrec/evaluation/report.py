@@ -122,7 +122,12 @@ def _answer(result: Mapping[str, Any]) -> str:
             "that exceeds noise for lists by history, so its weight is 0 there: it is left out, and what is "
             "served is retrieval alone."
         ) + _typed(result)
-    elif low > 0 and served.get("verdict", "") == "":
+    elif (low > 0 or high < 0) and served.get("verdict", ""):
+        words = (
+            f"<b>Not shown.</b> Validation gave it a weight; on these events the difference is {gain}, which "
+            "is not shown among all comparisons of this run."
+        )
+    elif low > 0:
         words = f"<b>Yes.</b> What is served beats retrieval alone: {gain}."
     elif high < 0:
         words = (
@@ -147,11 +152,21 @@ def _typed(result: Mapping[str, Any]) -> str:
     """What the model brings where words are typed, if it has a weight there."""
     if not Weights.from_dict(result["recipe"]["query"]).most_lm:
         return ""
-    found = result["search"]["known_item"]["systems"]
-    return (
-        f" Where words are typed it takes part: known items are found at NDCG@10 "
-        f"{found['default'][METRIC]:.4f}, and at {found['merge'][METRIC]:.4f} without it."
-    )
+    told = []
+    for kind, what in (("known_item", "known items are found"), ("attribute", "values of attributes")):
+        found = result["search"][kind]
+        if found["systems"]:
+            served, plain = (found["systems"][name][METRIC] for name in ("default", "merge"))
+            told.append(f"{what} at NDCG@10 {served:.4f}, and at {plain:.4f} without it{_tested(found)}")
+    return f" Where words are typed it takes part: {'; '.join(told)}."
+
+
+def _tested(found: Mapping[str, Any]) -> str:
+    """Interval of the difference, if there is one."""
+    for c in found.get("comparisons", ()):
+        low, high = c["ci95"]
+        return f" ({_signed(c['difference'])} [{_signed(low)}, {_signed(high)}]{c['verdict']})"
+    return ""
 
 
 def _systems(result: Mapping[str, Any]) -> str:

@@ -9,16 +9,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from llmrec.candidates import READS_WORDS
 from llmrec.catalog import Catalog
 from llmrec.evaluation.beyond import attribute_values
 from llmrec.evaluation.split import Part
-from llmrec.metrics import relevance, summary
+from llmrec.metrics import Values, compare_values, holm, per_user, relevance, summary
 from llmrec.pipeline import Pipeline
 from llmrec.protocols import Codes, Query
 from llmrec.recipe import ranks_in
 from llmrec.search import known_item_queries
 
 K = 10
+MEASURE = f"ndcg@{K}"
 KNOWN_ITEM = "two or three words drawn from the line of the held-out item; that item is relevant"
 ATTRIBUTE = "an attribute value that 5 items to half of the catalogue have; all of these are relevant"
 
@@ -45,19 +47,30 @@ def evaluate_search(
     values = attribute_queries(catalog, queries, seed)
     typed = [Query(text=text, mask=catalog.active) for text, _ in values]
     lists = _systems(typed, plain, pipeline) if typed else {}
+    scores = {
+        name: [relevance(items, r, K) for items, (_, r) in zip(own, values, strict=True)]
+        for name, own in lists.items()
+    }
+    gains: dict[str, Values] = {}
+    if pipeline.query.most_lm > 0:
+        gains["known_item"] = per_user(ranks["default"], MEASURE) - per_user(ranks["merge"], MEASURE)
+        if values:
+            pairs = zip(scores["default"], scores["merge"], strict=True)
+            gains["attribute"] = np.array([a[MEASURE] - b[MEASURE] for a, b in pairs])
+    tests = holm([compare_values(gain, "default", "merge", MEASURE) for gain in gains.values()])
+    compared = {kind: [test.as_dict()] for kind, test in zip(gains, tests, strict=True)}
     return {
         "known_item": {
             "rule": KNOWN_ITEM,
             "queries": len(known.queries),
             "systems": {name: summary(r) for name, r in ranks.items()},
+            "comparisons": compared.get("known_item", []),
         },
         "attribute": {
             "rule": ATTRIBUTE,
             "queries": len(values),
-            "systems": {
-                name: _mean([relevance(items, r, K) for items, (_, r) in zip(found, values, strict=True)])
-                for name, found in lists.items()
-            },
+            "systems": {name: _mean(rows) for name, rows in scores.items()},
+            "comparisons": compared.get("attribute", []),
         },
     }
 
@@ -79,7 +92,7 @@ def attribute_queries(catalog: Catalog, n: int, seed: int) -> list[tuple[str, Co
 def _systems(queries: Sequence[Query], plain: Pipeline, pipeline: Pipeline) -> dict[str, list[Codes]]:
     lists = {
         name: [hits.items for hits in plain.retrievers[name].retrieve(queries, 100)]
-        for name in ("bm25", "text")
+        for name in READS_WORDS
         if name in plain.retrievers
     }
     lists["merge"] = [c.items for c in plain.recommend(queries, 100)]

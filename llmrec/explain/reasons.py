@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from llmrec.candidates import READS_WORDS
 from llmrec.catalog import Catalog
 from llmrec.explain.evidence import influences, matched_words, shared_values
 from llmrec.explain.meanings import MEANINGS
 from llmrec.protocols import Codes, Floats, Query
 from llmrec.types import Influence, Reason, Recommendation, Shared
-
-READS_WORDS = ("bm25", "text")
-"""Sources that read a typed query."""
 
 MENTIONED = 2
 """Most history items that a sentence names."""
