@@ -17,11 +17,8 @@ from llmrec.pipeline import Pipeline
 from llmrec.protocols import Codes, Mask, Query
 from llmrec.rules import allowed_items, check_caps, pinned_items, values_of
 from llmrec.state import State
-from llmrec.text import neutralise
+from llmrec.text import query_text
 from llmrec.types import Recommendation, Request, Source
-
-QUERY_LIMIT = 1000
-"""Longest typed query in characters."""
 
 DEEPER = 4
 """By how much more hits are taken where the rules leave fewer than k of those at hand."""
@@ -49,8 +46,7 @@ def ask(request: Request, history: Codes, state: State) -> Asked:
     check_caps(request.caps, state.catalog)
     if request.seen == "exclude" or (request.seen == "auto" and not state.repeats):
         allowed[history] = False
-    text = neutralise(request.query, QUERY_LIMIT) if request.query else ""
-    return Asked(request, Query(history, text, allowed), pins)
+    return Asked(request, Query(history, query_text(request.query), allowed), pins)
 
 
 def answer(

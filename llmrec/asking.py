@@ -24,9 +24,10 @@ from llmrec.saved import load_tuned
 from llmrec.seeds import seeds
 from llmrec.state import State
 from llmrec.store.places import Slot
+from llmrec.text import query_text
 from llmrec.timing import Timing
 from llmrec.titles import TitleIndex
-from llmrec.types import Event, Item, Recommendation, Request, as_id
+from llmrec.types import Event, Item, Recommendation, Request, as_id, as_ids
 
 if TYPE_CHECKING:
     from llmrec.explain.wording import Writer
@@ -94,6 +95,7 @@ class Asking:
         as are those to requests whose budget it would overrun, or whose inference server gives no scores;
         these are marked `degraded`.
         """
+        requests = [_request(request, {}) for request in requests]
         late = self._late(requests) if lm else [False] * len(requests)
         begun = time.monotonic()
         try:
@@ -214,7 +216,7 @@ class Asking:
         state = self._state
         request = Request(history=chosen, k=k, where=where)
         mask = allowed_items(request, state.catalog)
-        return seeds(request, passed, mask, state, _without_lm(state.pipeline()))
+        return seeds(request, as_ids(passed, "passed"), mask, state, _without_lm(state.pipeline()))
 
     def complete(self, text: str, k: int = 10) -> list[Item]:
         """Return up to k items whose titles have words that begin as those typed do; see `TitleIndex`.
@@ -266,24 +268,24 @@ class Asking:
 
         Seen items may come back: who searches for something wants to find it.
         """
-        if not isinstance(query, str) or not query.strip():
+        if not isinstance(query, str) or not query_text(query):
             raise RequestError(f"search needs words, got {query!r:.100}")
         return self.recommend(Request(user=user, query=query, k=k, where=where, seen="include"))
 
     def similar(
         self, item_id: str, k: int = 10, where: Mapping[str, Any] | None = None
     ) -> list[Recommendation]:
-        """Return up to k items like one item: by text, and by what people chose around it.
+        """Return up to k items like one item: by text, and by what people chose around it; none if none is.
 
         Raises
         ------
         RequestError
             If the item is unknown.
         """
-        state = self._state
+        state, item_id = self._state, as_id(item_id, "item_id")
         state.catalog.code(item_id)
         request = Request(history=[item_id], k=k, where=where, exclude=[item_id])
-        pipeline = replace(state.pipeline(), history=state.recipe.similar)
+        pipeline = replace(state.pipeline(), history=state.recipe.similar, popular=False)
         return answer([self._ask(request, state)], state, pipeline, fill=False)[0]
 
     def rank(
@@ -308,9 +310,13 @@ class Asking:
         DataError
             If an `Item` breaks the data contract.
         """
-        ids = [one.item_id if isinstance(one, Item) else one for one in items]
+        if isinstance(items, str | Item):
+            raise RequestError(f"rank takes a list of ids and items, got one: {items!r:.100}")
+        given = list(items)
+        ids = as_ids([one.item_id if isinstance(one, Item) else one for one in given], "items")
+        unlisted = [replace(o, item_id=i) for o, i in zip(given, ids, strict=True) if isinstance(o, Item)]
         state = self._ready(lm=self._state.recipe.uses_lm, adapter=adapter)
-        state = state.with_unlisted([one for one in items if isinstance(one, Item)])
+        state = state.with_unlisted(unlisted)
         codes = state.catalog.codes(ids)
         if len(set(ids)) < len(ids):
             raise RequestError("an item is given twice; ids to rank must differ")
@@ -338,7 +344,7 @@ class Asking:
         RequestError
             If an id or the adapter is unknown.
         """
-        ids = list(items)
+        ids = as_ids(items, "items")
         state = self._ready(lm=self._state.recipe.uses_lm, adapter=adapter)
         codes = state.catalog.codes(ids)
         asked = self._ask(Request(user=user, history=history), state)

@@ -13,12 +13,13 @@ from llmrec.config import Config, DataConfig
 from llmrec.encode.light import LightEncoder
 from llmrec.errors import ConfigError
 from llmrec.events import EventLog
-from llmrec.families import Texts, changed_lines
+from llmrec.families import Texts
 from llmrec.fetch import resolve
 from llmrec.index.aside import beside
 from llmrec.index.config import IndexConfig
 from llmrec.index.making import make_index
 from llmrec.protocols import Encoder, Floats
+from llmrec.text import changed_lines
 
 LIGHT = "light"
 """Name of the encoder that needs no download."""

@@ -122,9 +122,9 @@ class PartWorker:
             "item_id": [r.item.item_id for answer in found for r in answer],
             "score": [r.score for answer in found for r in answer],
         }
-        kept = rows.select(c for c in ("user_id",) if c in rows.columns)
-        if not kept.width:
-            kept = rows.select((part * self.batch.size + pl.int_range(pl.len())).alias("row"))
+        # Where a user asks twice, only the row says which answer is which.
+        row = (part * self.batch.size + pl.int_range(pl.len())).alias("row")
+        kept = rows.select(row, *(c for c in ("user_id",) if c in rows.columns))
         who = kept[np.repeat(np.arange(len(kept)), [len(answer) for answer in found])]
         schema = {"rank": pl.Int32, "item_id": pl.String, "score": pl.Float64}
         return who.hstack(pl.DataFrame(table, schema=schema))

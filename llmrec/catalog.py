@@ -30,6 +30,9 @@ from llmrec.types import AttributeValue, Item
 LINE_LIMIT = 1_000
 """Longest line in characters."""
 
+HINTED = 50_000
+"""Items up to which an unknown id is answered with those like it: who looks for them walks over all."""
+
 
 class Catalog:
     """All items that were ever known, by code: their position, int32, stable for life.
@@ -212,11 +215,20 @@ class Catalog:
         return self._fingerprint
 
     def after(self, changes: Sequence[ItemChange]) -> Catalog:
-        """Return a catalogue after changes that are at most one an item; see `with_items`."""
-        # What was put and removed again may never have been here. What is gone says nothing of the kinds.
+        """Return a catalogue after changes that are at most one an item; see `with_items`.
+
+        New items get the codes that they had where they were put first: what is kept by code, on a server for
+        vectors, is of the same items for all.
+        """
+        # What is gone says nothing of the kinds.
         gone = [c.item_id for c in changes if c.item is None and c.item_id in self]
         left = self.without_items(gone) if gone else self
-        return left.with_items([c.item for c in changes if c.item is not None])
+        # What was put and removed again may never have been here, and has its code.
+        stubs = [c for c in changes if c.item is None and c.code is not None and c.item_id not in self]
+        numbered = sorted(changes, key=lambda c: len(self) + len(changes) if c.code is None else c.code)
+        put = [c.item or Item(c.item_id, c.item_id) for c in numbered if c.item is not None or c in stubs]
+        made = left.with_items(put)
+        return made.without_items([c.item_id for c in stubs]) if stubs else made
 
     def changes(self, items: Sequence[Item], removed: Sequence[str] = ()) -> list[ItemChange]:
         """Return the changes that made this catalogue of another, by `with_items` and `without_items`.
@@ -224,8 +236,9 @@ class Catalog:
         Each item is as it is kept here, cleaned.
         """
         put = id_strings(read_table(items, "new items")["item_id"], "new items").to_list() if items else []
-        kept = [ItemChange(item.item_id, item) for item in self.items(self.codes(put))]
-        return kept + [ItemChange(item_id, None) for item_id in dict.fromkeys(removed)]
+        codes = self.codes(put).tolist()
+        kept = [ItemChange(item.item_id, item, c) for item, c in zip(self.items(codes), codes, strict=True)]
+        return kept + [ItemChange(item_id, None, self.code(item_id)) for item_id in dict.fromkeys(removed)]
 
     def with_items(self, items: Sequence[Item]) -> Catalog:
         """Return a catalogue with these items: new ids get the next codes, known ids are replaced.
@@ -298,7 +311,7 @@ class Catalog:
         return cls(frame.drop(ACTIVE), active, LoadReport(frame.height, frame.height))
 
     def _closest(self, item_id: object) -> list[str]:
-        if not isinstance(item_id, str) or not item_id:
+        if not isinstance(item_id, str) or not item_id or len(self) > HINTED:
             return []
         # difflib alone would take a second on 100,000 ids; those that begin alike come first.
         word, pool = item_id.lower(), dict[str, None]()

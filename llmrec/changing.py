@@ -10,11 +10,11 @@ from pathlib import Path
 from llmrec.asking import Asking
 from llmrec.errors import RequestError
 from llmrec.events import live_events
-from llmrec.persistence import manifest_of
+from llmrec.persistence import manifest_of, remove_stray_events
 from llmrec.protocols import ItemChange
 from llmrec.saved import Saved, adapter_in, load_tuned, model_of
 from llmrec.state import Named, State
-from llmrec.types import Event, Item, as_id
+from llmrec.types import Event, Item, as_id, as_ids
 
 
 class Changing(Asking):
@@ -102,7 +102,11 @@ class Changing(Asking):
             with self._slot.use() as store:
                 if self._saved is not None:
                     self._saved.check_events()
-                return store.forget(user)
+                count = store.forget(user)
+            if self._saved is not None:
+                # Copies that a killed save or move left.
+                remove_stray_events(self._saved.folder)
+            return count
         finally:
             with self._changing:
                 # Requests under way have read the history: what they keep goes with the old state.
@@ -127,6 +131,8 @@ class Changing(Asking):
         StoreError
             If the event store cannot be used.
         """
+        if isinstance(items, Item):
+            raise RequestError(f"add_items takes a list of items, got one: {items!r:.100}")
         given = list(items)
         wrong = next((one for one in given if not isinstance(one, Item | Mapping)), None)
         if wrong is not None:
@@ -143,7 +149,7 @@ class Changing(Asking):
         StoreError
             If the event store cannot be used.
         """
-        self._change([], item_ids)
+        self._change([], as_ids(item_ids, "item_ids"))
 
     def _change(self, items: Sequence[Item], removed: Sequence[str]) -> None:
         with self._changing:

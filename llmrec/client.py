@@ -57,7 +57,12 @@ class _Call(Generic[T]):
 
 
 def _items(path: str, model: type[BaseModel], fields: Mapping[str, Any]) -> _Call[m.ItemsResponse]:
-    return _Call(m.ItemsResponse, path, m.read(model, fields))
+    return _Call(m.ItemsResponse, path, m.read(model, _lists(fields)))
+
+
+def _lists(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The same with lists where the library takes tuples as well."""
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
 
 
 def _rank(items: Sequence[str | Item], fields: Mapping[str, Any]) -> _Call[m.ItemsResponse]:
@@ -66,7 +71,7 @@ def _rank(items: Sequence[str | Item], fields: Mapping[str, Any]) -> _Call[m.Ite
 
 
 def _stages(fields: Mapping[str, Any]) -> _Call[b.StagesResponse]:
-    return _Call(b.StagesResponse, "/v1/stages", m.read(m.RecommendRequest, fields))
+    return _Call(b.StagesResponse, "/v1/stages", m.read(m.RecommendRequest, _lists(fields)))
 
 
 def _complete(text: str, k: int) -> _Call[b.FoundItems]:
@@ -78,11 +83,12 @@ def _attributes() -> _Call[b.AttributesResponse]:
 
 
 def _predict(items: Sequence[str], fields: Mapping[str, Any]) -> _Call[m.PredictResponse]:
-    return _Call(m.PredictResponse, "/v1/predict", m.read(m.PredictRequest, {"items": list(items), **fields}))
+    asked = {"items": list(items), **_lists(fields)}
+    return _Call(m.PredictResponse, "/v1/predict", m.read(m.PredictRequest, asked))
 
 
 def _rerank(query: str, documents: Sequence[Any], fields: Mapping[str, Any]) -> _Call[m.RerankResponse]:
-    asked = {"query": query, "documents": list(documents), **fields}
+    asked = {"query": query, "documents": list(documents), **_lists(fields)}
     return _Call(m.RerankResponse, "/v2/rerank", m.read(m.RerankRequest, asked))
 
 

@@ -19,7 +19,7 @@ from llmrec.errors import DataError, RequestError
 from llmrec.protocols import Codes, Floats, Mask
 from llmrec.rows import LoadReport, Policy, Problems, id_order, id_strings, renaming
 from llmrec.tables import read_table
-from llmrec.types import Event
+from llmrec.types import Event, as_id
 from llmrec.weights import HEAVIEST, event_weight
 
 Clock = Literal["time", "none"]
@@ -254,13 +254,13 @@ def live_events(events: Iterable[Event], catalog: Catalog, clock: Clock, now: in
     for event in events:
         if not isinstance(event, Event):
             raise RequestError(f"expected events, got {event!r:.100}; make them with llmrec.Event")
-        user = event.user_id
+        user, item = as_id(event.user_id, "user_id"), as_id(event.item_id, "item_id")
         stamp: Any = event.timestamp
         weight: Any = event.weight
         # Numbers of tables are numpy's.
         stamp, weight = (n.item() if isinstance(n, np.generic) else n for n in (stamp, weight))
-        catalog.code(event.item_id)
-        if not isinstance(user, str) or not user.strip() or "\0" in user:
+        catalog.code(item)
+        if not user.strip() or "\0" in user:
             raise RequestError(f"an event needs the id of its user, without NUL; got {user!r:.100}")
         if not (isinstance(weight, int | float) and 0 < weight <= HEAVIEST):
             raise RequestError(f"weight must be a number above 0, at most {HEAVIEST:,}; got {weight!r:.100}")
@@ -274,7 +274,7 @@ def live_events(events: Iterable[Event], catalog: Catalog, clock: Clock, now: in
                 f"event_id must be text of 1 to 500 characters, without NUL; got {named!r:.100}"
             )
         at = None if clock == "none" else now if stamp is None else stamp
-        checked.append(replace(event, timestamp=at, weight=weight))
+        checked.append(Event(user, item, at, weight, named))
     return checked
 
 

@@ -30,6 +30,7 @@ from llmrec.retrieve.linear import EASEConfig, EASERetriever
 from llmrec.retrieve.popularity import PopularityRetriever, RecentConfig, RecentRetriever
 from llmrec.retrieve.sequence_config import GRU4RecConfig, Kind, SequenceConfig
 from llmrec.retrieve.transitions import TransitionsConfig, TransitionsRetriever
+from llmrec.text import changed_lines
 
 if TYPE_CHECKING:
     from llmrec.sequences import Source
@@ -45,11 +46,6 @@ class Texts:
     vectors: Floats
     encoder: Encoder
     index: VectorIndex
-
-
-def changed_lines(old: Sequence[str], new: Sequence[str]) -> list[int]:
-    """Codes of the lines that are new or other than they were, in a catalogue that changed or grew."""
-    return [code for code, line in enumerate(new) if code >= len(old) or line != old[code]]
 
 
 @dataclass(frozen=True, slots=True)

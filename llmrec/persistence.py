@@ -224,6 +224,18 @@ def remove_stale(folder: Path, keep: Sequence[str]) -> None:
         path.unlink(missing_ok=True)
 
 
+def remove_stray_events(folder: Path) -> None:
+    """Remove event stores that the manifest does not name, if there are any."""
+    there = [path for path in folder.iterdir() if path.name.startswith(("events-", ".tmp-events-"))]
+    if all(path.name.startswith(read_manifest(folder)["events"]) for path in there):
+        return
+    with saving(folder):
+        named = read_manifest(folder)["events"]
+        for path in there:
+            if not path.name.startswith(named):
+                path.unlink(missing_ok=True)
+
+
 def save_arrays(path: Path, groups: Mapping[str, Arrays]) -> None:
     """Write named groups of arrays of numbers to one safetensors file."""
     flat = {f"{group}/{name}": array for group, arrays in groups.items() for name, array in arrays.items()}

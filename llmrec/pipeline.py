@@ -50,6 +50,8 @@ class Pipeline:
         Share of each item in the events, shape (items,); sums to 1.
     scored
         How many of the first merged candidates the language model scores; None for all.
+    popular
+        Whether popular items stand in where nothing is found and no words were typed.
     """
 
     retrievers: Mapping[str, Retriever]
@@ -61,6 +63,7 @@ class Pipeline:
     calibration: Calibration = field(default_factory=Calibration)
     prior: Floats | None = None
     scored: int | None = None
+    popular: bool = True
     fallback: ClassVar[str] = "popularity"
     by_meaning: ClassVar[str] = "text"
 
@@ -136,7 +139,7 @@ class Pipeline:
                 return self.by_meaning, found
         if has:
             return "", None
-        depth = self.depth if popular or not query.text else 0
+        depth = self.depth if popular or (self.popular and not query.text) else 0
         return self.fallback, self.retrievers[self.fallback].retrieve([query], depth)[0]
 
     def rerank(

@@ -148,10 +148,14 @@ class Columns(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ItemChange:
-    """An item that was put into the catalogue, or with `item` None one that was removed."""
+    """An item that was put into the catalogue, or with `item` None one that was removed.
+
+    `code` is its number in the catalogue, the same for all who serve it; None in stores of old.
+    """
 
     item_id: str
     item: Item | None
+    code: int | None = None
 
 
 @runtime_checkable

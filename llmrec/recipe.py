@@ -23,6 +23,7 @@ from llmrec.retrieve.linear import EASEConfig
 from llmrec.retrieve.popularity import RecentConfig
 from llmrec.retrieve.sequence_config import GRU4RecConfig, SequenceConfig
 from llmrec.retrieve.transitions import TransitionsConfig
+from llmrec.text import query_text
 from llmrec.types import Request
 
 ALWAYS = ("popularity", "profile", "text", "bm25")
@@ -177,7 +178,7 @@ class Recipe:
 
     def asks_lm(self, request: Request) -> bool:
         """Whether leaving the language model out could change the answer to a request."""
-        typed = bool(request.query and request.query.strip())
+        typed = bool(query_text(request.query))
         if not typed and request.user is None and not request.history:
             return False  # what is popular
         weights = self.query if typed else self.history

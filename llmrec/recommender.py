@@ -276,7 +276,8 @@ class Recommender(Changing):
                 "weight": np.minimum(columns.weights, HEAVIEST),
             },
             schema={"user_id": pl.String, "item_id": pl.String, "timestamp": pl.Int64, "weight": pl.Float64},
-        )
+            # These are seconds, whatever they look like.
+        ).with_columns(pl.from_epoch("timestamp", "s"))
         # The store keeps the order of events, ties included.
         data = self.config.data
         return EventLog.load(frame, self._state.catalog, clock=data.clock, ties="input", policy="drop")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import re
 import unicodedata
+from collections.abc import Sequence
 
 import numpy as np
 import polars as pl
@@ -94,6 +95,15 @@ def shorten(text: str, limit: int) -> str:
     return cut.rstrip(" ")
 
 
+QUERY_LIMIT = 1000
+"""Longest typed query in characters."""
+
+
+def query_text(query: str | None) -> str:
+    """What a typed query says; empty if nothing, or only what cannot be seen."""
+    return neutralise(query, QUERY_LIMIT) if query else ""
+
+
 def _defuse(text: str) -> str:
     """Change the brackets of every word that could hold a special token. `text` has single spaces."""
     text = _PIPES.sub("|", text)
@@ -112,6 +122,11 @@ def _defuse_word(word: str) -> str:
     if any(c in word for c in _SQUARE_OPEN) and any(c in word for c in _SQUARE_CLOSE):
         word = word.translate(_SQUARES)
     return word
+
+
+def changed_lines(old: Sequence[str], new: Sequence[str]) -> list[int]:
+    """Codes of the lines that are new or other than they were, in a catalogue that changed or grew."""
+    return [code for code, line in enumerate(new) if code >= len(old) or line != old[code]]
 
 
 def typed_words(line: str, rng: np.random.Generator) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any, Literal
@@ -129,22 +129,14 @@ class Request:
     def _check_ids(self) -> None:
         if self.user is not None and self.history is not None:
             raise RequestError("give either user (its stored history is used) or history, not both")
-        if any(isinstance(ids, str) for ids in (self.history, self.exclude, self.pins)):
-            raise RequestError("history, exclude and pins are lists of item ids, got one string")
         if self.user is not None:
             object.__setattr__(self, "user", as_id(self.user, "user"))
         for name in ("history", "exclude", "pins"):
             given = getattr(self, name)
             if given is None and name == "history":
                 continue
-            try:
-                # What has no length is read once and gone.
-                text = len(given) == sum(isinstance(one, str | Event) for one in given)
-            except TypeError:
-                raise RequestError(f"{name} must be a list of item ids, got {given!r:.100}") from None
-            if not text:
-                ids = [one if isinstance(one, Event) else as_id(one, name) for one in given]
-                object.__setattr__(self, name, ids)
+            ids = as_ids(given, name, events=name == "history", ordered=name != "exclude")
+            object.__setattr__(self, name, ids)
 
     def _check_arrangement(self) -> None:
         if self.caps is not None and not isinstance(self.caps, Mapping):
@@ -176,6 +168,25 @@ def as_id(value: object, what: str) -> str:
         if isinstance(value, Real) and float(value).is_integer():
             return str(int(float(value)))
     raise RequestError(f"{what} must be text or a whole number, got {value!r:.100}")
+
+
+def as_ids(given: Any, what: str, *, events: bool = False, ordered: bool = True) -> tuple[Any, ...]:
+    """Ids as texts, see `as_id`; with `events`, an `Event` may stand for its item.
+
+    Raises
+    ------
+    RequestError
+        If it is no list, tuple, array or column of ids: one string, what is read once and gone, or, where
+        they are `ordered`, a set.
+    """
+    unfit = (str, bytes, Mapping, Set) if ordered else (str, bytes, Mapping)
+    if not isinstance(given, unfit) and hasattr(given, "__len__"):
+        try:
+            return tuple(one if events and isinstance(one, Event) else as_id(one, what) for one in given)
+        except TypeError:
+            pass
+    got = "one string" if isinstance(given, str) else f"{given!r:.100}"
+    raise RequestError(f"{what} must be a list of item ids, got {got}")
 
 
 def _is_number(value: object) -> bool:

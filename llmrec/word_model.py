@@ -16,7 +16,7 @@ from torch import Tensor
 from llmrec.adapter import fresh_adapter, kept_adapter, on_device, write_adapter
 from llmrec.card import Card
 from llmrec.errors import ConfigError
-from llmrec.families import Texts, changed_lines
+from llmrec.families import Texts
 from llmrec.persistence import Arrays, load_arrays, save_arrays
 from llmrec.prompt import Prompt
 from llmrec.protocols import Mask, Query
@@ -30,7 +30,7 @@ from llmrec.score.trie import ItemTrie
 from llmrec.score.unseen import expected_counts
 from llmrec.score.words import Layout, Vocabulary, WordsModel, WordsPrompt
 from llmrec.score.wordwise import VocabularyScorer
-from llmrec.text import typed_words
+from llmrec.text import changed_lines, typed_words
 
 SLOTS = {"likelihood": None, "generate": None, "yes_no": "candidate", "letters": "candidates"}
 """What a mode's prompt needs beside the history."""

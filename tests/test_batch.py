@@ -67,6 +67,7 @@ def test_rows_with_histories_and_wishes_and_any_order_of_columns(model, rec, tmp
         run(Batch("recommend", model, tmp_path / "out", str(tmp_path / "asked.parquet"), k=4))
     run(Batch("recommend", model, tmp_path / "some", str(tmp_path / "asked.parquet"), k=1))
     assert parts(tmp_path / "some")["user_id"].to_list() == ["u1", None, None]
+    assert parts(tmp_path / "some")["row"].to_list() == [0, 1, 2]
     assert found["row"].to_list() == np.repeat(range(3), each).tolist()
     # Numbers as ids, and several files.
     for n in range(2):

@@ -77,6 +77,9 @@ def test_every_verb_answers_as_the_library_does(rec, client):
     assert ids(found) == ids(rec.recommend(user="u1", k=4, where={"brand": "Acme"})) and not found.degraded
     assert found.items[0].attributes["brand"] == "Acme" and found.items[0].sources[0].name
     assert ids(client.search("silver river", k=3)) == ids(rec.search("silver river", k=3))
+    assert ids(client.recommend(history=("i3", "i4"), exclude=("i5",))) == ids(
+        rec.recommend(history=("i3", "i4"), exclude=("i5",))
+    )
     assert ids(client.similar("i3", k=3)) == ids(rec.similar("i3", k=3))
     assert ids(client.rank(["i9", "i3"], user="u1")) == ids(rec.rank(["i9", "i3"], user="u1"))
     unlisted = ["i9", Item("ours", "Blue River", attributes={"brand": "Acme"})]

@@ -802,8 +802,76 @@ def test_ids_as_numbers_are_those_of_the_tables(tmp_path):
             rec.add_items(table)
 
 
+def test_every_verb_takes_ids_in_any_list_and_no_text_for_a_list(tmp_path):
+    items = [Item(str(code), f"thing {code}") for code in range(8)]
+    events = [Event(str(user), str((user + t) % 8), t) for user in range(6) for t in range(3)]
+    rec = Recommender.fit(items, events, LIGHT)
+    expected = ids(rec.recommend(history=["1", "2"], exclude=["4"], k=3))
+    for column in (np.array, pl.Series, tuple):
+        assert ids(rec.recommend(history=column(["1", "2"]), exclude=column(["4"]), k=3)) == expected
+        assert rec.seeds(2, chosen=column(["1"]), passed=column(["2"]))
+        assert set(ids(rec.rank(column(["1", "2"])))) == set(rec.predict(column(["1", "2"]))) == {"1", "2"}
+    assert ids(rec.recommend(history=["1", "2"], exclude={"4"}, k=3)) == expected
+    assert ids(rec.similar(3)) == ids(rec.similar("3"))
+    assert {*ids(rec.rank([1, 2, Item(50, "new")]))} == {"1", "2", "50"}
+    assert rec.observe(77, 5) and [e.item_id for e in rec.history("77")] == ["5"]
+    for wrong in (
+        lambda: rec.recommend(history={"1", "2"}),
+        lambda: rec.recommend(history=Event("a", "1")),
+        lambda: rec.recommend(history={"1": 1}),
+        lambda: rec.recommend(history=iter(["1"])),
+        lambda: rec.recommend(pins="1"),
+        lambda: rec.predict("12"),
+        lambda: rec.rank("12"),
+        lambda: rec.rank(Item("1", "one")),
+        lambda: rec.seeds(passed="12"),
+        lambda: rec.remove_items("12"),
+        lambda: rec.add_items(Item("9", "nine")),
+        lambda: rec.recommend_many([{"user": "1"}]),
+        lambda: rec.similar(["1"]),
+    ):
+        with pytest.raises(RequestError):
+            wrong()
+    rec.remove_items(np.array(["1", "2"]))
+    assert not {"1", "2"} & {*ids(rec.recommend(user="4", k=8, seen="include"))}
+
+
+def test_what_is_like_nothing_has_nothing_like_it():
+    rec = Recommender.fit(
+        [Item("q", "???"), *(Item(str(n), f"thing {n}") for n in range(5))],
+        [Event(f"u{n}", str((n + t) % 5), t) for n in range(5) for t in range(3)],
+        LIGHT,
+    )
+    assert rec.similar("q") == [] and rec.recommend(history=["q"])
+
+
+def test_stored_seconds_are_seconds_however_large_they_are():
+    """The sentinel of many a database, beside which seconds would look like milliseconds."""
+    stamps = pl.Series(["2024-01-01", "2024-01-02", "9999-12-31"]).str.to_date()
+    events = pl.DataFrame({"user_id": ["a", "a", "b"], "item_id": ["1", "2", "1"], "timestamp": stamps})
+    rec = Recommender.fit([Item("1", "one"), Item("2", "two")], events, LIGHT)
+    before = rec.history("b")
+    rec.refit()
+    assert rec.history("b") == before and before[0].timestamp == 253_402_214_400
+
+
+def test_forget_takes_away_what_a_killed_save_left(rec, tmp_path):
+    rec.save(tmp_path)
+    named = next(tmp_path.glob("events-*.sqlite"))
+    strays = [tmp_path / "events-0123456789ab.sqlite", tmp_path / ".tmp-events-0123456789ab.sqlite-1-2"]
+    for stray in strays:
+        shutil.copyfile(named, stray)
+    user = next(iter(rec._slot._store.events())).user_id
+    assert rec.forget(user) > 0
+    assert named.is_file() and not any(stray.exists() for stray in strays)
+    assert Recommender.load(tmp_path).history(user) == []
+
+
 def test_words_that_nothing_has_find_nothing(rec):
     assert rec.search("zzzzqqq") == []
+    with pytest.raises(RequestError, match="search needs words"):
+        rec.search("\u200b")
+    assert not rec.asks_lm(Request(query="\u200b"))
     # Given candidates all come back.
     assert ids(rec.rank(["i3", "i1"], query="zzzzqqq")) and len(rec.rank(["i3", "i1"], query="zzzzqqq")) == 2
 

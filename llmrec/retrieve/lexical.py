@@ -12,6 +12,7 @@ import numpy as np
 
 from llmrec.protocols import Floats, Hits, Query
 from llmrec.ranking import NO_HITS, top
+from llmrec.text import changed_lines
 
 K1, B = 1.5, 0.75
 
@@ -93,8 +94,7 @@ class BM25Retriever:
 
     def grown(self, lines: Sequence[str]) -> BM25Retriever:
         """The same for a catalogue whose lines changed or grew; this one stays as it is."""
-        old = self.lines
-        changed = [code for code, line in enumerate(lines) if code >= len(old) or line != old[code]]
+        changed = changed_lines(self.lines, lines)
         if len(self._aside) + len(changed) > max(ASIDE, ASIDE_SHARE * len(lines)):
             return BM25Retriever(lines)
         made = BM25Retriever(lines)

@@ -44,6 +44,12 @@ class PopularityRetriever:
         return _best_first(self.scores)
 
     @cached_property
+    def _shares(self) -> Floats:
+        smoothed = np.exp(self.scores.astype(np.float64))
+        shares: Floats = (smoothed / smoothed.sum()).astype(np.float32)
+        return shares
+
+    @cached_property
     def _fresh_order(self) -> Codes:
         """The same of late."""
         return _best_first(self.scores if self.fresh is None else self.fresh)
@@ -66,9 +72,7 @@ class PopularityRetriever:
 
     def shares(self) -> Floats:
         """Share of each item in the events, with one pseudo-event an item, shape (items,); sums to 1."""
-        smoothed = np.exp(self.scores.astype(np.float64))
-        shares: Floats = (smoothed / smoothed.sum()).astype(np.float32)
-        return shares
+        return self._shares
 
     def retrieve(self, queries: Sequence[Query], k: int) -> list[Hits]:
         """Return the k most popular allowed items for each query; of late where nothing is asked."""

@@ -7,12 +7,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from llmrec.answering import QUERY_LIMIT
 from llmrec.errors import RequestError
 from llmrec.protocols import Floats
 from llmrec.recommender import Recommender
 from llmrec.serve.models import Document
-from llmrec.text import neutralise
+from llmrec.text import neutralise, query_text
 from llmrec.types import Request
 
 DOCUMENT_LIMIT = 5_000
@@ -74,7 +73,7 @@ def score_documents(
     catalog, texts = recommender.catalog, recommender.texts
     past = catalog.codes(list(history))
     words = [neutralise(d.text, DOCUMENT_LIMIT) if d.text is not None else "" for d in documents]
-    wish = neutralise(query, QUERY_LIMIT)
+    wish = query_text(query)
     encoded = texts.encoder.encode([*words, wish])
     vectors, asked = encoded[:-1].copy(), [encoded[-1]] if wish else []
     items = [row for row, d in enumerate(documents) if d.text is None]

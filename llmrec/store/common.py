@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from llmrec.errors import DataError
 from llmrec.protocols import ItemChange
@@ -62,17 +63,19 @@ def check_same(event: Event, item_id: str, weight: float) -> None:
 
 
 def body_of(change: ItemChange) -> str | None:
-    """Return an item without its id as JSON, None for a removed one."""
+    """Return a change without the id of its item as JSON; None for a removed one of unknown code."""
     item = change.item
-    if item is None:
-        return None
-    return json.dumps({"title": item.title, "text": item.text, "attributes": dict(item.attributes)})
+    values: dict[str, Any] = {} if change.code is None else {"code": change.code}
+    if item is not None:
+        values |= {"title": item.title, "text": item.text, "attributes": dict(item.attributes)}
+    return json.dumps(values) if values else None
 
 
 def changes_of(rows: Iterable[tuple[str, str | None]]) -> Iterator[ItemChange]:
     """Read pairs of id and body."""
     for item_id, body in rows:
-        yield ItemChange(item_id, None if body is None else _item(item_id, json.loads(body)))
+        values = {} if body is None else json.loads(body)
+        yield ItemChange(item_id, _item(item_id, values) if "title" in values else None, values.get("code"))
 
 
 def _item(item_id: str, values: Mapping[str, object]) -> Item:

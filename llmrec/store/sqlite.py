@@ -167,17 +167,19 @@ class SQLiteStore:
                 count = connection.execute("DELETE FROM events WHERE user_id = ?", (user_id,)).rowcount
             except UnicodeEncodeError:
                 return 0  # no such id can be stored
+        why = f"another process kept it busy for {BUSY_SECONDS:.0f} s"
         with self._connection() as connection:
             try:
                 # `secure_delete` overwrites rows in place, but a page that was split may hold a stale copy.
                 connection.execute("VACUUM")
                 busy = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
             except sqlite3.OperationalError as error:
-                busy = error
+                busy = True
+                why = f"it could not be rewritten ({error})" if not _is_busy(error) else why
         if busy:
             raise StoreError(
                 f"{count} events of the user are deleted, but their bytes may still be in {self.path} or its "
-                f"-wal, since another process kept it busy for {BUSY_SECONDS:.0f} s: call forget again"
+                f"-wal, since {why}: call forget again"
             )
         return count
 
@@ -293,7 +295,7 @@ class SQLiteStore:
             try:
                 yield connection
             except BaseException:
-                connection.execute("ROLLBACK")
+                _roll_back(connection)
                 raise
             connection.execute("COMMIT")
 
@@ -328,7 +330,7 @@ class SQLiteStore:
                     connection.execute(statement)
                 connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
         except BaseException:
-            connection.execute("ROLLBACK")
+            _roll_back(connection)
             raise
         connection.execute("COMMIT")
         _use_write_ahead_log(connection)
@@ -338,6 +340,16 @@ class SQLiteStore:
 
 def _count(connection: sqlite3.Connection) -> int:
     return int(connection.execute("SELECT count(*) FROM events").fetchone()[0])
+
+
+def _roll_back(connection: sqlite3.Connection) -> None:
+    # Where the disk is full SQLite has done it by itself.
+    if connection.in_transaction:
+        connection.execute("ROLLBACK")
+
+
+def _is_busy(error: sqlite3.OperationalError) -> bool:
+    return error.sqlite_errorcode & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 
 
 def _item_changes(connection: sqlite3.Connection, after: int) -> tuple[int, list[ItemChange]]:
@@ -355,7 +367,6 @@ def _use_write_ahead_log(connection: sqlite3.Connection) -> None:
             connection.execute("PRAGMA journal_mode = WAL")
             return
         except sqlite3.OperationalError as error:
-            busy = error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY
-            if not busy or time.monotonic() > deadline:
+            if not _is_busy(error) or time.monotonic() > deadline:
                 raise
             time.sleep(0.01)
