@@ -400,6 +400,7 @@ def main(argv: list[str] | None = None) -> None:
             "users_sha256": p.asked.sha256(),
             "merge_sha256": hash_words(p.state),
             "log_sha256": p.split.log.fingerprint,
+            "settings": settings(config, trials[trial]).model_dump(mode="json", include={"lm", "training"}),
         }
         if path.is_file():
             there = json.loads(path.read_text(encoding="utf-8"))

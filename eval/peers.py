@@ -6,7 +6,8 @@ Each library is installed into a virtual environment of its own, under runs/peer
 own. Everything is trained on the training part. Held-out events of some users choose what is chosen and train
 LightGBM; the others are asked. Full ranking, seen items excluded. Rerankers order the first candidates of our
 merge. Answers are kept in runs/peers/NAME, and with the results, eval/results/NAME-peers.json and the ranks
-beside it: what is there for the same users and merge is not made again.
+beside it: what is there for the same users and merge is not made again, whatever else has changed. Remove
+the answers of a system whose settings here have.
 
 What is not the same for all: what learns by the clock is given --minutes, our sequence models as long as
 Cornac's took or until the judging users stop them, as they stop RecTools' SASRec; Cornac has fixed epochs;

@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> None:
     recommender, rng = Recommender.load(args.model), np.random.default_rng(args.seed)
     users = recommender.users("", 10**9)
     users = [users[i] for i in rng.permutation(len(users))[: args.users]]
-    falls: dict[str, list[tuple[float, float]]] = {"random": [], "most recent": []}
+    falls: dict[str, list[tuple[int, float, float]]] = {"random": [], "most recent": []}
     named, shown, seconds, plain = 0, 0, [], []
     kept, asked = 0, 0
     for number, user in enumerate(users):
@@ -83,9 +83,9 @@ def main(argv: list[str] | None = None) -> None:
             others = without(history[-20:], first)
             if others:
                 other = others[int(rng.integers(len(others)))]
-                falls["random"].append((own, fall(recommender, history, one, other)))
+                falls["random"].append((number, own, fall(recommender, history, one, other)))
             if history[-1] != first:
-                falls["most recent"].append((own, fall(recommender, history, one, history[-1])))
+                falls["most recent"].append((number, own, fall(recommender, history, one, history[-1])))
     result: dict[str, Any] = {
         "command": " ".join(["python eval/reasons.py", *(sys.argv[1:] if argv is None else argv)]),
         "users": len(seconds),
@@ -99,10 +99,14 @@ def main(argv: list[str] | None = None) -> None:
         "environment": environment(),
     }
     for name, pairs in falls.items():
-        own, other = np.array(pairs, dtype=np.float64).reshape(-1, 2).T
-        compared = compare_values(own - other, "evidence", name, "log2 rank", seed=args.seed)
+        number, own, other = np.array(pairs, dtype=np.float64).reshape(-1, 3).T
+        # Items of one user fall alike: users are what is resampled.
+        _, user = np.unique(number, return_inverse=True)
+        differences = np.bincount(user, own - other) / np.maximum(np.bincount(user), 1)
+        compared = compare_values(differences, "evidence", name, "log2 rank", seed=args.seed)
         result["doublings_of_the_rank"][f"evidence against {name}"] = {
             "pairs": len(pairs),
+            "users": len(differences),
             "evidence": round(float(own.mean()), 4) if len(own) else 0.0,
             name: round(float(other.mean()), 4) if len(other) else 0.0,
             "difference": round(compared.difference, 4),

@@ -185,6 +185,10 @@ def evaluate(
     else:
         checked += leaks.check_recipe(state.recipe, held_out)
     pipeline = state.pipeline()
+    if exclude_seen and (seen := _seen(sampled)):
+        on_stage(
+            f"{seen:,} of {len(sampled):,} targets are in their own history, and seen items do not return"
+        )
     on_stage("ranking for every user")
     best = state.recipe.best_alone
     systems = run_systems(sampled, pipeline, catalog.active, exclude_seen, with_lm=lm, pools=pools, best=best)
@@ -309,9 +313,15 @@ def _protocol(config: Config, part: str, sampled: Part, log: EventLog, exclude_s
         "clock": config.data.clock,
         "users": len(sampled),
         "users_without_history": sum(not len(history) for history in sampled.histories),
+        "targets_seen": _seen(sampled),
         "users_sha256": sampled.sha256(log.users),
         "seed": protocol.seed,
     }
+
+
+def _seen(part: Part) -> int:
+    """Users whose target is in their history: nobody finds it where seen items do not return."""
+    return sum(int(target) in history for target, history in zip(part.targets, part.histories, strict=True))
 
 
 def _latency(part: Part, pipeline: Pipeline, catalog: Catalog, fresh: Callable[[], None]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Choosing settings and weights on held-out events.
 
-Everything is chosen by NDCG@10 on events that no fitted parameter has seen; every trial is logged,
-of EASE with the best decay of the history alone.
+Everything is chosen by NDCG@10 on events that no fitted parameter has seen; every trial is logged. Trials of
+EASE are logged with the best decay of their history, not with all that were tried.
 """
 
 from __future__ import annotations

@@ -36,7 +36,8 @@ class Event:
         In seconds since 1970, None where the log has no clock.
     event_id
         An id that the caller chose, unique among the events of the user: an event store keeps one event of
-        each id, so that sending it again after a lost answer does not count twice.
+        each id, so that sending it again after a lost answer does not count twice. `fit` does not read it:
+        what was in the log counts again if it is sent again.
     """
 
     user_id: str

@@ -31,6 +31,8 @@ def test_segment_differences_are_means_over_their_users_and_agree_with_the_whole
     assert found["first"]["users"] + found["rest"]["users"] == 400
     few = np.arange(400) < 9
     assert differences(ranks, {"few": few}, "a", "b") == {}, "resampling nine users says nothing"
+    alike = {"a": ranks["a"], "b": ranks["a"]}
+    assert differences(alike, {"all": np.ones(400, bool)}, "a", "b") == {}, "nor does who has the same"
 
 
 class ByItem:
@@ -93,7 +95,11 @@ def result(weight, difference, low, high, typed=0.0):
             "query": {"retrievers": {"bm25": 1.0}, "lm": typed},
         },
         "search": {
-            "known_item": {"systems": {n: {"ndcg@10": v} for n, v in (("merge", 0.55), ("default", 0.57))}}
+            "known_item": {
+                "systems": {"merge": {"ndcg@10": 0.55}, "default": {"ndcg@10": 0.57}},
+                "comparisons": [{"difference": 0.02, "ci95": [0.01, 0.03], "verdict": ""}],
+            },
+            "attribute": {"systems": {"merge": {"ndcg@10": 0.98}, "default": {"ndcg@10": 0.91}}},
         },
         "training": {"seconds": 600, "events_per_second": 1000},
         "latency": {"merge": timed, "blend": timed},
@@ -115,10 +121,16 @@ def result(weight, difference, low, high, typed=0.0):
         (2.0, 0.0008, -0.0013, 0.0029, "Not shown."),
         (2.0, -0.0050, -0.0080, -0.0020, "No."),
         (0.0, 0.0, 0.0, 0.0, "No, not after 10 minutes of training."),
+        # One of several comparisons, which such an interval would not survive, whatever its sign.
+        (2.0, 0.0040, 0.0002, 0.0078, "Not shown."),
+        (2.0, -0.0040, -0.0078, -0.0002, "Not shown."),
     ],
 )
 def test_the_verdict_follows_from_the_interval(weight, difference, low, high, words):
-    page = render(result(weight, difference, low, high))
+    measured = result(weight, difference, low, high)
+    if min(abs(low), abs(high)) == 0.0002:
+        measured["comparisons"][0]["verdict"] = ": not shown among all comparisons of this run"
+    page = render(measured)
     answer = re.search(r'id="answer">(.*?)</p>', page).group(1)
     assert answer.startswith(f"<b>{words}</b>")
     if weight:
@@ -148,7 +160,9 @@ def test_the_time_of_all_models_counts_and_no_order_is_judged_where_there_was_no
 def test_a_model_that_only_pays_where_words_are_typed_is_not_said_to_be_left_out_everywhere():
     page = render(result(0.0, 0.0, 0.0, 0.0, typed=0.3))
     answer = re.search(r'id="answer">(.*?)</p>', page).group(1)
-    assert "for lists by history" in answer and "0.5700, and at 0.5500 without it" in answer
+    assert "for lists by history" in answer
+    assert "0.5700, and at 0.5500 without it (+0.0200 [+0.0100, +0.0300])" in answer
+    assert "0.9100, and at 0.9800 without it" in answer, "what it costs where an attribute is typed"
     assert "words are typed" not in render(result(0.0, 0.0, 0.0, 0.0))
 
 

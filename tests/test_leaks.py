@@ -56,6 +56,17 @@ def with_test_events(split):
     return [np.append(h, split.log.history(u)[-1:]) for u, h in enumerate(split.train)]
 
 
+def test_test_events_of_small_weight_are_noticed(split):
+    log = replace(split.log, weight=np.full_like(split.log.weight, 5e-4))
+    small = replace(split, log=log)
+    honest = PopularityRetriever.fit(small.train, 40, small.training.weights)
+    assert check_retrievers({"popularity": honest}, small, None)[0] == ["popularity"]
+    histories = with_test_events(small)
+    weights = [np.full(len(history), 5e-4) for history in histories]
+    with pytest.raises(LeakError, match="does not count the training events alone"):
+        check_retrievers({"popularity": PopularityRetriever.fit(histories, 40, weights)}, small, None)
+
+
 @pytest.mark.parametrize("which", ["split", "weighted"])
 def test_honestly_fitted_retrievers_pass(which, texts, request):
     split = request.getfixturevalue(which)

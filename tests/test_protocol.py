@@ -90,6 +90,8 @@ def test_without_a_clock_cold_items_are_drawn_by_the_seed():
     log = log_of([(u, (ord(u) + i) % 20, 0) for u in "abcdefgh" for i in range(8)], clock="none")
     drawn = [make_split(log, ProtocolConfig(split="cold-item", seed=s)).fitted for s in (0, 0, 1)]
     assert (drawn[0] == drawn[1]).all() and (drawn[0] != drawn[2]).any()
+    with pytest.raises(DataError, match="cannot hold out a share"):
+        make_split(log_of([(u, i, 0) for u in "abc" for i in range(4)]), ProtocolConfig(split="time"))
     few = log_of([("a", 0, 0), ("a", 1, 0)], clock="none")
     for name in ("cold-item", "cold-user"):
         with pytest.raises(DataError, match="too few"):

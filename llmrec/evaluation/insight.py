@@ -19,7 +19,7 @@ DRAWS = 2000
 """Resamples of each segment's interval."""
 
 LEAST = 10
-"""Users of a segment below whom resampling says nothing: the interval of one has no width."""
+"""Users whose lists differ below whom resampling says nothing: the interval of none has no width."""
 
 ORDERS = 4
 """Random orders of the candidates beside the given one."""
@@ -33,14 +33,14 @@ def ceiling(ranks: Ranks) -> dict[str, float]:
 def differences(
     ranks: Mapping[str, Ranks], masks: Mapping[str, Mask], a: str, b: str, metric: str = "ndcg@10"
 ) -> dict[str, dict[str, Any]]:
-    """Difference of two systems in each segment of `LEAST` users or more, with its 95 % bootstrap interval.
+    """Difference of two systems in each segment where `LEAST` users' differ or more, with a 95 % interval.
 
-    Intervals are not corrected for the number of segments.
+    Intervals are bootstrapped, and not corrected for the number of segments.
     """
     values = per_user(ranks[a], metric) - per_user(ranks[b], metric)
     found = {}
     for name, mask in masks.items():
-        if np.count_nonzero(mask) < LEAST:
+        if np.count_nonzero(values[mask]) < LEAST:
             continue
         own = compare_values(values[mask], a, b, metric, draws=DRAWS)
         found[name] = {"users": own.users, "difference": own.difference, "ci95": [own.low, own.high]}

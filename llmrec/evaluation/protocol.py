@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from llmrec.errors import DataError
 from llmrec.evaluation.split import Split, cold_item_split, cold_user_split, leave_last_out, time_split
 from llmrec.events import EventLog
 
@@ -104,6 +105,11 @@ def make_split(log: EventLog, protocol: ProtocolConfig) -> Split:
             return time_split(log, _seconds(protocol.validation_from), _seconds(protocol.test_from))
         # "higher": an event at the boundary is held out whole, with all of the same second.
         low, high = np.quantile(stamps, [1 - 2 * protocol.share, 1 - protocol.share], method="higher")
+        if low == high:
+            raise DataError(
+                f"the split by time cannot hold out a share of {protocol.share:g} twice: too many events are of "
+                "one moment; set validation_from and test_from, or another share"
+            )
         return time_split(log, int(low), int(high))
     split = cold_item_split if protocol.split == "cold-item" else cold_user_split
     return split(log, protocol.share, protocol.seed)

@@ -380,7 +380,7 @@ def _examples(found: Sequence[Example]) -> str:
             f"<mark>{escape(one.target)}</mark></summary><p>{history}</p>"
             f'<div class="wide"><table><tr>{head}</tr>{body}</table></div></details>'
         )
-    return "<h2>Ten users, side by side</h2><p>Drawn at random, not chosen.</p>" + "".join(blocks)
+    return f"<h2>{len(blocks)} users, side by side</h2><p>Drawn at random, not chosen.</p>" + "".join(blocks)
 
 
 def _protocol(result: Mapping[str, Any], command: str) -> str:
