@@ -107,8 +107,8 @@ def make_split(log: EventLog, protocol: ProtocolConfig) -> Split:
         low, high = np.quantile(stamps, [1 - 2 * protocol.share, 1 - protocol.share], method="higher")
         if low == high:
             raise DataError(
-                f"the split by time cannot hold out a share of {protocol.share:g} twice: too many events are of "
-                "one moment; set validation_from and test_from, or another share"
+                f"the split by time cannot hold out a share of {protocol.share:g} twice: too many events "
+                "are of one moment; set validation_from and test_from, or another share"
             )
         return time_split(log, int(low), int(high))
     split = cold_item_split if protocol.split == "cold-item" else cold_user_split
