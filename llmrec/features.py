@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from llmrec.candidates import LM, Weights, discount, gather, normalise, to_score, with_rest
 from llmrec.metrics import Ranks
 from llmrec.protocols import Floats, Hits, Scorer
+from llmrec.ranking import NO_HITS
 from llmrec.recipe import HeldOut
 
 
@@ -80,8 +81,7 @@ class Features:
         scored
             How many of the first candidates are scored, None for all.
         """
-        nothing = Hits(np.empty(0, np.int32), np.empty(0, np.float32))
-        named = {**hits, LM: proposed if proposed is not None else [nothing] * len(held_out.targets)}
+        named = {**hits, LM: proposed if proposed is not None else [NO_HITS] * len(held_out.targets)}
         plain = cls.of(named, held_out)
         unions = [
             gather({n: found[i] for n, found in named.items()})[0] for i in range(len(held_out.targets))

@@ -9,7 +9,7 @@ import numpy as np
 
 from llmrec.index.aside import altered, beside
 from llmrec.protocols import Codes, Floats, Hits, Mask, VectorIndex
-from llmrec.ranking import top
+from llmrec.ranking import NO_HITS, top
 
 SEEN = 128
 """Vectors that a walk through the graph keeps in sight, at least."""
@@ -120,7 +120,7 @@ class FaissIndex:
         n = len(self)
         k = min(k, n)
         if k == 0 or len(vectors) == 0:
-            return [Hits(np.empty(0, np.int32), np.empty(0, np.float32)) for _ in range(len(vectors))]
+            return [NO_HITS] * len(vectors)
         if self.exact and len(vectors) >= MANY:
             return self._search_many(vectors, k, masks)
         ruled_out = [0 if mask is None else len(mask) - int(np.count_nonzero(mask)) for mask in masks]

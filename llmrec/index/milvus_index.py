@@ -16,6 +16,7 @@ from llmrec.errors import StoreError
 from llmrec.index.config import VECTORS
 from llmrec.index.server import FEW, ServerIndex
 from llmrec.protocols import Codes, Floats, Hits, Mask
+from llmrec.ranking import NO_HITS
 
 SECONDS = 30
 """How long to wait for an answer."""
@@ -144,7 +145,7 @@ class MilvusIndex(ServerIndex):
             send(name, [{"code": code, "vector": vector} for code, vector in rows], timeout=10 * SECONDS)
 
     def _search(self, vectors: Floats, k: int, masks: Sequence[Mask | None]) -> list[Hits]:
-        hits: list[Hits] = [Hits(np.empty(0, np.int32), np.empty(0, np.float32))] * len(vectors)
+        hits: list[Hits] = [NO_HITS] * len(vectors)
         # Those with the same filter go together.
         filters: dict[str, list[int]] = {}
         for i, mask in enumerate(masks):

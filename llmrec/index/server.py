@@ -11,6 +11,7 @@ import numpy as np
 
 from llmrec.index.aside import altered
 from llmrec.protocols import Codes, Floats, Hits, Mask
+from llmrec.ranking import NO_HITS
 
 CHUNK = 20_000
 """Vectors that are read and sent at once."""
@@ -72,7 +73,7 @@ class ServerIndex(ABC):
         """Return up to k allowed items for each row of `vectors`, best first."""
         k = min(k, self._rows)
         if not len(vectors) or not k:
-            return [Hits(np.empty(0, np.int32), np.empty(0, np.float32)) for _ in range(len(vectors))]
+            return [NO_HITS] * len(vectors)
         return self._search(np.asarray(vectors, np.float32), k, masks)
 
     @abstractmethod

@@ -10,7 +10,7 @@ from http import HTTPStatus
 from pathlib import Path as FilePath
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, FastAPI, Header, HTTPException, Path, Request, Response
+from fastapi import APIRouter, Depends, FastAPI, Header, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
 from mcp.server.transport_security import TransportSecuritySettings
@@ -31,7 +31,7 @@ from llmrec.errors import (
 from llmrec.explain.meanings import MEANINGS
 from llmrec.recommender import Recommender
 from llmrec.serve import models as m
-from llmrec.serve.browse_http import browsing, page_routes
+from llmrec.serve.browse_http import ItemId, UserId, browsing, page_routes
 from llmrec.serve.config import ServeConfig
 from llmrec.serve.document import complete
 from llmrec.serve.gate import PROBLEM, App, Gate, Receive, Scope, Send, problem
@@ -41,11 +41,9 @@ from llmrec.serve.service import Service
 
 logger = logging.getLogger(__name__)
 
-ItemId = Annotated[m.Id, Path(description="item id; a slash in it is written %2F")]
 IdempotencyKey = Annotated[
     str | None, Header(min_length=1, max_length=200, description="unique for what is sent, kept for a retry")
 ]
-UserId = Annotated[m.Id, Path(description="user id; a slash in it is written %2F")]
 
 
 class _Texts(RootModel[list[m.TextScore]]):
