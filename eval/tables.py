@@ -61,10 +61,10 @@ def marked(protocol: dict[str, Any]) -> str:
 def short(results: dict[Path, dict[str, Any]]) -> str:
     """One row a results file: what the language model adds to the merge."""
     lines = [
-        "| data | minutes at most | users | merge R@10 | merge N@10 | LM alone N@10 | blend R@10 "
-        "| blend N@10 | blend - merge, N@10 | known items by typed words, N@10: merge | served "
-        "| items of a typed attribute, N@10: merge | served |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| data | minutes at most | users | merge, R@10 and N@10 | LM alone, N@10 | blend, R@10 and N@10 "
+        "| blend - merge, N@10 | known items by typed words, N@10: merge → served "
+        "| items of a typed attribute, N@10: merge → served |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for path, found in results.items():
         systems, training = found["systems"], found["training"]
@@ -77,9 +77,8 @@ def short(results: dict[Path, dict[str, Any]]) -> str:
         added = difference(compared) if weight else "weight 0: left out"
         lines.append(
             f"| {path.stem.split('-test-')[0]} ({source(found)}) | {_minutes(found):g} "
-            f"| {found['protocol']['users']:,} | {merge['recall@10']:.4f} | {merge['ndcg@10']:.4f} "
-            f"| {lm['ndcg@10']:.4f} | {blend['recall@10']:.4f} | {blend['ndcg@10']:.4f} | {added} "
-            f"| {typed} |"
+            f"| {found['protocol']['users']:,} | {merge['recall@10']:.4f}, {merge['ndcg@10']:.4f} "
+            f"| {lm['ndcg@10']:.4f} | {blend['recall@10']:.4f}, {blend['ndcg@10']:.4f} | {added} | {typed} |"
         )
     return "\n".join(lines)
 
@@ -88,10 +87,10 @@ def searched(found: dict[str, Any], kind: str) -> str:
     """NDCG@10 for typed words of one kind: of the merge, and as served, with its interval if it has one."""
     own = found["search"][kind]
     if not own["systems"]:
-        return " | "
+        return ""
     merge, served = (own["systems"][name]["ndcg@10"] for name in ("merge", "default"))
     tested = [f" ({difference(c)})" for c in own.get("comparisons", ())]
-    return f"{merge:.4f} | {served:.4f}{''.join(tested)}"
+    return f"{merge:.4f}" if merge == served else f"{merge:.4f} → {served:.4f}{''.join(tested)}"
 
 
 def longest(results: dict[Path, dict[str, Any]]) -> dict[Path, dict[str, Any]]:
