@@ -26,7 +26,15 @@ from llmrec.metrics import per_user, summary
 from llmrec.pipeline import Pipeline
 from llmrec.protocols import Hits, Query
 from llmrec.ranking import top
-from llmrec.recipe import HeldOut, Recipe, RetrievalConfig, fit_retrievers, ranks_in, retriever_arrays
+from llmrec.recipe import (
+    HeldOut,
+    Recipe,
+    RetrievalConfig,
+    fit_retrievers,
+    ranks_in,
+    retriever_arrays,
+    roles,
+)
 from llmrec.retrieve.linear import EASEConfig, EASERetriever
 from llmrec.search import (
     known_item_queries,
@@ -317,6 +325,19 @@ def test_who_has_no_history_chooses_no_weights():
     mixed = HeldOut([*HELD_OUT.queries, *newcomers.queries], np.append(HELD_OUT.targets, newcomers.targets))
     alone, beside = (search_recipe(TrainingLog(TRAIN), part, TEXTS, CONFIG)[0] for part in (HELD_OUT, mixed))
     assert beside.history == alone.history and beside.calibration == alone.calibration
+
+
+@pytest.mark.parametrize(("n", "choose"), [(0, 0), (1, 1), (2, 1), (7, 4), (120, 60), (5000, 1000)])
+def test_who_chooses_a_state_does_not_judge_it(n, choose):
+    everybody = HeldOut([Query(codes([i % N])) for i in range(n)], np.arange(n, dtype=np.int32))
+    choosing, judging = roles(everybody, 3)
+    assert len(choosing.queries) == choose and len(judging.queries) == n - choose
+    parts = [part.targets.tolist() for part in (choosing, judging)]
+    assert sorted(parts[0] + parts[1]) == list(range(n)) and all(part == sorted(part) for part in parts)
+    for part in (choosing, judging):
+        assert [int(q.history[0]) for q in part.queries] == [t % N for t in part.targets.tolist()]
+    assert roles(everybody, 3)[0].sha256() == choosing.sha256()
+    assert n < 100 or roles(everybody, 4)[0].sha256() != choosing.sha256()
 
 
 def three_signals(knows, users=500, seed=0):
