@@ -12,7 +12,7 @@ def speed(found: dict[str, Any], *, short: bool) -> str:
         f"`{found['command']}`: {found['base']} after {found['history']} items of {found['data']} "
         f"({found['items']:,} items), {machine}, {found['threads']} threads. All "
         "systems answer a request before the next one, slow ones only the first; a ratio is the median over "
-        "the requests that both answer. The limit is the time of the products that a system needs.",
+        "the requests that both answer; of less than twenty requests, p95 is about the slowest. The limit is the time of the products that a system needs.",
     ]
     kinds = dict.fromkeys((row["precision"], row["candidates"]) for row in found["systems"])
     for precision, candidates in list(kinds)[: 1 if short else None]:
@@ -27,10 +27,8 @@ def speed(found: dict[str, Any], *, short: bool) -> str:
                 share = f"{row['share_of_limit']:.2f}" if row["positions"] else ""
                 # What another process reads and holds was not looked at.
                 read, held = ("" if row[k] is None else f"{row[k]:,}" for k in ("positions", "memory_mb"))
-                # Of a few requests it is the slowest by another name.
-                p95 = f"{row['p95_ms']:,.1f}" if row["requests"] >= 20 else ""
                 lines.append(
-                    f"| {row['system']} | {row['median_ms']:,.1f} | {p95} | {row['requests']} "
+                    f"| {row['system']} | {row['median_ms']:,.1f} | {row['p95_ms']:,.1f} | {row['requests']} "
                     f"| {row['times_as_fast_as_cross_encoder']:,.1f} | {read} | {share} | {held} |"
                 )
     return "\n".join(lines)
