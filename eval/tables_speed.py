@@ -12,7 +12,8 @@ def speed(found: dict[str, Any], *, short: bool) -> str:
         f"`{found['command']}`: {found['base']} after {found['history']} items of {found['data']} "
         f"({found['items']:,} items), {machine}, {found['threads']} threads. All "
         "systems answer a request before the next one, slow ones only the first; a ratio is the median over "
-        "the requests that both answer; of less than twenty requests, p95 is about the slowest. The limit is the time of the products that a system needs.",
+        "the requests that both answer; of less than twenty requests, p95 is about the slowest. The limit is "
+        "the time of the products that a system needs.",
     ]
     kinds = dict.fromkeys((row["precision"], row["candidates"]) for row in found["systems"])
     for precision, candidates in list(kinds)[: 1 if short else None]:
