@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -126,7 +127,8 @@ def _defuse_word(word: str) -> str:
 
 def changed_lines(old: Sequence[str], new: Sequence[str]) -> list[int]:
     """Codes of the lines that are new or other than they were, in a catalogue that changed or grew."""
-    return [code for code, line in enumerate(new) if code >= len(old) or line != old[code]]
+    changed = [code for code, same in enumerate(map(operator.eq, old, new)) if not same]
+    return [*changed, *range(len(old), len(new))]
 
 
 def typed_words(line: str, rng: np.random.Generator) -> str:
