@@ -50,7 +50,7 @@ from llmrec.features import Features
 from llmrec.fetch import resolve
 from llmrec.language_model import CachingScorer
 from llmrec.lm_training import hash_words, ranks_among, train_language_model, train_words_model
-from llmrec.metrics import Comparison, Ranks, compare, holm, summary
+from llmrec.metrics import Comparison, Ranks, compare_all, summary
 from llmrec.mining import mined_choices
 from llmrec.offline import core_of
 from llmrec.protocols import Hits
@@ -376,14 +376,7 @@ def pairs(p: Prepared) -> list[tuple[str, str]]:
 def publish(p: Prepared, found: Mapping[str, Found]) -> list[Comparison]:
     """Write the results and the ranks beside them, and return the comparisons."""
     ranks = {name: own.ranks for name, own in found.items()}
-    compared = holm(
-        [
-            compare(ranks, a, b, metric)
-            for a, b in pairs(p)
-            if a in ranks and b in ranks
-            for metric in ("ndcg@10", "recall@10")
-        ]
-    )
+    compared = compare_all(ranks, [(a, b) for a, b in pairs(p) if a in ranks and b in ranks])
     result = {
         "data": p.data,
         "part": "validation",

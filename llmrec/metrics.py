@@ -8,7 +8,7 @@ is MRR. `relevance` has the same for many relevant items.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -156,6 +156,22 @@ def compare(
     """
     difference = per_user(ranks[a], metric) - per_user(ranks[b], metric)
     return compare_values(difference, a, b, metric, draws=draws, seed=seed)
+
+
+def compare_all(
+    ranks: Mapping[str, Ranks],
+    pairs: Iterable[tuple[str, str]],
+    metrics: Sequence[str] = ("ndcg@10", "recall@10"),
+) -> list[Comparison]:
+    """Compare pairs of systems, corrected for how many comparisons these are.
+
+    Two that give every user the same rank, as where a model is left out, are no test of anything: they come
+    first, and the correction does not count them.
+    """
+    given = list(pairs)
+    same = [pair for pair in given if np.array_equal(ranks[pair[0]], ranks[pair[1]])]
+    tested = [compare(ranks, a, b, m) for a, b in given if (a, b) not in same for m in metrics]
+    return [*(compare(ranks, a, b, m) for a, b in same for m in metrics), *holm(tested)]
 
 
 def standard_error(values: Values) -> float | None:

@@ -6,7 +6,7 @@ import pytest
 import scipy.stats
 from ir_measures import RR, R, nDCG
 
-from llmrec.metrics import REPORTED, compare, per_user, summary
+from llmrec.metrics import REPORTED, compare, compare_all, holm, per_user, summary
 
 OTHERS = {"recall": R, "ndcg": nDCG, "mrr": RR}
 CUTS = (1, 5, 10, 20)
@@ -97,6 +97,20 @@ def test_equal_systems_show_no_difference_and_a_clear_one_is_shown():
         "a": "a", "b": "b", "metric": "mrr@10", "difference": 0.5, "ci95": [0.5, 0.5], "p": clear.p,
         "p_holm": None, "effect_size": None, "users": 30, "shown": True, "verdict": "",
     }  # fmt: skip
+
+
+def test_systems_that_are_the_same_are_no_comparison_that_others_pay_for():
+    rng = np.random.default_rng(5)
+    ranks = {name: rng.integers(0, 30, 300) for name in "ab"}
+    ranks |= {"c": np.maximum(ranks["a"] - 2, 0), "served": ranks["a"]}
+    pairs = [("c", "a"), ("served", "a"), ("b", "a")]
+    found = compare_all(ranks, pairs)
+    assert [(c.a, c.metric, c.p_holm) for c in found[:2]] == [
+        ("served", "ndcg@10", None),
+        ("served", "recall@10", None),
+    ]
+    assert all(c.difference == 0 and c.verdict for c in found[:2])
+    assert found[2:] == holm([compare(ranks, a, "a", m) for a in "cb" for m in ("ndcg@10", "recall@10")])
 
 
 def test_a_comparison_without_users_is_defined():

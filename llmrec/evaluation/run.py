@@ -15,7 +15,7 @@ from llmrec.evaluation.pools import complete
 from llmrec.evaluation.probability import Probabilities
 from llmrec.evaluation.split import Part
 from llmrec.families import FAMILIES
-from llmrec.metrics import Comparison, Ranks, compare, holm, summary
+from llmrec.metrics import Comparison, Ranks, compare_all, summary
 from llmrec.pipeline import Pipeline
 from llmrec.protocols import Codes, Mask, Predictor, Query
 from llmrec.recipe import ranks_in
@@ -123,17 +123,11 @@ def _only(pool: Codes, n_items: int) -> Mask:
 
 
 def _compared(ranks: dict[str, Ranks], best: str | None) -> list[Comparison]:
-    """Each stage with the language model against the merge, and the merge against the best retriever.
-
-    Where two give every user the same list, as where the model is left out, the difference is no test.
-    """
+    """Each stage with the language model against the merge, and the merge against the best retriever."""
     of_lm = [name for name in ranks if name.startswith(LM)]
     stages = [*(["default"] if of_lm and "default" in ranks else []), *of_lm]
     pairs = [*((stage, "merge") for stage in stages), ("merge", best if best in ranks else "popularity")]
-    metrics = "ndcg@10", "recall@10"
-    same = [(a, b) for a, b in pairs if np.array_equal(ranks[a], ranks[b])]
-    tested = holm([compare(ranks, a, b, m) for a, b in pairs if (a, b) not in same for m in metrics])
-    return [*(compare(ranks, a, b, m) for a, b in same for m in metrics), *tested]
+    return compare_all(ranks, pairs)
 
 
 def _lists(queries: Sequence[Query], pipeline: Pipeline, with_lm: bool) -> dict[str, list[Codes]]:
