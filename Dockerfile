@@ -1,6 +1,7 @@
-# Serves a saved model, as the user that may write to it, since events are kept in it:
-# docker build -t llmrec . && docker run --user "$(id -u):$(id -g)" -v ./model:/model -p 8000:8000 llmrec
-# A host that other machines can reach needs keys: mount a serve.toml with [[keys]] at /etc/llmrec/serve.toml.
+# Serves a saved model, as the user that may write to it, since events are kept in it, with models that were fetched:
+# docker build -t llmrec . && docker run --user "$(id -u):$(id -g)" -p 8000:8000 -v ./model:/model \
+#   -v ./serve.toml:/etc/llmrec/serve.toml:ro -e LLMREC_CACHE=/cache -v ~/.cache/llmrec:/cache llmrec
+# serve.toml holds the keys ([[keys]]), without which nothing listens on an address that others can reach.
 FROM python:3.11-slim AS build
 WORKDIR /src
 COPY pyproject.toml constraints.txt README.md LICENSE ./

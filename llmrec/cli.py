@@ -85,8 +85,8 @@ def fetch(
 
 @app.command()
 def fit(
-    items: Annotated[str, typer.Option(help="Items: .parquet, .csv(.gz), .tsv, .jsonl, .item.")],
-    events: Annotated[str, typer.Option(help="Events: .parquet, .csv(.gz), .tsv, .jsonl, .inter.")],
+    items: Annotated[str, typer.Option(help="Items: .parquet, .csv(.gz), .tsv(.gz), .jsonl(.gz), .item.")],
+    events: Annotated[str, typer.Option(help="Events: .parquet, .csv(.gz), .tsv(.gz), .jsonl(.gz), .inter.")],
     out: Annotated[Path, typer.Option(help="Directory of the recommender.")],
     config: Annotated[Path | None, typer.Option(help="TOML file; the flags below win over it.")] = None,
     clock: Annotated[str | None, typer.Option(help="time, or none: rows are in order.")] = None,
@@ -134,7 +134,8 @@ def fit(
 def finetune(
     model: Model,
     minutes: Annotated[
-        float | None, typer.Option(help="Time to train; that of the configuration if not given, 20.")
+        float | None,
+        typer.Option(help="Minutes to train each model; those of the configuration if not given, or 20."),
     ] = None,
     config: Annotated[
         Path | None, typer.Option(help="TOML file; its lm, training, beside and allow_hub count.")
@@ -193,7 +194,9 @@ def recommend(
     query: Words = None,
     k: Count = 10,
     where: Where = None,
-    exclude: Annotated[str | None, typer.Option(help="Item ids never to return.")] = None,
+    exclude: Annotated[
+        str | None, typer.Option(help="Item ids never to return, with commas between.")
+    ] = None,
     seen: Annotated[
         str, typer.Option(help="May items of the history return: auto, include, exclude.")
     ] = "auto",

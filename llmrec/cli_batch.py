@@ -41,7 +41,7 @@ def recommend(
     store: Store = None,
     index: Index = None,
 ) -> None:
-    """Recommend to many users: user_id, rank, item_id and score, as `llmrec recommend` would."""
+    """Recommend to many users, as `llmrec recommend` would: row, user_id if given, rank, item_id, score."""
     _do("recommend", Batch("recommend", model, out, users, k, size, store, index), workers, address)
 
 

@@ -22,8 +22,8 @@ MEASURES = ("recall@5", "ndcg@5", "recall@10", "ndcg@10", "mrr@10", "recall@20")
 
 
 def evaluate(
-    items: Annotated[str, typer.Option(help="Items: .parquet, .csv(.gz), .tsv, .jsonl, .item.")],
-    events: Annotated[str, typer.Option(help="Events: .parquet, .csv(.gz), .tsv, .jsonl, .inter.")],
+    items: Annotated[str, typer.Option(help="Items: .parquet, .csv(.gz), .tsv(.gz), .jsonl(.gz), .item.")],
+    events: Annotated[str, typer.Option(help="Events: .parquet, .csv(.gz), .tsv(.gz), .jsonl(.gz), .inter.")],
     config: Annotated[Path | None, typer.Option(help="TOML file; the flags below win over it.")] = None,
     split: Annotated[str | None, typer.Option(help="leave-last, time, cold-item or cold-user.")] = None,
     validation_from: Annotated[

@@ -32,7 +32,15 @@ Index = Annotated[
         show_default=False,
     ),
 ]
-Settings = Annotated[Path | None, typer.Option("--config", help="TOML file: keys, limits, batching.")]
+Settings = Annotated[
+    Path | None, typer.Option("--config", help="TOML file: keys, adapters, limits, batching.")
+]
+Limits = Annotated[
+    Path | None,
+    typer.Option(
+        "--config", help="TOML file: limits and batching; keys and adapters are for `llmrec serve`."
+    ),
+]
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -63,8 +71,8 @@ def serve(
 ) -> None:
     """Serve a recommender over HTTP, with MCP at /mcp, until Ctrl-C.
 
-    A host that other machines can reach needs keys: a file with tables [[keys]], each with a name, the
-    SHA-256 of the key, and a role, read or write.
+    A host that other machines can reach needs keys: the file of --config lists them as "keys", each with a
+    name, the SHA-256 of the key, and a role, read or write.
     """
     from llmrec.serve import ServeConfig, create_app, run_app
     from llmrec.serve.workers import Job, Workers, end, load
@@ -102,7 +110,7 @@ def _say_where(settings: ServeConfig, listening: socket.socket) -> None:
     say(f"serving on http://{shown}:{port}, MCP at /mcp, OpenAPI at /docs; Ctrl-C ends")
 
 
-def mcp(model: Model, config: Settings = None, store: Store = None) -> None:
+def mcp(model: Model, config: Limits = None, store: Store = None) -> None:
     """Serve a recommender to one chat app: MCP over standard input and output."""
     from llmrec.recommender import Recommender
     from llmrec.serve import ServeConfig, Service, create_server

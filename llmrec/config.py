@@ -10,6 +10,7 @@ from typing import Annotated, Any, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from llmrec import fetch
 from llmrec.encode.config import EncoderConfig
 from llmrec.errors import ConfigError
 from llmrec.evaluation.protocol import ProtocolConfig
@@ -112,6 +113,29 @@ class Config(BaseModel):
         for section, flags in sections.items():
             values[section] |= {name: value for name, value in flags.items() if value is not None}
         return Config.of(values)
+
+
+def located(config: Config) -> Config:
+    """The same with folders of models and files of prompts by whole paths, which what is saved needs."""
+    known = {artifact.name for artifact in fetch.known()}
+
+    def whole(name: str) -> str:
+        return str(Path(name).expanduser().absolute())
+
+    def folder(name: str) -> str:
+        return whole(name) if name not in known and Path(name).expanduser().is_dir() else name
+
+    def own(lm: Any) -> Any:
+        prompt = whole(lm.prompt) if lm.prompt.endswith(".md") else lm.prompt
+        return lm.model_copy(update={"base": folder(lm.base), "prompt": prompt})
+
+    return config.model_copy(
+        update={
+            "encoder": config.encoder.model_copy(update={"name": folder(config.encoder.name)}),
+            "lm": own(config.lm),
+            "beside": tuple(more.model_copy(update={"lm": own(more.lm)}) for more in config.beside),
+        }
+    )
 
 
 def one_base(config: Config) -> None:

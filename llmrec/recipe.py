@@ -43,7 +43,9 @@ class RetrievalConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     families: tuple[str, ...] = Field(
-        ("ease", "transitions"), description="families that are fitted, besides popularity and the texts"
+        ("ease", "transitions"),
+        description="families that are fitted, besides popularity and the texts: ease, transitions, als, "
+        "lightgcn, gru4rec, caser, sasrec, recent, trending, nearest, topics, again",
     )
     depth: int = Field(200, ge=1, description="hits taken from each retriever")
     ease: EASEConfig = EASEConfig()

@@ -16,7 +16,7 @@ from llmrec import persistence
 from llmrec.assembly import encode, read_catalog, read_log
 from llmrec.catalog import Catalog
 from llmrec.changing import Changing
-from llmrec.config import Config, one_base
+from llmrec.config import Config, located, one_base
 from llmrec.errors import ConfigError, RequestError
 from llmrec.evaluation.run import Systems, run_systems
 from llmrec.evaluation.split import Part, tail
@@ -126,7 +126,7 @@ class Recommender(Changing):
         DataError, ConfigError, FetchError
             If data or configuration are invalid, or the encoder cannot be had.
         """
-        config = Config.of(config)
+        config = located(Config.of(config))
         url = config.store.wanted()
         check(url)
         on_stage("reading items and events")
@@ -439,9 +439,10 @@ class Recommender(Changing):
 
         The other sections describe what is fitted already and stay.
         """
-        given = Config.of(config)
+        asked = Config.of(config)
+        given = located(asked)
         sections: dict[str, Any] = {
-            n: getattr(given, n) for n in given.model_fields_set & {"lm", "training", "beside", "allow_hub"}
+            n: getattr(given, n) for n in asked.model_fields_set & {"lm", "training", "beside", "allow_hub"}
         }
         merged = self.config.model_copy(update=sections)
         one_base(merged)

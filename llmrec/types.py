@@ -204,7 +204,7 @@ def _is_count(value: Any) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Which component proposed a candidate, at which rank (from 1), and what it added to the score."""
+    """Which component proposed a candidate, at which rank (0: it only scored it), and what it added."""
 
     name: str
     rank: int
@@ -266,7 +266,7 @@ class Recommendation:
     """One recommended item. Rank starts at 1; a higher score is better, comparable within one answer only.
 
     Scores fall with the rank, save where pins, caps or diversity placed an item otherwise. `degraded`: the
-    language model was left out to keep the request's budget.
+    language model was left out, to keep the request's budget or since its inference server gave no scores.
     """
 
     item: Item

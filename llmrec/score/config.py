@@ -19,7 +19,9 @@ class ItemTokensConfig(BaseModel):
 
     mode: Literal["item_tokens"] = "item_tokens"
     base: str = Field("smollm2-135m-instruct-q41", description="name, hub id or folder of the causal LM")
-    layers: int | None = Field(3, ge=1, description="keep only the first layers; None keeps all")
+    layers: int | None = Field(
+        3, ge=1, description="keep only the first layers; their number, or None, keeps all"
+    )
     prompt: str = Field("item_tokens", description="name or path of the instruction")
     window: int = Field(100, ge=1, description="latest items of a history that the model reads")
     rank: int = Field(16, ge=1, description="rank of the LoRA matrices")

@@ -206,7 +206,7 @@ class Recommended(Strict):
 
 
 class ItemsResponse(Strict):
-    """Items, best first. `degraded`: the language model was left out to keep the budget."""
+    """Items, best first. `degraded`: without the language model, for the budget or as its server is gone."""
 
     items: list[Recommended]
     degraded: bool = False
