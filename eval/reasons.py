@@ -102,11 +102,11 @@ def main(argv: list[str] | None = None) -> None:
         number, own, other = np.array(pairs, dtype=np.float64).reshape(-1, 3).T
         # Items of one user fall alike: users are what is resampled.
         _, user = np.unique(number, return_inverse=True)
-        differences = np.bincount(user, own - other) / np.maximum(np.bincount(user), 1)
-        compared = compare_values(differences, "evidence", name, "log2 rank", seed=args.seed)
+        own, other = (np.bincount(user, falls) / np.maximum(np.bincount(user), 1) for falls in (own, other))
+        compared = compare_values(own - other, "evidence", name, "log2 rank", seed=args.seed)
         result["doublings_of_the_rank"][f"evidence against {name}"] = {
             "pairs": len(pairs),
-            "users": len(differences),
+            "users": len(own),
             "evidence": round(float(own.mean()), 4) if len(own) else 0.0,
             name: round(float(other.mean()), 4) if len(other) else 0.0,
             "difference": round(compared.difference, 4),

@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import itertools
 import json
 import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -62,7 +62,14 @@ def seeded(config: Config, seed: int) -> Config:
     return Config.of(values)
 
 
-def other_result(path: Path, config: Config, given: str | None) -> None:
+def differs(one: Any, other: Any) -> bool:
+    """Whether two dumps of configurations differ in a setting that both have, but where lists lie."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return any(differs(one[k], other[k]) for k in one.keys() & other.keys() if k != "candidates")
+    return bool(one != other)
+
+
+def other_result(path: Path, config: Config) -> None:
     """Refuse to replace the result of another configuration.
 
     Raises
@@ -73,14 +80,7 @@ def other_result(path: Path, config: Config, given: str | None) -> None:
     if not path.is_file():
         return
     found = json.loads(path.read_text(encoding="utf-8"))
-    told = shlex.split(found["command"])
-    file = next((word for flag, word in itertools.pairwise(told) if flag == "--config"), None)
-    # Where the lists lie is of the machine.
-    theirs, ours = (
-        values["protocol"] | {"candidates": None}
-        for values in (found["config"], config.model_dump(mode="json"))
-    )
-    if theirs != ours or Path(file or "").name != Path(given or "").name:
+    if differs(found["config"], config.model_dump(mode="json")):
         raise ConfigError(f"{path} is the result of another configuration: give this one a name by --name")
 
 
@@ -158,7 +158,7 @@ def main(argv: list[str] | None = None) -> None:
         what += f"-{protocol.negatives}drawn"
     name = args.name or f"{folder.name}{what}-{part}-{budget}"
     path = Path(args.out) / f"{name}.json"
-    other_result(path, config, args.config)
+    other_result(path, config)
     # Before the log of readings changes the tree.
     commit = git_sha()
     if args.final:
@@ -175,7 +175,7 @@ def main(argv: list[str] | None = None) -> None:
         on_stage=lambda stage: console.print(stage),
         on_step=on_step,
     )
-    command = "python eval/run.py " + " ".join(argv if argv is not None else sys.argv[1:])
+    command = "python eval/run.py " + shlex.join(argv if argv is not None else sys.argv[1:])
     registry = not Path(args.data).is_dir()
     evaluation.write(path, {"data": folder.name, "registry": registry, "command": command, "git": commit})
     ranks = path.with_suffix(".ranks.npz")

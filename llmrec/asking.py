@@ -95,7 +95,9 @@ class Asking:
         as are those to requests whose budget it would overrun, or whose inference server gives no scores;
         these are marked `degraded`.
         """
-        requests = [_request(request, {}) for request in requests]
+        wrong = next((request for request in requests if not isinstance(request, Request)), requests)
+        if wrong is not requests:
+            raise RequestError(f"expected a list of requests, got {wrong!r:.100}")
         late = self._late(requests) if lm else [False] * len(requests)
         begun = time.monotonic()
         try:
@@ -310,8 +312,8 @@ class Asking:
         DataError
             If an `Item` breaks the data contract.
         """
-        if isinstance(items, str | Item):
-            raise RequestError(f"rank takes a list of ids and items, got one: {items!r:.100}")
+        if isinstance(items, str | Item) or not hasattr(items, "__len__"):
+            raise RequestError(f"rank takes a list of ids and items, got {items!r:.100}")
         given = list(items)
         ids = as_ids([one.item_id if isinstance(one, Item) else one for one in given], "items")
         unlisted = [replace(o, item_id=i) for o, i in zip(given, ids, strict=True) if isinstance(o, Item)]
@@ -344,7 +346,7 @@ class Asking:
         RequestError
             If an id or the adapter is unknown.
         """
-        ids = as_ids(items, "items")
+        ids = as_ids(items, "items", ordered=False)
         state = self._ready(lm=self._state.recipe.uses_lm, adapter=adapter)
         codes = state.catalog.codes(ids)
         asked = self._ask(Request(user=user, history=history), state)

@@ -125,14 +125,15 @@ def _nearly_numbers(column: pl.Series) -> str:
     """Say what keeps a column of a text file from being numbers; empty unless nine in ten values are some."""
     text = column.str.strip_chars()
     known = text.filter(text != "")
-    number = known.str.contains(_NUMBER) & known.str.contains(r"\d")
+    number = (known.str.contains(_NUMBER) & known.str.contains(r"\d")) | known.str.contains(_NOT_A_NUMBER)
     others = known.filter(~number)
-    if not len(others) or 10 * len(others) > len(known):
+    # Leading zeros are of codes.
+    if not len(others) or 10 * len(others) > len(known) or bool(others.str.contains(r"^\d+$").any()):
         return ""
     shown = ", ".join(map(repr, others.unique(maintain_order=True)[:3].to_list()))
     return (
-        f"attribute {column.name!r} is text, though {len(known) - len(others):,} of {len(known):,} values "
-        f"are numbers: {shown}; leave these empty to compare by number"
+        f"attribute {column.name!r} is text, since {len(others):,} of {len(known):,} values are no numbers: "
+        f"{shown}; leave these empty to compare by number"
     )
 
 

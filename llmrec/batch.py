@@ -30,6 +30,9 @@ from llmrec.types import Request
 Task = Literal["recommend", "embed"]
 
 RUN, ROWS = "run.json", "rows.parquet"
+FORMAT = 2
+"""Raised when parts get other columns: a run with those of before begins anew."""
+
 ATTEMPTS = 3
 """How often a part is tried whose actor died."""
 
@@ -242,7 +245,8 @@ def _begin(batch: Batch) -> int:
     """Check the folder and the source, or write down the rows where there is none; return their number."""
     where = dict.fromkeys(("out", "store", "index"), "")
     files = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in _files(batch)]
-    said = {**asdict(batch), **where, "model": read_manifest(batch.model)["state"], "files": files}
+    state = read_manifest(batch.model)["state"]
+    said = {**asdict(batch), **where, "model": state, "files": files, "format": FORMAT}
     key = hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()
     path = batch.out / RUN
     known: dict[str, Any] = {}

@@ -221,14 +221,32 @@ class Catalog:
         vectors, is of the same items for all.
         """
         # What is gone says nothing of the kinds.
-        gone = [c.item_id for c in changes if c.item is None and c.item_id in self]
+        gone = [c.item_id for c in changes if c.removed and c.item_id in self]
         left = self.without_items(gone) if gone else self
-        # What was put and removed again may never have been here, and has its code.
-        stubs = [c for c in changes if c.item is None and c.code is not None and c.item_id not in self]
-        numbered = sorted(changes, key=lambda c: len(self) + len(changes) if c.code is None else c.code)
-        put = [c.item or Item(c.item_id, c.item_id) for c in numbered if c.item is not None or c in stubs]
-        made = left.with_items(put)
-        return made.without_items([c.item_id for c in stubs]) if stubs else made
+        known = [c.item for c in changes if c.item is not None and not c.removed and c.item_id in self]
+        new = self._placed([c for c in changes if c.item is not None and c.item_id not in self])
+        both = [*known, *(c.item for c in new if c.item is not None)]
+        unseen = [c.item_id for c in new if c.removed]
+        try:
+            made = left.with_items(both)
+        except DataError:
+            # What was put and removed again may have an attribute of another kind than what came after it.
+            bare = {item.item_id: Item(item.item_id, item.title) for item in both if item.item_id in unseen}
+            made = left.with_items([bare.get(item.item_id, item) for item in both])
+        return made.without_items(unseen) if unseen else made
+
+    def _placed(self, new: Sequence[ItemChange]) -> list[ItemChange]:
+        """New items in the order of their codes; those of unknown code take what is left, as they come."""
+        places: dict[int, ItemChange] = {}
+        others = []
+        for change in new:
+            place = -1 if change.code is None else change.code - len(self)
+            if 0 <= place < len(new) and place not in places:
+                places[place] = change
+            else:
+                others.append(change)
+        rest = iter(others)
+        return [places[place] if place in places else next(rest) for place in range(len(new))]
 
     def changes(self, items: Sequence[Item], removed: Sequence[str] = ()) -> list[ItemChange]:
         """Return the changes that made this catalogue of another, by `with_items` and `without_items`.
@@ -238,7 +256,11 @@ class Catalog:
         put = id_strings(read_table(items, "new items")["item_id"], "new items").to_list() if items else []
         codes = self.codes(put).tolist()
         kept = [ItemChange(item.item_id, item, c) for item, c in zip(self.items(codes), codes, strict=True)]
-        return kept + [ItemChange(item_id, None, self.code(item_id)) for item_id in dict.fromkeys(removed)]
+        gone = self.codes(list(dict.fromkeys(removed))).tolist()
+        return kept + [
+            ItemChange(item.item_id, item, c, removed=True)
+            for item, c in zip(self.items(gone), gone, strict=True)
+        ]
 
     def with_items(self, items: Sequence[Item]) -> Catalog:
         """Return a catalogue with these items: new ids get the next codes, known ids are replaced.

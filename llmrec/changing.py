@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from llmrec.asking import Asking
-from llmrec.errors import RequestError
+from llmrec.errors import ModelError, RequestError, StoreError
 from llmrec.events import live_events
 from llmrec.persistence import manifest_of, remove_stray_events
 from llmrec.protocols import ItemChange
@@ -104,8 +104,14 @@ class Changing(Asking):
                     self._saved.check_events()
                 count = store.forget(user)
             if self._saved is not None:
-                # Copies that a killed save or move left.
-                remove_stray_events(self._saved.folder)
+                try:
+                    # Copies that a killed save or move left.
+                    remove_stray_events(self._saved.folder)
+                except (OSError, ModelError) as failed:
+                    raise StoreError(
+                        f"{count} events of the user are erased, but copies that a killed save left in "
+                        f"{self._saved.folder} could not be removed: {failed}"
+                    ) from failed
             return count
         finally:
             with self._changing:
@@ -149,7 +155,7 @@ class Changing(Asking):
         StoreError
             If the event store cannot be used.
         """
-        self._change([], as_ids(item_ids, "item_ids"))
+        self._change([], as_ids(item_ids, "item_ids", ordered=False))
 
     def _change(self, items: Sequence[Item], removed: Sequence[str]) -> None:
         with self._changing:

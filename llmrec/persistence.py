@@ -36,7 +36,8 @@ SAVING_SECONDS = 300
 RUN_LOG = "log.jsonl"
 """Name of the log of a training run, in its folder and then beside the adapter."""
 
-OWN = re.compile(r"state-[0-9a-f]{12}|events-[0-9a-f]{12}\.sqlite(-\w+)?")
+OWN_EVENTS = r"events-[0-9a-f]{12}\.sqlite(-\w+)?"
+OWN = re.compile(rf"state-[0-9a-f]{{12}}|{OWN_EVENTS}")
 """Names of the states and event stores that we write."""
 
 KEYS = {"state", "events", "config", "recipe", "repeats", "encoder", "catalog", "log", "language_model"}
@@ -225,9 +226,11 @@ def remove_stale(folder: Path, keep: Sequence[str]) -> None:
 
 
 def remove_stray_events(folder: Path) -> None:
-    """Remove event stores that the manifest does not name, if there are any."""
-    there = [path for path in folder.iterdir() if path.name.startswith(("events-", ".tmp-events-"))]
-    if all(path.name.startswith(read_manifest(folder)["events"]) for path in there):
+    """Remove event stores of ours that the manifest does not name, if there are any."""
+    ours = re.compile(rf"(?:{OWN_EVENTS})|\.tmp-(?:{OWN_EVENTS})-.*")
+    there = [path for path in folder.iterdir() if ours.fullmatch(path.name) and path.is_file()]
+    named = read_manifest(folder)["events"]
+    if all(path.name.startswith(named) for path in there):
         return
     with saving(folder):
         named = read_manifest(folder)["events"]

@@ -78,11 +78,12 @@ class Pipeline:
         return history.for_history(len(query.history))
 
     def weights_of(self, query: Query, found: Candidates) -> Weights:
-        """The weights that a query's candidates were merged with: of one retriever where that stood in."""
+        """The weights that a query's candidates were merged with, where others joined or stood in too."""
         weights = self.weights_for(query)
-        names = [name for name in found.names if name != LM]
-        if len(names) == 1 and not weights.uses(names[0]):
-            return Weights({names[0]: 1.0}, lm=weights.lm)
+        if self.by_meaning in found.names and not weights.uses(self.by_meaning):
+            return self._with_meaning(weights)
+        if found.names == (self.fallback,):
+            return Weights({self.fallback: 1.0})
         return weights
 
     def recommend(self, queries: Sequence[Query], k: int) -> list[Candidates]:
@@ -105,15 +106,20 @@ class Pipeline:
         return np.stack(rows) if rows else np.zeros((0, len(self.prior)))
 
     def retrieve(
-        self, queries: Sequence[Query], weights: Sequence[Weights], *, popular: bool = False
+        self, queries: Sequence[Query], weights: Sequence[Weights], *, given: bool = False
     ) -> list[Candidates]:
         """Retrieve and merge, without the language model's score.
 
         The language model proposes nothing for typed words: it scores what they find, since what lacks them
-        is not what was asked for. Where no retriever finds anything for them, those items stand in whose
-        texts are near in meaning, whether the recipe uses that retriever or not, and without what the history
-        finds. Where nothing is found still, popular items are, but not for somebody who typed what it should
-        be about, unless `popular` says so.
+        is not what was asked for. Where the recipe's retrievers of words find nothing that is allowed, items
+        join whose texts are near in meaning, as strongly as the strongest of the recipe. Where nothing is
+        found still, popular items are, but not for somebody who typed what it should be about.
+
+        Parameters
+        ----------
+        given
+            Whether the allowed items are the caller's own, all of which will be answered: then nothing joins,
+            and popular items order what nothing is found of.
         """
         found: dict[str, dict[int, Hits]] = {}
         for name, retriever in self.retrievers.items():
@@ -124,23 +130,28 @@ class Pipeline:
         merged = []
         for row, (query, weight) in enumerate(zip(queries, weights, strict=True)):
             used = {n: hits[row] for n, hits in found.items() if row in hits}
-            name, instead = self._instead(query, used, popular)
-            merged.append(
-                merge(used, weight) if instead is None else merge({name: instead}, Weights({name: 1.0}))
-            )
+            if not given and self._wants_meaning(query, weight, used):
+                meant = self.retrievers[self.by_meaning].retrieve([query], self.depth)[0]
+                if len(meant.items):
+                    used, weight = used | {self.by_meaning: meant}, self._with_meaning(weight)
+            if not any(len(h.items) for h in used.values()):
+                # Weights of a blend say nothing of a list that rests on popularity alone.
+                depth = self.depth if given or (self.popular and not query.text) else 0
+                used = {self.fallback: self.retrievers[self.fallback].retrieve([query], depth)[0]}
+                weight = Weights({self.fallback: 1.0})
+            merged.append(merge(used, weight))
         return merged
 
-    def _instead(self, query: Query, used: Mapping[str, Hits], popular: bool) -> tuple[str, Hits | None]:
-        """The one retriever that answers in place of those of the recipe, and its hits; None if they do."""
-        has = {name for name, hits in used.items() if len(hits.items)}
-        if query.text and self.by_meaning in self.retrievers and has.isdisjoint(READS_WORDS):
-            found = self.retrievers[self.by_meaning].retrieve([query], self.depth)[0]
-            if len(found.items):
-                return self.by_meaning, found
-        if has:
-            return "", None
-        depth = self.depth if popular or (self.popular and not query.text) else 0
-        return self.fallback, self.retrievers[self.fallback].retrieve([query], depth)[0]
+    def _wants_meaning(self, query: Query, weights: Weights, used: Mapping[str, Hits]) -> bool:
+        """Whether words were typed of which the recipe's retrievers of words found nothing."""
+        if not query.text or self.by_meaning in used or self.by_meaning not in self.retrievers:
+            return False
+        readers = [name for name in READS_WORDS if weights.uses(name)]
+        return not any(len(used[name].items) for name in readers or used)
+
+    def _with_meaning(self, weights: Weights) -> Weights:
+        strongest = max(weights.retrievers.values(), default=0.0) or 1.0
+        return replace(weights, retrievers={**weights.retrievers, self.by_meaning: strongest})
 
     def rerank(
         self, queries: Sequence[Query], merged: Sequence[Candidates], lm_weights: Sequence[float]
@@ -163,7 +174,7 @@ class Pipeline:
         The query's mask has to allow these items and no others; an item is given once.
         """
         weights = self.weights_for(query)
-        merged = self.retrieve([query], [weights], popular=True)[0]
+        merged = self.retrieve([query], [weights], given=True)[0]
         merged = followed(merged, items[~np.isin(items, merged.items)])
         return self.rerank([query], [merged], [weights.lm])[0]
 

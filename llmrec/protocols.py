@@ -148,14 +148,20 @@ class Columns(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ItemChange:
-    """An item that was put into the catalogue, or with `item` None one that was removed.
+    """An item that was put into the catalogue, or removed.
 
-    `code` is its number in the catalogue, the same for all who serve it; None in stores of old.
+    Parameters
+    ----------
+    item
+        As it is, or was when it was removed; None for removed ones in stores of old.
+    code
+        Its number in the catalogue, the same for all who serve it; None in stores of old.
     """
 
     item_id: str
     item: Item | None
     code: int | None = None
+    removed: bool = False
 
 
 @runtime_checkable

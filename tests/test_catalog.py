@@ -166,7 +166,7 @@ def test_a_column_that_a_few_words_keep_from_being_numbers_is_told(tmp_path):
     rows = [f"i{n},t,{price},x{n}" for n, price in enumerate(prices)]
     path.write_text("\n".join(["item_id,title,price,size", *rows]))
     report = Catalog.load(path).report
-    assert len(report.notes) == 1 and "'price' is text, though 19 of 20 values are numbers: 'n/a'" in str(
+    assert len(report.notes) == 1 and "'price' is text, since 1 of 20 values are no numbers: 'n/a'" in str(
         report
     )
     path.write_text(path.read_text().replace("n/a", ""))
@@ -303,7 +303,10 @@ def test_an_attribute_takes_the_kind_that_its_items_have_now():
     gone = first.without_items(["a"]).with_items([Item("b", "B", attributes={"size": "M"})])
     assert steps.item(0) == at_once.item(0) == Item("a", "A", attributes={"size": "L"})
     assert gone.item(1).attributes == {"size": "M"} and gone.item(0).attributes == {}
-    changes = [ItemChange("a", None), ItemChange("b", Item("b", "B", attributes={"size": "M"}))]
+    changes = [
+        ItemChange("a", None, removed=True),
+        ItemChange("b", Item("b", "B", attributes={"size": "M"})),
+    ]
     for known in (False, True):
         start = Catalog.load([Item("a", "A", attributes={"size": 5}), Item("b", "B")])
         if known:
@@ -311,6 +314,30 @@ def test_an_attribute_takes_the_kind_that_its_items_have_now():
         later = start.after(changes)
         assert later.fingerprint == gone.fingerprint and later.lines() == ["A", "B; M"]
     assert steps.attributes["size"] == gone.attributes["size"] == "string"
+
+
+def test_changes_that_are_taken_over_at_once_give_the_codes_that_they_gave_one_by_one():
+    start = Catalog.load([Item("a", "A")])
+    blank = Item("\u200b", "zeppelin", attributes={"size": 3})
+    one = start.with_items([blank]).without_items(["\u200b"])
+    one = one.with_items([Item("z", "Z", attributes={"size": "L"}), Item("y", "Y")]).without_items(["y"])
+    ids = ["\u200b", "z", "y"]
+    changes = one.changes([one.item(2)], ["\u200b", "y"])
+    assert [change.code for change in changes] == [2, 1, 3]
+    at_once = start.after(changes)
+    assert at_once.ids == ["a", *ids] and at_once.active.tolist() == [True, False, True, False]
+    # Removed ones are what they were, but for attributes of another kind than what came after them.
+    assert at_once.item(1).title == "zeppelin" and at_once.lines() == one.lines()
+    # Those of an old store, without codes, take what is left in its order.
+    old = [
+        ItemChange("b", Item("b", "B")),
+        ItemChange("z", Item("z", "Z"), 3),
+        ItemChange("c", Item("c", "C")),
+    ]
+    assert start.after(old).ids == ["a", "b", "c", "z"]
+    many = [ItemChange(f"n{n}", Item(f"n{n}", "N"), 1 + n, removed=True) for n in range(5000)]
+    begun = time.perf_counter()
+    assert len(start.after(many)) == 5001 and time.perf_counter() - begun < 5
 
 
 def test_a_repeated_value_of_a_list_counts_once_an_item():

@@ -181,7 +181,7 @@ def test_two_processes_follow_each_other_and_end_with_the_same_catalogue(opened)
     assert one.follow() == 1 and two.follow() == one.follow() == 0
     three = opened()
     for rec in (one, two, three):
-        # What was put and removed again has its code for whoever loads later, and nothing else.
+        # What was put and removed again has its code for whoever loads later, too.
         assert rec.catalog.ids == [*sorted(f"i{n}" for n in range(40)), "x", "y"]
         assert rec.catalog.item(rec.catalog.code("i3")).attributes == {"brand": "Dune"}
         assert ids(rec.search("harbour", k=1)) == ["x"]

@@ -211,7 +211,7 @@ def test_the_container_files_name_what_is_there():
     options = [part.split("=")[0] for part in command if part.startswith("--")]
     assert options and all(option in said for option in options)
     assert all(
-        volume.startswith("./") or volume.split(":")[0] in compose["volumes"]
+        volume.startswith(("./", "${HOME}/")) or volume.split(":")[0] in compose["volumes"]
         for service in compose["services"].values()
         for volume in service["volumes"]
     )

@@ -167,14 +167,24 @@ def test_words_that_no_component_of_the_recipe_finds_are_looked_up_by_meaning():
     history = codes([1, 2, 3])
     typo, known, unknown = (Query(history, text=words) for words in ("lmap", "lamp", "zzz"))
     meant, found, personal = pipeline.recommend([typo, known, unknown], N)
-    assert meant.names == ("text",) and meant.items.tolist() == [4, 8]
+    # As strong as the strongest, beside what the history finds.
+    assert meant.items[0] == 4 and set(personal.items) | {4, 8} == set(meant.items)
+    assert dict(zip(meant.names, meant.parts[0], strict=True))["text"] == 1
     assert set(found.names) == set(personal.names) == {"bm25", "transitions"} and len(personal.items)
-    assert pipeline.weights_of(known, found) == query
-    # So leaving out what was chosen changes nothing of what the words alone brought.
-    left_out = replace(typo, history=history[:2])
-    scores = pipeline.scores([typo, left_out], meant.items, pipeline.weights_of(typo, meant))
-    assert (scores[0] == scores[1]).all() and scores[0].argmax() == 0
-    assert (pipeline.order(typo, codes([8, 2, 4])).items == [4, 8, 2]).all()
+    assert pipeline.weights_of(known, found) == pipeline.weights_of(unknown, personal) == query
+    scores = pipeline.scores([typo], meant.items, pipeline.weights_of(typo, meant))
+    np.testing.assert_allclose(scores[0], meant.scores, atol=1e-6)
+    (alone,) = pipeline.recommend([Query(text="lmap")], N)
+    assert alone.items.tolist() == [4, 8]
+    # The caller's own items are ordered as they would be without.
+    given = codes([8, 4, 2])
+    without = Pipeline(
+        {n: r for n, r in RETRIEVERS.items() if n != "text"}, RECIPE.history, query, RECIPE.similar
+    )
+    assert (pipeline.order(typo, given).items == without.order(typo, given).items).all()
+    # A recipe that reads no words is served as it was chosen.
+    deaf = replace(pipeline, query=Weights({"transitions": 1.0}))
+    assert "text" not in deaf.recommend([typo], N)[0].names
 
 
 @settings(max_examples=150, deadline=None)
@@ -193,7 +203,8 @@ def test_what_comes_out_is_allowed_listed_once_and_at_most_k(history, text, mask
     assert allowed[got.items].all()
     assert len(set(got.items.tolist())) == len(got.items) <= k
     assert np.isfinite(got.scores).all() and (np.diff(got.scores) <= 0).all()
-    assert len(got.items) > 0 or not allowed.any() or text
+    lines = RETRIEVERS["bm25"].score(text) > 0 if text else np.ones(N, bool)
+    assert len(got.items) > 0 or not (allowed & lines).any()
     assert not (text and pipeline.scorer.proposed_for), "for words the model scores, and does not propose"
     for proposed in (items for batch in pipeline.scorer.asked for items in batch):
         assert allowed[proposed].all(), "the model does not even score what may not be returned"

@@ -90,6 +90,9 @@ def test_without_a_clock_cold_items_are_drawn_by_the_seed():
     log = log_of([(u, (ord(u) + i) % 20, 0) for u in "abcdefgh" for i in range(8)], clock="none")
     drawn = [make_split(log, ProtocolConfig(split="cold-item", seed=s)).fitted for s in (0, 0, 1)]
     assert (drawn[0] == drawn[1]).all() and (drawn[0] != drawn[2]).any()
+    for useless in ({}, {"split": "time", "validation_from": 1, "test_from": 2}):
+        with pytest.raises(ConfigError, match="share is of splits that are drawn"):
+            make_split(log, ProtocolConfig(share=0.2, **useless))
     with pytest.raises(DataError, match="cannot hold out a share"):
         make_split(log_of([(u, i, 0) for u in "abc" for i in range(4)]), ProtocolConfig(split="time"))
     few = log_of([("a", 0, 0), ("a", 1, 0)], clock="none")
@@ -110,8 +113,6 @@ def test_all_problems_of_a_protocol_are_named_at_once():
         {"validation_from": 1, "test_from": 2},
         {"negatives": 5, "candidates": "x"},
         {"candidate_count": 5},
-        {"share": 0.2},
-        {"split": "time", "share": 0.2, "validation_from": 1, "test_from": 2},
     ):
         with pytest.raises(ConfigError, match="protocol"):
             Config.of({"protocol": wrong})

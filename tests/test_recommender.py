@@ -828,10 +828,13 @@ def test_every_verb_takes_ids_in_any_list_and_no_text_for_a_list(tmp_path):
         lambda: rec.remove_items("12"),
         lambda: rec.add_items(Item("9", "nine")),
         lambda: rec.recommend_many([{"user": "1"}]),
+        lambda: rec.recommend_many([None]),
+        lambda: rec.rank(5),
         lambda: rec.similar(["1"]),
     ):
         with pytest.raises(RequestError):
             wrong()
+    assert rec.predict({"1", "2"}).keys() == {"1", "2"}
     rec.remove_items(np.array(["1", "2"]))
     assert not {"1", "2"} & {*ids(rec.recommend(user="4", k=8, seen="include"))}
 
@@ -861,8 +864,12 @@ def test_forget_takes_away_what_a_killed_save_left(rec, tmp_path):
     strays = [tmp_path / "events-0123456789ab.sqlite", tmp_path / ".tmp-events-0123456789ab.sqlite-1-2"]
     for stray in strays:
         shutil.copyfile(named, stray)
+    theirs = [tmp_path / "events-2024.parquet", tmp_path / "events-archive"]
+    theirs[0].write_text("of somebody else")
+    theirs[1].mkdir()
     user = next(iter(rec._slot._store.events())).user_id
     assert rec.forget(user) > 0
+    assert all(path.exists() for path in theirs)
     assert named.is_file() and not any(stray.exists() for stray in strays)
     assert Recommender.load(tmp_path).history(user) == []
 

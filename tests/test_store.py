@@ -170,19 +170,30 @@ def put(item_id, title="A", **attributes):
     return ItemChange(item_id, Item(item_id, title, "text", attributes))
 
 
+def removed(item_id):
+    """As stores of old have it."""
+    return ItemChange(item_id, None, removed=True)
+
+
 def test_changes_of_items_come_back_in_order_the_last_of_each(store, place):
     assert store.item_changes() == (0, [])
-    changes = [put("b", genres=("x", "y"), year=1979, price=9.5, new=True), put("a"), ItemChange("c", None)]
+    changes = [
+        put("b", genres=("x", "y"), year=1979, price=9.5, new=True),
+        put("a"),
+        removed("c"),
+    ]
+    # A removed item, and codes, as they are written now; the one before as it was once.
+    changes += [replace(put("d"), code=7), replace(put("e", size="L"), code=8, removed=True)]
     first, found = store.change_items(0, lambda missed: changes)
     assert found == changes and store.item_changes(first) == (first, [])
     seen = []
     with opened_at(place) as other:
         last, found = other.change_items(first, lambda missed: seen.append(missed) or [put("b", "B")])
         assert seen == [[]] and found == [put("b", "B")] and last > first
-        last, found = other.change_items(0, lambda missed: seen.append(missed) or [ItemChange("a", None)])
-        assert seen[1] == [changes[1], changes[2], put("b", "B")]
-    assert store.item_changes() == (last, [ItemChange("c", None), put("b", "B"), ItemChange("a", None)])
-    assert store.item_changes(first)[1] == [put("b", "B"), ItemChange("a", None)]
+        last, found = other.change_items(0, lambda missed: seen.append(missed) or [removed("a")])
+        assert seen[1] == [*changes[1:], put("b", "B")]
+    assert store.item_changes() == (last, [removed("c"), *changes[3:], put("b", "B"), removed("a")])
+    assert store.item_changes(first)[1] == [put("b", "B"), removed("a")]
 
 
 def test_a_change_that_is_refused_stores_nothing(store):
@@ -547,8 +558,8 @@ def test_a_store_is_copied_to_a_place_of_any_kind(here, there, tmp_path, request
     with open_store(names[0], tmp_path, url[here], create=True) as source:
         source.append(events)
         old, _ = source.change_items(0, lambda missed: [put("old")])
-        source.change_items(old, lambda missed: [put("new"), ItemChange("gone", None)])
-        for after, expected in ((None, []), (old, [put("new"), ItemChange("gone", None)])):
+        source.change_items(old, lambda missed: [put("new"), removed("gone")])
+        for after, expected in ((None, []), (old, [put("new"), removed("gone")])):
             name = new_name(url[there])
             with copied(source, name, tmp_path, url[there], after=after) as copy:
                 assert copy.events() == source.events() and copy.count() == 3

@@ -10,6 +10,7 @@ from llmrec.errors import RequestError
 from llmrec.recommender import Recommender
 from llmrec.serve.models import Document, plain
 from llmrec.serve.relevance import by_relevance
+from llmrec.text import query_text
 from llmrec.types import Recommendation, Request
 
 D = TypeVar("D")
@@ -78,7 +79,7 @@ class Defaults:
         `Recommender.search`, unless the rules have ``seen``.
         """
         asker = Asker(self.user, self.history).or_else(user, history)
-        query = query if query and query.strip() else None
+        query = query if query_text(query) else None
         rules = {**self.rules, **rules}
         unknown = sorted(set(rules) - set(RULES))
         if unknown:

@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from llmrec.errors import DataError
+from llmrec.errors import ConfigError, DataError
 from llmrec.evaluation.split import Split, cold_item_split, cold_user_split, leave_last_out, time_split
 from llmrec.events import EventLog
 
@@ -59,9 +59,6 @@ class ProtocolConfig(BaseModel):
             problems.append("validation_from and test_from belong together")
         if self.validation_from is not None and self.split != "time":
             problems.append(f"validation_from is for split = 'time', not {self.split!r}")
-        fixed = "leave-last" if self.split == "leave-last" else "times that are given"
-        if self.share != SHARE and (self.split == "leave-last" or self.validation_from is not None):
-            problems.append(f"share is of splits that are drawn, or by time without times, not of {fixed}")
         if self.negatives is not None and self.candidates is not None:
             problems.append("negatives and candidates exclude each other")
         if self.candidates is None and (
@@ -94,9 +91,14 @@ def make_split(log: EventLog, protocol: ProtocolConfig) -> Split:
 
     Raises
     ------
+    ConfigError
+        If the protocol has a share that the split has no use for.
     DataError
         If the log has no clock and needs one, or a part would be empty.
     """
+    if protocol.share != SHARE and (protocol.split == "leave-last" or protocol.validation_from is not None):
+        fixed = "leave-last" if protocol.split == "leave-last" else "times that are given"
+        raise ConfigError(f"share is of splits that are drawn, or by time without times, not of {fixed}")
     if protocol.split == "leave-last":
         return leave_last_out(log)
     if protocol.split == "time":

@@ -23,6 +23,7 @@ from pydantic import (
 
 from llmrec.errors import RequestError
 from llmrec.serve.config import ServeConfig
+from llmrec.text import query_text
 from llmrec.types import Item, Reason, Recommendation, Seen
 from llmrec.weights import HEAVIEST
 
@@ -43,6 +44,12 @@ Shown = StrictStr | StrictBool | StrictInt | Number | list[StrictStr]
 def _storable(value: str) -> str:
     if "\0" in value:
         raise ValueError("the character NUL is in no id")
+    return value
+
+
+def _readable(value: str) -> str:
+    if not query_text(value):
+        raise ValueError("nothing of it can be seen")
     return value
 
 
@@ -110,7 +117,9 @@ class RecommendRequest(Asker):
 class SearchRequest(Asker):
     """Words to find items by; who asks makes the order personal."""
 
-    query: str = Field(min_length=1, pattern=r"\S", description="what to look for, in words")
+    query: Annotated[str, AfterValidator(_readable)] = Field(
+        min_length=1, pattern=r"\S", description="what to look for, in words"
+    )
     k: int = Field(10, ge=1, description="how many at most", json_schema_extra={MARK: "max_k"})
     where: dict[str, Any] | None = Field(None, description="conditions on item attributes")
     budget_ms: float | None = Field(None, gt=0, allow_inf_nan=False)

@@ -40,7 +40,7 @@ def by_relevance(
     RequestError
         If there is nothing to be relevant to, an id is unknown, or both a user and a history are given.
     """
-    if not query.strip() and user is None and history is None:
+    if not query_text(query) and user is None and history is None:
         raise RequestError("relevant to what? give a query, a user or a history")
     ids = [d.id for d in documents if d.text is None and d.id is not None]
     Request(user=user, history=history)

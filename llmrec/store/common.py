@@ -63,19 +63,24 @@ def check_same(event: Event, item_id: str, weight: float) -> None:
 
 
 def body_of(change: ItemChange) -> str | None:
-    """Return a change without the id of its item as JSON; None for a removed one of unknown code."""
+    """Return a change without the id of its item as JSON; None for a removed one that is not known."""
     item = change.item
-    values: dict[str, Any] = {} if change.code is None else {"code": change.code}
-    if item is not None:
-        values |= {"title": item.title, "text": item.text, "attributes": dict(item.attributes)}
-    return json.dumps(values) if values else None
+    if item is None:
+        return None
+    values: dict[str, Any] = {"title": item.title, "text": item.text, "attributes": dict(item.attributes)}
+    more = {"code": change.code, "removed": change.removed or None}
+    return json.dumps(values | {name: value for name, value in more.items() if value is not None})
 
 
 def changes_of(rows: Iterable[tuple[str, str | None]]) -> Iterator[ItemChange]:
     """Read pairs of id and body."""
     for item_id, body in rows:
-        values = {} if body is None else json.loads(body)
-        yield ItemChange(item_id, _item(item_id, values) if "title" in values else None, values.get("code"))
+        if body is None:
+            yield ItemChange(item_id, None, removed=True)
+        else:
+            values = json.loads(body)
+            item = _item(item_id, values)
+            yield ItemChange(item_id, item, values.get("code"), values.get("removed", False))
 
 
 def _item(item_id: str, values: Mapping[str, object]) -> Item:
