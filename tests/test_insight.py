@@ -163,7 +163,8 @@ def test_a_model_that_only_pays_where_words_are_typed_is_not_said_to_be_left_out
     assert "for lists by history" in answer
     assert "0.5700, and at 0.5500 without it (+0.0200 [+0.0100, +0.0300])" in answer
     assert "0.9100, and at 0.9800 without it" in answer, "what it costs where an attribute is typed"
-    assert "words are typed" not in render(result(0.0, 0.0, 0.0, 0.0))
+    page = render(result(0.0, 0.0, 0.0, 0.0))
+    assert "takes part" not in page and "What is served less retrieval: (+0.0200" in page
 
 
 def test_the_page_says_the_numbers_loads_nothing_and_keeps_titles_text():

@@ -22,6 +22,8 @@ NAMES = {
     LM: "language model alone",
     "default": "as served",
     "popularity": "popularity",
+    "bm25": "words alone (BM25)",
+    "text": "meaning alone (text vectors)",
 }
 BEYOND = {
     "coverage@10": "share of the catalogue that is shown to anybody",
@@ -59,6 +61,7 @@ def render(result: Mapping[str, Any], examples: Sequence[Example] = (), command:
         _costs(result),
         _ceiling(result),
         _segments(result),
+        _search(result),
         _order(result),
         _beyond(result),
         _lean(result),
@@ -121,7 +124,7 @@ def _answer(result: Mapping[str, Any]) -> str:
             f"<b>No, not after {minutes:.0f} minutes of training.</b> On held-out events it added nothing "
             "that exceeds noise for lists by history, so its weight is 0 there: it is left out, and what is "
             "served is retrieval alone."
-        ) + _typed(result)
+        )
     elif (low > 0 or high < 0) and served.get("verdict", ""):
         words = (
             f"<b>Not shown.</b> Validation gave it a weight; on these events the difference is {gain}, which "
@@ -139,6 +142,8 @@ def _answer(result: Mapping[str, Any]) -> str:
             f"<b>Not shown.</b> Validation gave it a weight, and on these events the difference is within "
             f"noise: {gain}."
         )
+    if result["protocol"].get("part") != "validation":
+        words += _typed(result)
     good = "yes" if words.startswith("<b>Yes") else ""
     return f'<p class="answer {good}" id="answer">{words}</p>'
 
@@ -282,6 +287,34 @@ def _segments(result: Mapping[str, Any]) -> str:
         + "".join(parts)
         + _table(("NDCG@10", "users", *(name_of(n) for n in systems)), rows)
     )
+
+
+SEARCHES = {
+    "known_item": ("A known item is sought", "Two or three words of the item that was chosen next."),
+    "attribute": ("A value of an attribute is typed", "All items that have it are right."),
+}
+"""Kinds of typed queries: what happens, and what counts."""
+
+
+def _search(result: Mapping[str, Any]) -> str:
+    blocks = []
+    for kind, (title, told) in SEARCHES.items():
+        found = result["search"][kind]
+        if not found["systems"]:
+            continue
+        queries = f" {found['queries']:,} queries." if "queries" in found else ""
+        rows = [
+            Bar(name_of(n), values[METRIC], f"{values[METRIC]:.4f}", strong=n == "default")
+            for n, values in found["systems"].items()
+        ]
+        tested = _tested(found)
+        blocks.append(
+            f"<h3>{title}, NDCG@10</h3><p>{told}{queries}"
+            + (f" What is served less retrieval:{tested}." if tested else "")
+            + "</p>"
+            + bars(rows, f"NDCG@10, {title.lower()}")
+        )
+    return "<h2>When words are typed</h2>" + "".join(blocks) if blocks else ""
 
 
 def _order(result: Mapping[str, Any]) -> str:
