@@ -128,8 +128,13 @@ def _show(found: Evaluation) -> None:
         + f"; {leaks['repeated_pairs']} repeated pairs of user and item, {leaks['near_duplicate_items']} "
         f"near-duplicate items, {leaks['targets_near_history']} targets like an item in the history"
     )
+    from llmrec.metrics import Comparison
+
     for comparison in found.comparisons:
         typer.echo(str(comparison))
+    for kind, typed in result["search"].items():
+        for stored in typed["comparisons"]:
+            typer.echo(f"search, {kind.replace('_', ' ')}: {Comparison.of(stored)}")
 
 
 def _of(result: dict[str, Any], kind: str) -> dict[str, dict[str, float]]:
