@@ -62,7 +62,7 @@ from llmrec.score.likelihood import LikelihoodScorer
 from llmrec.score.line_tasks import lines_task
 from llmrec.score.tasks import Choice, ItemTokensTask, ListwiseTask, Task
 from llmrec.score.wordwise import VocabularyScorer
-from llmrec.search import known_item_queries, quality
+from llmrec.search import known_item_queries, proposed, quality
 from llmrec.several import Remembered
 from llmrec.stages import cached_retrievers, cached_texts
 from llmrec.state import State
@@ -328,10 +328,10 @@ def blended(p: Prepared, lm: TunedModel, scorer: Scorer, held_out: HeldOut, kind
     weights = (recipe.history if kind == "history" else recipe.query).with_lm(0.0)
     used = [name for name in recipe.settings if weights.ever_uses(name)]
     depth = p.config.retrieval.depth
-    hits = {n: retrievers[n].retrieve(held_out.queries, depth) for n in used}
+    hits = proposed(used, retrievers, held_out, depth)
     own = lm.proposes and kind == "history"
-    proposed = cast(Any, lm.scorer).retrieve(held_out.queries, depth) if own else None
-    features = Features.with_lm(hits, proposed, scorer, held_out, weights, lm.scored)
+    best = cast(Any, lm.scorer).retrieve(held_out.queries, depth) if own else None
+    features = Features.with_lm(hits, best, scorer, held_out, weights, lm.scored)
     log: list[dict[str, Any]] = []
     weight = lm_weight(features, weights, log, kind, 0)
     merge = summary(features.of_targets(weights), SHOWN)["ndcg@10"]

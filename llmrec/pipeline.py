@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +28,7 @@ from llmrec.candidates import (
     with_rest,
 )
 from llmrec.protocols import Codes, Floats, Hits, Query, Retriever, Scorer
+from llmrec.retrieve.popularity import PopularityRetriever
 
 
 @dataclass(frozen=True)
@@ -110,10 +111,11 @@ class Pipeline:
     ) -> list[Candidates]:
         """Retrieve and merge, without the language model's score.
 
-        The language model proposes nothing for typed words: it scores what they find, since what lacks them
-        is not what was asked for. Where the recipe's retrievers of words find nothing that is allowed, items
-        join whose texts are near in meaning, as strongly as the strongest of the recipe. Where nothing is
-        found still, popular items are, but not for somebody who typed what it should be about.
+        For typed words popularity and the language model propose nothing: they score what is found, since
+        what lacks the words is not what was asked for. Where the recipe's retrievers of words find nothing
+        that is allowed, items join whose texts are near in meaning, as strongly as the strongest of the
+        recipe. Where nothing is found still, popular items are, but not for somebody who typed what it should
+        be about.
 
         Parameters
         ----------
@@ -134,6 +136,9 @@ class Pipeline:
                 meant = self.retrievers[self.by_meaning].retrieve([query], self.depth)[0]
                 if len(meant.items):
                     used, weight = used | {self.by_meaning: meant}, self._with_meaning(weight)
+            if query.text and weight.uses(self.fallback):
+                popularity = cast(PopularityRetriever, self.retrievers[self.fallback])
+                used[self.fallback] = popularity.among(used.values())
             if not any(len(h.items) for h in used.values()):
                 # Weights of a blend say nothing of a list that rests on popularity alone.
                 depth = self.depth if given or (self.popular and not query.text) else 0
@@ -205,7 +210,8 @@ class Pipeline:
         """
         table = np.zeros((len(queries), len(items)), np.float32)
         order = np.argsort(items)
-        for name in (name for name in self.retrievers if _proposes(name, queries[0], weights)):
+        used = [name for name in self.retrievers if weights.uses(name)]
+        for name in (name for name in used if name != LM or not queries[0].text):
             # Popularity of all time for some rows and of late for others would be no effect of an item.
             asked = (
                 queries
@@ -228,4 +234,4 @@ class Pipeline:
 
 def _proposes(name: str, query: Query, weights: Weights) -> bool:
     """Whether a component proposes candidates for a query."""
-    return weights.uses(name) and not (name == LM and query.text)
+    return weights.uses(name) and not (query.text and name in (LM, Pipeline.fallback))

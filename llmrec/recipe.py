@@ -169,7 +169,9 @@ class Recipe:
         return cls(
             settings,
             history=Weights(by_history),
-            query=Weights({"bm25": 1.0, "text": 1.0, **{n: w / 10 for n, w in by_history.items()}}),
+            query=Weights(
+                {"bm25": 1.0, "text": 1.0, **{n: w / 10 for n, w in by_history.items()}, "popularity": 0.3}
+            ),
             similar=Weights({"profile": 1.0, **{n: 0.3 for n in ("transitions", "ease") if n in settings}}),
         )
 

@@ -18,7 +18,8 @@ from llmrec.candidates import READS_WORDS, Weights
 from llmrec.families import FAMILIES, Texts, TrainingLog
 from llmrec.features import Features
 from llmrec.metrics import per_user, summary
-from llmrec.protocols import Floats, Retriever, Scorer
+from llmrec.pipeline import Pipeline
+from llmrec.protocols import Floats, Hits, Retriever, Scorer
 from llmrec.recipe import HeldOut, Recipe, RetrievalConfig, fit_retrievers, ranks_in
 from llmrec.retrieve.dense import ProfileConfig, ProfileRetriever
 from llmrec.retrieve.linear import CoOccurrence, EASEConfig, EASERetriever, user_item_matrix
@@ -120,11 +121,11 @@ def with_language_model(
         if len(part.targets) == 0:
             return weights
         used = [name for name in recipe.settings if weights.ever_uses(name)]
-        hits = {n: retrievers[n].retrieve(part.queries, config.depth) for n in used}
+        hits = proposed(used, retrievers, part, config.depth)
         typed = kind.startswith("query")
         own = proposes and not typed
-        proposed = cast(Retriever, model).retrieve(part.queries, config.depth) if own else None
-        features = Features.with_lm(hits, proposed, model, part, weights, scored)
+        best = cast(Retriever, model).retrieve(part.queries, config.depth) if own else None
+        features = Features.with_lm(hits, best, model, part, weights, scored)
         if typed:
             return weights.with_lm(lm_weight(features, weights, log, kind, config.seed))
         if scored is None and scores_all:
@@ -353,8 +354,7 @@ def with_weights(
     log = recipe.log
 
     def features(names: Sequence[str], part: HeldOut) -> Features:
-        hits = {n: retrievers[n].retrieve(part.queries, config.depth) for n in names}
-        return Features.of(hits, part)
+        return Features.of(proposed(names, retrievers, part, config.depth), part)
 
     known = held_out.with_history()
     by_history = features(recipe.answering("history"), known)
@@ -383,7 +383,22 @@ def with_weights(
     )
 
 
+def proposed(
+    names: Sequence[str], retrievers: Mapping[str, Retriever], part: HeldOut, depth: int
+) -> dict[str, Sequence[Hits]]:
+    """Hits of each component for queries of one kind, as the pipeline has them; see `Pipeline.retrieve`."""
+    typed = any(query.text for query in part.queries)
+    asked = [name for name in names if not (typed and name == Pipeline.fallback)]
+    hits: dict[str, Sequence[Hits]] = {n: retrievers[n].retrieve(part.queries, depth) for n in asked}
+    if len(asked) < len(names):
+        popularity = cast(PopularityRetriever, retrievers[Pipeline.fallback])
+        rows = range(len(part.queries))
+        hits[Pipeline.fallback] = [popularity.among(own[row] for own in hits.values()) for row in rows]
+    return hits
+
+
 def _of_typed(recipe: Recipe) -> list[str]:
-    """Families for typed queries: those by words first, then those by history; popularity says nothing."""
+    """Families for typed queries: those by words first, then those by history, and popularity."""
     words = [name for name in READS_WORDS if name in recipe.settings]
-    return words + [name for name in recipe.settings if FAMILIES[name].asks == "history"]
+    by_history = [name for name in recipe.settings if FAMILIES[name].asks == "history"]
+    return [*words, *by_history, Pipeline.fallback]

@@ -187,6 +187,26 @@ def test_words_that_no_component_of_the_recipe_finds_are_looked_up_by_meaning():
     assert "text" not in deaf.recommend([typo], N)[0].names
 
 
+def test_popularity_scores_what_words_find_and_proposes_nothing():
+    query = Weights({"bm25": 1.0, "popularity": 0.7})
+    pipeline = Pipeline(RETRIEVERS, RECIPE.history, query, RECIPE.similar)
+    asked = [Query(text="red lamp"), Query(text="zzz"), Query(codes([1, 2]), "boat", np.arange(N) % 2 == 0)]
+    found = pipeline.recommend(asked, N)
+    scores = RETRIEVERS["popularity"].scores
+    for one, query_ in zip(found, asked, strict=True):
+        by_words = RETRIEVERS["bm25"].retrieve([query_], N)[0]
+        assert set(one.items) == set(by_words.items)
+        if not len(by_words.items):
+            continue
+        words = normalise(by_words.scores)
+        popular = normalise(scores[by_words.items])
+        expected = dict(zip(by_words.items.tolist(), (words + 0.7 * popular).tolist(), strict=True))
+        assert score_dict(one) == pytest.approx(expected, abs=1e-6)
+        of_these = replace(query_, mask=np.isin(np.arange(N), one.items))
+        again = pipeline.scores([of_these], one.items, pipeline.weights_of(query_, one))
+        np.testing.assert_allclose(again[0], one.scores, atol=1e-6)
+
+
 @settings(max_examples=150, deadline=None)
 @given(
     st.lists(st.integers(0, N - 1), max_size=6),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -73,6 +73,13 @@ class PopularityRetriever:
     def shares(self) -> Floats:
         """Share of each item in the events, with one pseudo-event an item, shape (items,); sums to 1."""
         return self._shares
+
+    def among(self, found: Iterable[Hits]) -> Hits:
+        """What others found for one query, the most popular first."""
+        items = np.unique(np.concatenate([np.empty(0, np.int32), *(hits.items for hits in found)]))
+        scores = self.scores[items]
+        order = np.lexsort((items, -scores))
+        return Hits(items[order].astype(np.int32), scores[order])
 
     def retrieve(self, queries: Sequence[Query], k: int) -> list[Hits]:
         """Return the k most popular allowed items for each query; of late where nothing is asked."""
