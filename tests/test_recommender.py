@@ -14,7 +14,7 @@ import polars as pl
 import pytest
 
 from llmrec import Event, Item, LLMRecError, Recommender, Request
-from llmrec.candidates import Weights
+from llmrec.candidates import Calibration, Weights
 from llmrec.errors import ConflictError, DataError, ModelError, RequestError, StoreError
 from llmrec.testing import tiny_lm, toy_data
 from llmrec.timing import Timing
@@ -282,7 +282,9 @@ def tenants(data, config, tmp_path_factory):
     for name, seed in (("a", 1), ("b", 2)):
         made = Recommender.fit(*data, {**config, "training": {**config["training"], "seed": seed}})
         made.finetune()
-        made._state = replace(made._state, recipe=made.recipe.with_lm(0.8))
+        # A tenant's adapter is served with the recipe that is there: weights and calibration alike.
+        recipe = replace(made.recipe.with_lm(0.8), calibration=Calibration())
+        made._state = replace(made._state, recipe=recipe)
         made.save(folder / name)
         made.close()
     return folder
