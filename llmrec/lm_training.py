@@ -139,6 +139,9 @@ def fine_tune(
                 new.fit_unseen(choosing)
             else:
                 new, report = train_words_model(state, log, choosing, base, shape, how, **where)
+            assert new.card is not None
+            held = {**new.card.training["data"], "held_out": len(held_out.queries)}
+            new.card = new.card.noting(data=held)
             entry: dict[str, Any] = {}
             if lm is None:
                 lm = new

@@ -242,7 +242,7 @@ def test_the_rules_hold_in_every_stage_and_for_many_requests(rec):
         ({"caps": {"brand": 0}}, "a cap is a whole number of at least 1, got 'brand': 0"),
         ({"caps": {"brand": True}}, "got 'brand': True"),
         ({"caps": ["brand"]}, 'caps must be a mapping such as {"brand": 2}'),
-        ({"pins": "i1"}, "pins are lists of item ids"),
+        ({"pins": "i1"}, "pins must be a list of item ids, got one string"),
         ({"pins": ["i1", "i1"]}, "pinned twice"),
         ({"pins": ["nope"]}, "unknown: 'nope'"),
         ({"pins": ["i1", "i2"], "k": 1}, "2 pins do not fit into k = 1"),
