@@ -139,10 +139,9 @@ def with_language_model(
 
     typed = known_item_queries(held_out, lines, config.seed)
     history = weighted("history", recipe.history, held_out.with_history())
-    words = replace(recipe.query.with_lm(0.0), longer=())
-    unknown = [replace(query, history=query.history[:0]) for query in typed.queries]
+    anybody, words = (replace(recipe.query.for_history(n).with_lm(0.0), longer=()) for n in (0, 1))
     query = replace(
-        weighted("query without history", words, HeldOut(unknown, typed.targets)),
+        weighted("query without history", anybody, nameless(typed)),
         longer=((1, weighted("query", words, typed)),),
     )
     return replace(recipe, history=history, query=query, log=log, calibration=calibration)
@@ -360,11 +359,12 @@ def with_weights(
     by_history = features(recipe.answering("history"), known)
     history = choose_weights(by_history, recipe.history.retrievers, log, "history", config.seed)
     typed = known_item_queries(held_out, texts.lines, config.seed)
-    query = (
-        search_weights(features(_of_typed(recipe), typed), {}, log, "query")
-        if len(typed.targets)
-        else recipe.query.retrievers
-    )
+    query = recipe.query
+    if len(typed.targets):
+        # Where nothing is known of who types, popularity may say more than beside a history.
+        anybody = search_weights(features(_for_anybody(recipe), nameless(typed)), {}, log, "query of anybody")
+        known_user = search_weights(features(_of_typed(recipe), typed), {}, log, "query")
+        query = Weights(anybody, longer=((1, Weights(known_user)),))
     single = like_last_item(held_out)
     alike = [name for name in ("profile", "transitions", "ease") if name in recipe.settings]
     # Similar means alike in meaning first: text keeps weight 1, and the log may add to it.
@@ -377,7 +377,7 @@ def with_weights(
     return replace(
         recipe,
         history=history,
-        query=Weights(query),
+        query=query,
         similar=Weights(similar),
         calibration=calibrated(served, history, prior_of(retrievers, known), log),
     )
@@ -402,3 +402,13 @@ def _of_typed(recipe: Recipe) -> list[str]:
     words = [name for name in READS_WORDS if name in recipe.settings]
     by_history = [name for name in recipe.settings if FAMILIES[name].asks == "history"]
     return [*words, *by_history, Pipeline.fallback]
+
+
+def _for_anybody(recipe: Recipe) -> list[str]:
+    """The same for people without a history."""
+    return [name for name in _of_typed(recipe) if FAMILIES[name].asks != "history"]
+
+
+def nameless(typed: HeldOut) -> HeldOut:
+    """The same queries of people without a history."""
+    return HeldOut([replace(query, history=query.history[:0]) for query in typed.queries], typed.targets)

@@ -408,6 +408,10 @@ def test_fitting_the_language_model_again_replaces_its_entries_in_the_log(search
 
 def test_typed_words_of_people_without_a_history_get_a_weight_of_their_own(searched):
     recipe, retrievers = searched
+    # The search gave them weights of their own too: of words and popularity alone.
+    anybody, known_user = (recipe.query.for_history(n) for n in (0, 3))
+    assert set(anybody.retrievers) <= {"bm25", "text", "popularity"} and anybody.retrievers
+    assert len(recipe.query.longer) == 1 and known_user is recipe.query.longer[0][1]
     # Words that many items have: there is something left to know.
     lines = [line.rsplit(" ", 1)[0] for line in TEXTS.lines]
     fitted = with_language_model(recipe, retrievers, KnowingScorer(True), HELD_OUT, lines, CONFIG)
