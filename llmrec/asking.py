@@ -95,9 +95,9 @@ class Asking:
         as are those to requests whose budget it would overrun, or whose inference server gives no scores;
         these are marked `degraded`.
         """
-        wrong = next((request for request in requests if not isinstance(request, Request)), requests)
-        if wrong is not requests:
-            raise RequestError(f"expected a list of requests, got {wrong!r:.100}")
+        for one in requests:
+            if not isinstance(one, Request):
+                raise RequestError(f"expected a list of requests, and one of them is {one!r:.100}")
         late = self._late(requests) if lm else [False] * len(requests)
         begun = time.monotonic()
         try:

@@ -129,13 +129,20 @@ class Pipeline:
             if rows:
                 hits = retriever.retrieve([queries[row] for row in rows], self.depth)
                 found[name] = dict(zip(rows, hits, strict=True))
+        own = [{n: hits[row] for n, hits in found.items() if row in hits} for row in range(len(queries))]
+        wanting = [
+            row
+            for row, query in enumerate(queries)
+            if not given and self._wants_meaning(query, weights[row], own[row])
+        ]
+        meant: dict[int, Hits] = {}
+        if wanting:
+            hits = self.retrievers[self.by_meaning].retrieve([queries[row] for row in wanting], self.depth)
+            meant = dict(zip(wanting, hits, strict=True))
         merged = []
-        for row, (query, weight) in enumerate(zip(queries, weights, strict=True)):
-            used = {n: hits[row] for n, hits in found.items() if row in hits}
-            if not given and self._wants_meaning(query, weight, used):
-                meant = self.retrievers[self.by_meaning].retrieve([query], self.depth)[0]
-                if len(meant.items):
-                    used, weight = used | {self.by_meaning: meant}, self._with_meaning(weight)
+        for row, (query, weight, used) in enumerate(zip(queries, weights, own, strict=True)):
+            if row in meant and len(meant[row].items):
+                used, weight = used | {self.by_meaning: meant[row]}, self._with_meaning(weight)
             if query.text and weight.uses(self.fallback):
                 popularity = cast(PopularityRetriever, self.retrievers[self.fallback])
                 used[self.fallback] = popularity.among(used.values())
