@@ -231,7 +231,7 @@ class Catalog:
             made = left.with_items(both)
         except DataError:
             # What was put and removed again may have an attribute of another kind than what came after it.
-            bare = {item.item_id: Item(item.item_id, item.title) for item in both if item.item_id in unseen}
+            bare = {c.item_id: Item(c.item_id, c.item.title) for c in new if c.removed and c.item is not None}
             made = left.with_items([bare.get(item.item_id, item) for item in both])
         return made.without_items(unseen) if unseen else made
 

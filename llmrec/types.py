@@ -64,7 +64,7 @@ class Request:
     where
         Conditions on item attributes, e.g. ``{"genres": "Comedy", "year": {"gte": 1990}}``.
     exclude
-        Item ids never to return.
+        Item ids never to return; a set will do.
     seen
         Whether items of the history may come back.
     caps
