@@ -28,6 +28,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ from llmrec.evaluation.split import Split
 from llmrec.features import Features
 from llmrec.fetch import resolve
 from llmrec.language_model import CachingScorer
-from llmrec.lm_training import hash_words, ranks_among, train_language_model, train_words_model
+from llmrec.lm_training import ranks_among, train_language_model, train_words_model
 from llmrec.metrics import Comparison, Ranks, compare_all, summary
 from llmrec.mining import mined_choices
 from llmrec.offline import core_of
@@ -98,7 +99,10 @@ class Prepared:
     @property
     def key(self) -> str:
         """Says of which users, and of which merge, an answer is."""
-        return f"{self.asked.sha256()} {self.judging.sha256()} {hash_words(self.state)}"
+        recipe = self.state.recipe.as_dict()
+        # Nobody types words here, so the weights for them decide nothing.
+        merge = json.dumps([self.state.texts.lines, recipe["settings"], recipe["history"]])
+        return " ".join([self.asked.sha256(), self.judging.sha256(), sha256(merge.encode()).hexdigest()])
 
     def timed(self, name: str) -> str:
         """Name of a system that learned for so many minutes."""
