@@ -7,7 +7,7 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
@@ -19,6 +19,12 @@ if TYPE_CHECKING:
     from llmrec.offline import Evaluation
 
 MEASURES = ("recall@5", "ndcg@5", "recall@10", "ndcg@10", "mrr@10", "recall@20")
+SEARCHES = {
+    "known_item": ("a known item is sought", ("recall@10", "ndcg@10", "mrr@10")),
+    "anybody": ("a known item is sought without a history", ("recall@10", "ndcg@10", "mrr@10")),
+    "attribute": ("an attribute value is typed", ("recall@10", "ndcg@10", "map@10")),
+}
+"""Kinds of typed words: a title, and measures."""
 
 
 def evaluate(
@@ -111,14 +117,10 @@ def _show(found: Evaluation) -> None:
     print_table(_table(title, MEASURES, result["systems"]))
     beyond = result["beyond"]
     print_table(_table(f"the first ten: {protocol['ranking']}", list(next(iter(beyond.values()))), beyond))
-    print_table(
-        _table(
-            "search: a known item is sought", ("recall@10", "ndcg@10", "mrr@10"), _of(result, "known_item")
-        )
-    )
-    if result["search"]["attribute"]["queries"]:
-        names = ("recall@10", "ndcg@10", "map@10")
-        print_table(_table("search: an attribute value is typed", names, _of(result, "attribute")))
+    for kind, (title, measures) in SEARCHES.items():
+        typed = result["search"][kind]
+        if typed["queries"]:
+            print_table(_table(f"search: {title}", measures, typed["systems"]))
     for name, values in result["probabilities"].items():
         typer.echo(f"{name}: " + ", ".join(f"{measure} {value:.4f}" for measure, value in values.items()))
     leaks = result["leaks"]
@@ -135,11 +137,6 @@ def _show(found: Evaluation) -> None:
     for kind, typed in result["search"].items():
         for stored in typed["comparisons"]:
             typer.echo(f"search, {kind.replace('_', ' ')}: {Comparison.of(stored)}")
-
-
-def _of(result: dict[str, Any], kind: str) -> dict[str, dict[str, float]]:
-    systems: dict[str, dict[str, float]] = result["search"][kind]["systems"]
-    return systems
 
 
 def _table(title: str, measures: Sequence[str], systems: Mapping[str, Mapping[str, float]]) -> Table:

@@ -18,15 +18,16 @@ from llmrec.evaluation.memory import remembered
 from llmrec.evaluation.pools import drawn_pools
 from llmrec.evaluation.run import run_systems
 from llmrec.evaluation.split import Part
-from llmrec.evaluation.typed import attribute_queries
+from llmrec.evaluation.typed import attribute_queries, evaluate_search
 from llmrec.events import EventLog
 from llmrec.families import TrainingLog
 from llmrec.offline import evaluate
 from llmrec.pipeline import Pipeline
 from llmrec.protocols import Hits
+from llmrec.recommender import Recommender
 from llmrec.retrieve.popularity import PopularityRetriever
 from llmrec.rules import compile_where
-from llmrec.search import search_recipe
+from llmrec.search import known_item_queries, search_recipe
 from llmrec.testing import tiny_lm, toy_data
 from llmrec.types import Item
 
@@ -217,6 +218,24 @@ def test_an_attribute_query_has_the_items_that_hold_the_value():
         assert np.flatnonzero(having).tolist() == relevant.tolist()
         assert len(relevant) >= 5
     assert attribute_queries(Catalog.load([i for i in toy_data()[0]][:1]), 5, 0) == []
+
+
+def test_known_items_are_sought_by_anybody_as_search_finds_them():
+    items, events = toy_data(users=40)
+    rec = Recommender.fit(items, events, LIGHT)
+    log = EventLog.load(events, rec.catalog)
+    part = Part.of(log, log.offsets[1:] - 1)
+    found = evaluate_search(part, rec._state.pipeline(), rec.catalog, users=25, queries=5, seed=3)
+    users = part.sample(25, 3)
+    typed = known_item_queries(users.held_out(rec.catalog.active, False), rec.catalog.lines(), 4)
+    gains = []
+    for query, target in zip(typed.queries, users.targets, strict=True):
+        ids = [hit.item_id for hit in rec.search(query.text, k=10)]
+        wanted = rec.catalog.ids[target]
+        gains.append(1 / math.log2(ids.index(wanted) + 2) if wanted in ids else 0.0)
+    anybody = found["anybody"]
+    assert anybody["queries"] == len(gains) and anybody["comparisons"] == []
+    assert anybody["systems"]["default"]["ndcg@10"] == pytest.approx(np.mean(gains)) and np.mean(gains) > 0
 
 
 def test_a_stage_that_fails_is_not_kept(tmp_path):

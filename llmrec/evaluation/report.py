@@ -158,9 +158,13 @@ def _typed(result: Mapping[str, Any]) -> str:
     if not Weights.from_dict(result["recipe"]["query"]).most_lm:
         return ""
     told = []
-    for kind, what in (("known_item", "known items are found"), ("attribute", "values of attributes")):
-        found = result["search"][kind]
-        if found["systems"]:
+    for kind, what in (
+        ("known_item", "known items are found"),
+        ("anybody", "known items of people without a history"),
+        ("attribute", "values of attributes"),
+    ):
+        found = result["search"].get(kind)
+        if found and found["systems"]:
             served, plain = (found["systems"][name][METRIC] for name in ("default", "merge"))
             told.append(f"{what} at NDCG@10 {served:.4f}, and at {plain:.4f} without it{_tested(found)}")
     return f" Where words are typed it takes part: {'; '.join(told)}."
@@ -291,6 +295,7 @@ def _segments(result: Mapping[str, Any]) -> str:
 
 SEARCHES = {
     "known_item": ("A known item is sought", "Two or three words of the item that was chosen next."),
+    "anybody": ("A known item is sought without a history", "The same words, of somebody not known."),
     "attribute": ("A value of an attribute is typed", "All items that have it are right."),
 }
 """Kinds of typed queries: what happens, and what counts."""
@@ -299,8 +304,8 @@ SEARCHES = {
 def _search(result: Mapping[str, Any]) -> str:
     blocks = []
     for kind, (title, told) in SEARCHES.items():
-        found = result["search"][kind]
-        if not found["systems"]:
+        found = result["search"].get(kind)
+        if not found or not found["systems"]:
             continue
         queries = f" {found['queries']:,} queries." if "queries" in found else ""
         rows = [

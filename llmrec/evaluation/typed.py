@@ -17,11 +17,12 @@ from llmrec.metrics import Values, compare_values, holm, per_user, relevance, su
 from llmrec.pipeline import Pipeline
 from llmrec.protocols import Codes, Query
 from llmrec.recipe import ranks_in
-from llmrec.search import known_item_queries
+from llmrec.search import known_item_queries, nameless
 
 K = 10
 MEASURE = f"ndcg@{K}"
 KNOWN_ITEM = "two or three words drawn from the line of the held-out item; that item is relevant"
+ANYBODY = "the same words, of somebody without a history"
 ATTRIBUTE = "an attribute value that 5 items to half of the catalogue have; all of these are relevant"
 
 
@@ -42,8 +43,14 @@ def evaluate_search(
     known = known_item_queries(
         part.sample(users, seed).held_out(catalog.active, False), catalog.lines(), seed + 1
     )
-    found = _systems(known.queries, plain, pipeline)
-    ranks = {name: ranks_in(lists, known.targets) for name, lists in found.items()}
+    kinds: dict[str, dict[str, Any]] = {}
+    gains: dict[str, Values] = {}
+    for kind, rule, asked in (("known_item", KNOWN_ITEM, known), ("anybody", ANYBODY, nameless(known))):
+        found = _systems(asked.queries, plain, pipeline)
+        ranks = {name: ranks_in(lists, asked.targets) for name, lists in found.items()}
+        systems = {name: summary(r) for name, r in ranks.items()}
+        kinds[kind] = {"rule": rule, "queries": len(asked.queries), "systems": systems}
+        gains[kind] = per_user(ranks["default"], MEASURE) - per_user(ranks["merge"], MEASURE)
     values = attribute_queries(catalog, queries, seed)
     typed = [Query(text=text, mask=catalog.active) for text, _ in values]
     lists = _systems(typed, plain, pipeline) if typed else {}
@@ -51,28 +58,16 @@ def evaluate_search(
         name: [relevance(items, r, K) for items, (_, r) in zip(own, values, strict=True)]
         for name, own in lists.items()
     }
-    gains: dict[str, Values] = {}
-    if pipeline.query.most_lm > 0:
-        gains["known_item"] = per_user(ranks["default"], MEASURE) - per_user(ranks["merge"], MEASURE)
-        if values:
-            pairs = zip(scores["default"], scores["merge"], strict=True)
-            gains["attribute"] = np.array([a[MEASURE] - b[MEASURE] for a, b in pairs])
+    systems = {name: _mean(rows) for name, rows in scores.items()}
+    kinds["attribute"] = {"rule": ATTRIBUTE, "queries": len(values), "systems": systems}
+    if values:
+        pairs = zip(scores["default"], scores["merge"], strict=True)
+        gains["attribute"] = np.array([a[MEASURE] - b[MEASURE] for a, b in pairs])
+    # Equal lists are no comparison.
+    gains = {kind: gain for kind, gain in gains.items() if np.any(gain)}
     tests = holm([compare_values(gain, "default", "merge", MEASURE) for gain in gains.values()])
     compared = {kind: [test.as_dict()] for kind, test in zip(gains, tests, strict=True)}
-    return {
-        "known_item": {
-            "rule": KNOWN_ITEM,
-            "queries": len(known.queries),
-            "systems": {name: summary(r) for name, r in ranks.items()},
-            "comparisons": compared.get("known_item", []),
-        },
-        "attribute": {
-            "rule": ATTRIBUTE,
-            "queries": len(values),
-            "systems": {name: _mean(rows) for name, rows in scores.items()},
-            "comparisons": compared.get("attribute", []),
-        },
-    }
+    return {kind: {**told, "comparisons": compared.get(kind, [])} for kind, told in kinds.items()}
 
 
 def attribute_queries(catalog: Catalog, n: int, seed: int) -> list[tuple[str, Codes]]:
