@@ -40,11 +40,11 @@ def pairs_of(
     of equal texts say nothing and are left out. Of more than `most` events a seeded sample is used, in an
     order drawn.
     """
-    places = np.array([(u, p) for u, h in enumerate(histories) for p in range(1, len(h))], dtype=np.int64)
+    events = np.cumsum([0, *(max(len(codes) - 1, 0) for codes in histories)])
     pairs: list[tuple[str, str]] = []
-    for row in np.random.default_rng(seed).permutation(len(places)):
-        user, place = places[row]
-        codes = histories[user]
+    for row in np.random.default_rng(seed).permutation(events[-1]):
+        user = np.searchsorted(events, row, side="right") - 1
+        codes, place = histories[user], row - events[user] + 1
         target = lines[codes[place]]
         for step in range(1, min(window, int(place)) + 1):
             if lines[codes[place - step]] != target:
