@@ -48,6 +48,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--users", type=int, default=2000, help="held-out users that judge")
     parser.add_argument("--json", type=Path, help="file for the result")
     args = parser.parse_args(argv)
+    if args.json and not args.json.parent.is_dir():
+        parser.error(f"there is no folder {args.json.parent} for --json")
 
     # 1. Data; neither validation nor test events are trained on.
     config = Config.of(args.config)

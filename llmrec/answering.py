@@ -119,7 +119,7 @@ def _explained(
         masked = [replace(query, mask=mask) for query in (asked.query, *queries)]
         scores = pipeline.scores(masked, candidates, pipeline.weights_of(asked.query, found))
         changes[:, candidates] = scores[0] - scores[1:]
-    reasons = explain(answered, asked.query, left_out, changes[:, shown], state.catalog)
+    reasons = explain(answered, asked.query, left_out, changes[:, shown], state.catalog, state.chosen)
     return [replace(one, reason=reason) for one, reason in zip(answered, reasons, strict=True)]
 
 

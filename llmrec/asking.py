@@ -128,8 +128,10 @@ class Asking:
 
         Returns the item ids of the history that was asked about.
         """
-        catalog = self._state.catalog
-        history = tuple(catalog.ids[code] for code in np.flatnonzero(catalog.active)[:1])
+        catalog, weights = self._state.catalog, self._state.recipe.history
+        # The shortest history that it reads.
+        least = min((n for n, own in ((1, weights), *weights.longer) if own.lm > 0), default=1)
+        history = tuple(catalog.ids[code] for code in np.flatnonzero(catalog.active)[: max(least, 1)])
         for _ in range(2):  # the first forward of a model takes longer than all others
             self._timing = Timing()
             self.recommend_many([Request(history=history, k=1)])
@@ -152,8 +154,9 @@ class Asking:
         answers: list[list[Recommendation]] = []
         for start in range(0, len(requests), CHUNK):
             begun, chunk = time.monotonic(), requests[start : start + CHUNK]
-            answers += answer([self._ask(request, state) for request in chunk], state, pipeline)
-            if lm and any(map(state.recipe.asks_lm, chunk)):
+            asked = [self._ask(request, state) for request in chunk]
+            answers += answer(asked, state, pipeline)
+            if lm and any(pipeline.weights_for(one.query).lm > 0 for one in asked):
                 self._timing.note(sum(map(units_of, chunk)), time.monotonic() - begun)
         return answers
 

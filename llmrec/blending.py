@@ -34,12 +34,17 @@ ENOUGH = 100
 
 
 def search_weights(
-    features: Features, fixed: Mapping[str, float], log: list[dict[str, Any]], kind: str
+    features: Features,
+    fixed: Mapping[str, float],
+    log: list[dict[str, Any]],
+    kind: str,
+    most: float = GRID[-1],
 ) -> dict[str, float]:
-    """Coordinate ascent on NDCG@10 over the weights of `GRID`; a tie keeps the smaller weight.
+    """Coordinate ascent on NDCG@10 over the weights of `GRID` up to `most`; a tie keeps the smaller weight.
 
     Starts from `fixed`, or, where that is empty, from the best single component.
     """
+    grid = [weight for weight in GRID if weight <= most]
 
     def value(weights: Mapping[str, float]) -> float:
         return float(per_user(features.of_targets(Weights(weights)), OBJECTIVE).mean())
@@ -55,8 +60,8 @@ def search_weights(
             # Alone, a component ranks the same at every weight: the tie would shrink it for nothing.
             if name in fixed or not any(w for n, w in best.items() if n != name):
                 continue
-            trials = {w: value({**best, name: w}) for w in GRID}
-            chosen = max(GRID, key=lambda w: (round(trials[w], 7), -w))
+            trials = {w: value({**best, name: w}) for w in grid}
+            chosen = max(grid, key=lambda w: (round(trials[w], 7), -w))
             if trials[chosen] > score + 1e-7 or (
                 trials[chosen] >= score - 1e-7 and chosen < best.get(name, 0)
             ):

@@ -130,6 +130,10 @@ class Candidates:
         return Candidates(self.items[rows], self.scores[rows], self.names, self.parts[rows], self.ranks[rows])
 
 
+FLAT = 1e-6
+"""Share of a score that float32 does not tell from rounding."""
+
+
 def normalise(scores: Floats, base: Floats | None = None) -> Floats:
     """Scale scores to [0, 1]: the best becomes 1, the last 0; a single or constant list 1.
 
@@ -138,7 +142,7 @@ def normalise(scores: Floats, base: Floats | None = None) -> Floats:
     """
     base = scores if base is None else base
     low, high = float(base.min(initial=np.inf)), float(base.max(initial=-np.inf))
-    if high - low >= 1e-12:
+    if high - low > FLAT * max(abs(low), abs(high)):
         scaled: Floats = np.maximum((scores - low) / (high - low), 0.0).astype(np.float32)
     elif base is scores or not 0 < low < np.inf:
         scaled = np.ones_like(scores)

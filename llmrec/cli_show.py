@@ -87,7 +87,7 @@ def _table(found: Sequence[Recommendation], title: str | None = None) -> Table:
         # `Text`, since in a plain string "[bold]" would be markup.
         table.add_row(str(r.rank), Text(r.item_id), Text(r.title), f"{r.score:.3f}", Text(last))
     if not found:
-        table.caption = "nothing: the rules leave no item"
+        table.caption = "nothing was found"
     return table
 
 
@@ -123,8 +123,10 @@ def show_families(recipe: Recipe) -> None:
 
 def say_weights(recipe: Recipe) -> None:
     """Print the weights that were chosen for each kind of request."""
-    kinds = (("history", recipe.history), ("typed words", recipe.query), ("similar items", recipe.similar))
-    for kind, weights in kinds:
+    kinds = {"history": recipe.history, "typed words": recipe.query, "similar items": recipe.similar}
+    if recipe.query.longer:
+        kinds["typed words and history"] = recipe.query.for_history(1)
+    for kind, weights in kinds.items():
         named = {**weights.retrievers, **({LM: weights.most_lm} if weights.most_lm else {})}
         say(f"weights by {kind}: " + ", ".join(f"{name} {weight:g}" for name, weight in named.items()))
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from operator import index
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -25,6 +26,7 @@ from llmrec.families import TrainingLog
 from llmrec.fetch import resolve
 from llmrec.language_model import LanguageModel, TunedModel, load_language_model
 from llmrec.lm_training import (
+    WORDS_VALIDATION_USERS,
     hash_items,
     hash_words,
     measure,
@@ -36,7 +38,7 @@ from llmrec.metrics import Ranks, compare
 from llmrec.mining import first_parts, mined_choices
 from llmrec.progress import Progress, TrainingReport
 from llmrec.protocols import Codes
-from llmrec.recipe import HeldOut, fit_retrievers, ranks_in
+from llmrec.recipe import VALIDATION_USERS, HeldOut, fit_retrievers, ranks_in
 from llmrec.score.config import TrainingConfig
 from llmrec.score.labels import LettersScorer, YesNoScorer
 from llmrec.score.line_tasks import lines_task
@@ -143,8 +145,12 @@ def continue_tuning(
     news = News.of(log, after, search.lm_users, search.seed)
     state = replace(state, retrievers=fit_retrievers(news.log, state.texts, state.recipe))
     base = resolve(config.lm.base, allow_hub=config.allow_hub)
-    parts = (p.held_out(state.catalog.active, not state.repeats) for p in (news.chosen_on, news.judged_on))
-    chosen_on, judged_on = (part.sample(before.judged or search.lm_users, search.seed) for part in parts)
+    # As many validate as in the earlier training.
+    most = VALIDATION_USERS if isinstance(before, LanguageModel) else WORDS_VALIDATION_USERS
+    chosen_on, judged_on = (
+        part.sample(users, search.seed).held_out(state.catalog.active, not state.repeats)
+        for part, users in ((news.chosen_on, most), (news.judged_on, before.judged or search.lm_users))
+    )
     with tempfile.TemporaryDirectory(prefix="llmrec-") as temporary:
         # The earlier model goes on serving: a copy of it is trained.
         place = Path(temporary)
@@ -201,8 +207,11 @@ def _since(before: TunedModel, since: Since) -> int:
                 "since 1970, or fine-tune anew"
             )
         return int(known)
-    if isinstance(since, bool) or not isinstance(since, int):
-        raise DataError(f"`since` is 'last' or whole seconds since 1970, got {since!r}")
+    try:
+        # Numbers of numpy and pandas as well.
+        since = index(since)
+    except TypeError:
+        raise DataError(f"`since` is 'last' or whole seconds since 1970, got {since!r}") from None
     if known is not None and since < known:
         raise DataError(
             f"the tuned model has learned events up to {known}, so since={since} would judge it on some of "

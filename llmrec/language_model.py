@@ -27,7 +27,7 @@ from llmrec.score.config import ItemTokensConfig, LMConfig
 from llmrec.score.engine import Engine
 from llmrec.score.item_tokens import ItemTokenModel, ItemTokenScorer, Wish, instruction_tokens
 from llmrec.score.loading import body_dtype, load_body, need_positions, shared_body
-from llmrec.score.unseen import fit_unseen
+from llmrec.score.unseen import fit_unseen, still_late
 from llmrec.score.words import WISH_TOKENS, Vocabulary
 from llmrec.text import typed_words
 
@@ -306,12 +306,13 @@ class LanguageModel:
     def recounted(self, counts: NDArray[Any]) -> LanguageModel:
         """The same model after other training events: items that had none before get id vectors.
 
-        All items of the catalogue could be chosen in these.
+        For items that came after the earlier training see `still_late`.
         """
         old = self.model
         counted = counts.astype(np.float32)
         vectors = old.text_vectors.cpu().numpy()
-        model = _model(old.body, old.instruction.tolist(), vectors, counted, self.config, drawn=False)
+        late = still_late(old.late.cpu().numpy(), self.counts, counted)
+        model = _model(old.body, old.instruction.tolist(), vectors, counted, self.config, late, drawn=False)
         model.load_state_dict(old.head(), strict=False)
         model.unseen.copy_(old.unseen)
         return LanguageModel(model.to(old.counts.device).eval(), self.config, self.wish, self.card)

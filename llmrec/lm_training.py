@@ -27,6 +27,7 @@ from llmrec.protocols import Codes, Floats, Mask
 from llmrec.recipe import VALIDATION_USERS, HeldOut, Recipe, ranks_in, roles
 from llmrec.score.config import ItemTokensConfig, TrainingConfig, WordsConfig
 from llmrec.score.item_tokens import ItemTokenScorer
+from llmrec.score.labels import LettersScorer
 from llmrec.score.likelihood import LikelihoodScorer
 from llmrec.score.line_tasks import lines_task
 from llmrec.score.tasks import ItemTokensTask, ListwiseTask, Task
@@ -266,8 +267,10 @@ def hash_items(texts: Texts, config: ItemTokensConfig) -> str:
 
 def hash_words(state: State) -> str:
     """Hash of what a model that reads words knows of the items, and of what decides its candidates."""
-    chosen = json.dumps({**state.recipe.as_dict(), "log": None})
-    return hashlib.sha256("\n".join([*state.texts.lines, chosen]).encode()).hexdigest()
+    chosen = json.dumps([{**state.recipe.as_dict(), "log": None}, state.repeats])
+    digest = hashlib.sha256("\n".join([*state.texts.lines, chosen]).encode())
+    digest.update(state.catalog.active.tobytes())
+    return digest.hexdigest()
 
 
 def run_training(
@@ -348,7 +351,8 @@ def measure_words(lm: WordLanguageModel, held_out: HeldOut, candidates: Sequence
     """NDCG@10 and Recall@10 of the model's own order of each user's candidates, and nats per held-out item.
 
     Nats are over the whole catalogue for `likelihood` on the trie, and elsewhere over the candidates, where
-    the item is among them; not there if it never is.
+    the item is among them; not there if it never is, or if there are no probabilities: `letters` has ranks
+    alone of more candidates than it reads at once.
     """
     lm.scorer.forget()
     scores = lm.scorer.score(held_out.queries, candidates)
@@ -357,6 +361,8 @@ def measure_words(lm: WordLanguageModel, held_out: HeldOut, candidates: Sequence
     if isinstance(lm.scorer, LikelihoodScorer):
         own = lm.scorer.score(held_out.queries, [held_out.targets[i : i + 1] for i in range(len(scores))])
         nats = [-float(values[0]) for values in own]
+    elif isinstance(lm.scorer, LettersScorer) and lm.config.candidates > lm.scorer.window:
+        nats = []
     else:
         nats = [
             float(np.logaddexp.reduce(s) - s[items == target][0])

@@ -44,6 +44,7 @@ class Progress:
     loss: float = math.nan
     validated: int = 0
     best: float = -math.inf
+    best_nats: float = math.inf
     curve: list[dict[str, float]] = field(default_factory=list)
     cooling: Cooling | None = None
     recent: list[float] = field(default_factory=list)

@@ -36,7 +36,11 @@ class Prompt:
         if not path.is_file():
             known = ", ".join(sorted(p.stem for p in folder.glob("*.md")))
             raise ConfigError(f"no prompt {name!r}; known prompts: {known}; or give a path that ends in .md")
-        return cls(name=path.stem, text=path.read_text(encoding="utf-8").strip())
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as broken:
+            raise ConfigError(f"the prompt {path} is not UTF-8: {broken}") from broken
+        return cls(name=path.stem, text=text.strip())
 
     @property
     def sha256(self) -> str:

@@ -192,11 +192,15 @@ class Recommender(Changing):
             raise ImportError('fine-tuning needs: pip install "llmrec[lm]"') from missing
 
         run = Path(folder) if folder else (self.folder / "training" if self.folder else None)
+        self.follow()
         if since is not None:
             if stream is not None:
                 raise ConfigError("a tuned model is continued on stored events; give `since` or `stream`")
             return self._continue(minutes, on_step, run, since)
-        lm, recipe, report = tune(self._state, self._log(), self.config, minutes, run, on_step, stream)
+        # Items that come meanwhile are in neither.
+        state = self._state
+        log = self._log(state.catalog)
+        lm, recipe, report = tune(state, log, self.config, minutes, run, on_step, stream)
         with self._changing:
             # Items may have been added meanwhile.
             self._state = replace(self._state, lm=lm.grown(self._state.texts), recipe=recipe)
@@ -213,7 +217,8 @@ class Recommender(Changing):
         from llmrec.continuing import continue_tuning
 
         state = self._ready(lm=True)
-        lm, report = continue_tuning(state, self._log(), self.config, minutes, run, on_step, since)
+        log = self._log(state.catalog)
+        lm, report = continue_tuning(state, log, self.config, minutes, run, on_step, since)
         if report.continued is not None and report.continued.kept:
             with self._changing:
                 self._state = replace(self._state, lm=lm.grown(self._state.texts))
@@ -225,6 +230,7 @@ class Recommender(Changing):
     def refit(self) -> None:
         """Fit the retrievers again on all stored events; settings, weights and language model stay."""
         with self._changing:
+            self.follow()
             with self._slot.use() as store:
                 empty = store.count() == 0
             self._state = self._state.refitted(None if empty else self._log())
@@ -264,7 +270,8 @@ class Recommender(Changing):
             best=state.recipe.best_alone,
         )
 
-    def _log(self) -> EventLog:
+    def _log(self, catalog: Catalog | None = None) -> EventLog:
+        """Stored events, in codes of a catalogue; of the one that is served by default."""
         with self._slot.use() as store:
             columns = store.columns()
         frame = pl.DataFrame(
@@ -280,7 +287,8 @@ class Recommender(Changing):
         ).with_columns(pl.from_epoch("timestamp", "s"))
         # The store keeps the order of events, ties included.
         data = self.config.data
-        return EventLog.load(frame, self._state.catalog, clock=data.clock, ties="input", policy="drop")
+        own = self._state.catalog if catalog is None else catalog
+        return EventLog.load(frame, own, clock=data.clock, ties="input", policy="drop")
 
     # ---- saving and loading ---------------------------------------------------------------------
 

@@ -362,8 +362,8 @@ def with_weights(
     query = recipe.query
     if len(typed.targets):
         # Where nothing is known of who types, popularity may say more than beside a history.
-        anybody = search_weights(features(_for_anybody(recipe), nameless(typed)), {}, log, "query of anybody")
-        known_user = search_weights(features(_of_typed(recipe), typed), {}, log, "query")
+        anybody = typed_weights(features(_for_anybody(recipe), nameless(typed)), log, "query of anybody")
+        known_user = typed_weights(features(_of_typed(recipe), typed), log, "query")
         query = Weights(anybody, longer=((1, Weights(known_user)),))
     single = like_last_item(held_out)
     alike = [name for name in ("profile", "transitions", "ease") if name in recipe.settings]
@@ -381,6 +381,19 @@ def with_weights(
         similar=Weights(similar),
         calibration=calibrated(served, history, prior_of(retrievers, known), log),
     )
+
+
+def typed_weights(features: Features, log: list[dict[str, Any]], kind: str) -> dict[str, float]:
+    """Weights for typed words. What finds them best has weight 1, and nothing has more.
+
+    A history may say so well what follows that the words seem to add nothing: they are what was asked for.
+    """
+
+    def alone(name: str) -> float:
+        return float(per_user(features.of_targets(Weights({name: 1.0})), OBJECTIVE).mean())
+
+    words = [name for name in READS_WORDS if name in features.names]
+    return search_weights(features, {max(words, key=alone): 1.0} if words else {}, log, kind, most=1.0)
 
 
 def proposed(

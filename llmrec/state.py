@@ -20,7 +20,7 @@ from llmrec.evaluation.split import training_log
 from llmrec.events import EventLog
 from llmrec.families import Texts, TrainingLog
 from llmrec.pipeline import Pipeline
-from llmrec.protocols import Retriever, VectorIndex
+from llmrec.protocols import Mask, Retriever, VectorIndex
 from llmrec.recipe import Recipe, fit_retrievers, grow_retrievers, load_retrievers, retriever_arrays
 from llmrec.retrieve.popularity import PopularityRetriever
 from llmrec.types import Item
@@ -79,8 +79,8 @@ class State:
         retrievers = dict(self.retrievers)
         if lm is not None and lm.proposes:
             retrievers[LM] = cast(Retriever, lm.scorer)
-        popularity = self.retrievers["popularity"]
-        assert isinstance(popularity, PopularityRetriever)
+        # Removed items are never chosen again.
+        prior = self._popularity.shares() * self.catalog.active
         return Pipeline(
             retrievers,
             recipe.history,
@@ -89,9 +89,20 @@ class State:
             lm.scorer if lm is not None else None,
             self.depth,
             recipe.calibration,
-            popularity.shares(),
+            prior / (prior.sum() or 1.0),
             lm.scored if lm is not None else None,
         )
+
+    @property
+    def _popularity(self) -> PopularityRetriever:
+        popularity = self.retrievers["popularity"]
+        assert isinstance(popularity, PopularityRetriever)
+        return popularity
+
+    @property
+    def chosen(self) -> Mask:
+        """Whether an item was ever chosen, shape (items,)."""
+        return self._popularity.scores > 0
 
     def without_language_model(self) -> State:
         """The same with the merge alone."""

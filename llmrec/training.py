@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from llmrec.errors import ModelError
+from llmrec.errors import DataError, ModelError
 from llmrec.processes import Processes
 from llmrec.progress import Progress, TrainingReport, cooling
 from llmrec.run_log import RunLog, need_tensorboard
@@ -40,7 +40,7 @@ WARMUP = 0.1
 CHECKPOINT, BEST = "checkpoint.safetensors", "best.safetensors"
 
 Validate = Callable[[], Mapping[str, float]]
-"""Measures the model as it is; ``ndcg@10`` among the measures decides which state is kept."""
+"""Measures the model as it is; ``ndcg@10`` decides which state is kept, and of equal ones ``nats``."""
 
 
 def trainable(model: nn.Module) -> dict[str, Tensor]:
@@ -198,6 +198,11 @@ class LoRATrainer(Generic[Batch]):
             for batch in itertools.islice(self.task.epoch(rng, parts), p.batch, None):
                 p.batch += 1
                 yield batch
+            if not p.batch:
+                raise DataError(
+                    f"there is nothing to learn from in epoch {p.epoch}: a stream has to give its rows as "
+                    "often as it is read"
+                )
             p.epoch, p.batch = p.epoch + 1, 0
 
     def _step(self, batch: Batch) -> float:
@@ -267,8 +272,10 @@ class LoRATrainer(Generic[Batch]):
         self._need_number(measures.get("nats", 0.0))
         self._note("validation", measures)
         p.stale += 1
-        if measures["ndcg@10"] > p.best:
-            p.best, p.stale = measures["ndcg@10"], 0
+        # Few users rank many states alike: what they chose is likelier under some.
+        nats = measures.get("nats", math.inf)
+        if (measures["ndcg@10"], -nats) > (p.best, -p.best_nats):
+            p.best, p.best_nats, p.stale = measures["ndcg@10"], nats, 0
             if self.team.main:
                 write_tensors(self.folder / BEST, self.parameters, {"step": str(p.step)})
         p.stopped = self.config.patience is not None and p.stale >= self.config.patience

@@ -27,7 +27,7 @@ from llmrec.score.lines import TokenLines
 from llmrec.score.loading import body_dtype, load_causal, need_positions, shared_causal
 from llmrec.score.packed import PackedReader
 from llmrec.score.trie import ItemTrie
-from llmrec.score.unseen import expected_counts
+from llmrec.score.unseen import expected_counts, still_late
 from llmrec.score.words import Layout, Vocabulary, WordsModel, WordsPrompt
 from llmrec.score.wordwise import VocabularyScorer
 from llmrec.text import changed_lines, typed_words
@@ -211,8 +211,12 @@ class WordLanguageModel:
         )
 
     def recounted(self, counts: NDArray[Any]) -> WordLanguageModel:
-        """The same model after other training events, whose weight for each item has shape (items,)."""
-        return WordLanguageModel(self.words, self.config, self.lines, counts, self.card, self._shape)
+        """The same model after other training events, whose weight for each item has shape (items,).
+
+        For items that came after the earlier training see `still_late`.
+        """
+        late = still_late(self.late, self.counts, counts)
+        return WordLanguageModel(self.words, self.config, self.lines, counts, self.card, self._shape, late)
 
 
 def lines_in(

@@ -1,5 +1,9 @@
 """Fine-tuning the text encoder: which texts are pairs, and that it brings what belongs together closer."""
 
+import json
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 from sentence_transformers import SentenceTransformer
@@ -52,6 +56,17 @@ def closeness(folder):
     n = len(LINES)
     same = (np.arange(n)[:, None] + np.arange(n)) % 2 == 0
     return cosine[same & ~np.eye(n, dtype=bool)].mean() - cosine[~same].mean()
+
+
+def test_another_way_to_pool_or_to_cut_up_texts_is_another_encoder(base, tmp_path):
+    copy = Path(shutil.copytree(base, tmp_path / "copy"))
+    (copy / ".cache").mkdir()
+    (copy / ".cache" / "when.json").write_text("{}")
+    assert SentenceEncoder(copy).fingerprint == SentenceEncoder(base).fingerprint
+    (pooling,) = copy.glob("1_Pooling/config.json")
+    told = json.loads(pooling.read_text())
+    pooling.write_text(json.dumps({**told, "pooling_mode": "cls"}))
+    assert SentenceEncoder(copy).fingerprint != SentenceEncoder(base).fingerprint
 
 
 @pytest.mark.parametrize("lora", [False, True])

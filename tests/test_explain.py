@@ -114,6 +114,16 @@ def test_without_a_history_it_is_popular_or_has_the_words_and_a_pin_is_a_pin(rec
     assert pin.reason.sentence == "Pinned by the request."
 
 
+def test_an_item_that_nobody_chose_is_not_called_popular():
+    items, events = toy_data(users=20)
+    rec = Recommender.fit([*items, Item("zz", "Unheard")], events, {**LIGHT, "retrieval": {"search": False}})
+    (one,) = rec.recommend(where={"item_id": ["zz"]}, explain=True)
+    assert one.reason.sentence == "Nothing in particular speaks for it."
+    rec.remove_items(["i3"])
+    assert rec.predict(["zz"])["zz"] > 0
+    assert sum(rec.predict([i for i in rec.catalog.ids if i != "i3"]).values()) == pytest.approx(1, abs=1e-5)
+
+
 def test_the_rule_of_the_toy_data_is_the_reason(rec):
     found = rec.recommend(history=["i20", "i11", "i30"], k=5, explain=True)
     reason = {r.item_id: r.reason for r in found}["i12"]

@@ -148,8 +148,10 @@ def test_nearest_takes_the_best_of_the_latest_items():
         model = NearestRetriever(vectors, index, NearestConfig(last=last, decay=0.8))
         found, nothing = model.retrieve([Query(history, mask=mask), Query()], ITEMS)
         latest = [21, 3, 8][:last]
-        scores = np.max([0.8**age * (vectors @ vectors[c] + 1) - 1 for age, c in enumerate(latest)], axis=0)
-        expected = sorted(np.flatnonzero(mask), key=lambda i: -scores[i])
+        cosines = [(age, vectors @ vectors[c]) for age, c in enumerate(latest)]
+        # What is not near to an item says nothing.
+        scores = np.max([np.where(c > 1e-3, 0.8**a * (c + 1) - 1, -np.inf) for a, c in cosines], axis=0)
+        expected = sorted(np.flatnonzero(mask & np.isfinite(scores)), key=lambda i: -scores[i])
         assert found.items.tolist() == expected and len(nothing.items) == 0
         np.testing.assert_allclose(found.scores, scores[expected], atol=1e-5)
 

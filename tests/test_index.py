@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import shutil
 import socket
 import subprocess
@@ -104,6 +105,19 @@ def test_adding_in_pieces_equals_adding_at_once(exact):
     for one, other in zip(*found, strict=True):
         np.testing.assert_array_equal(one.items, other.items)
         np.testing.assert_array_equal(one.scores, other.scores)
+
+
+@pytest.mark.parametrize("exact_up_to", [1000, 10])
+def test_equal_scores_are_in_the_order_of_codes_however_many_are_asked(exact_up_to):
+    vectors = np.repeat(np.eye(4, dtype=np.float32), 6, axis=0)[np.random.default_rng(0).permutation(24)]
+    index = FaissIndex(4, exact_up_to)
+    index.add(vectors)
+    aside = beside(index, vectors, np.array([3, 11], np.int32))
+    for searched in (index, aside):
+        for asked, mask in itertools.product((1, 20), (None, np.arange(24) != 5)):
+            for hits in searched.search(vectors[:asked], 24, [mask] * asked):
+                pairs = list(zip(-hits.scores, hits.items, strict=True))
+                assert pairs == sorted(pairs) and len(pairs) == (24 if mask is None else 23)
 
 
 def test_an_empty_index_finds_nothing_and_a_small_one_all_it_has():

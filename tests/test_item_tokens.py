@@ -330,10 +330,15 @@ def test_the_bias_of_items_without_events_is_kept_with_the_model(base, vectors, 
     for model in (grown, loaded):
         found = model.scorer.log_probs(asked)
         np.testing.assert_allclose(found[:, ITEMS] - found[:, 28], seen - float(lm.model.unseen), atol=1e-4)
-    # Once it could be chosen and was not, it is one, and what is fitted to held-out users is of it too.
-    later = loaded.recounted(np.append(lm.counts, 0))
+    # Once it could be chosen and was not, it is one, and what is fitted to held-out users is of it too; but
+    # not as long as few events have come since.
+    later = loaded.recounted(np.append(9 * lm.counts, 0))
     found = later.scorer.log_probs(asked)
     np.testing.assert_allclose(found[:, ITEMS], found[:, 28], atol=1e-4)
+    few = 1.05 * lm.counts.astype(np.float64)
+    found = loaded.recounted(np.append(few, 0)).scorer.log_probs(asked)
+    seen = np.log1p(few[few > 0]).mean()
+    np.testing.assert_allclose(found[:, ITEMS] - found[:, 28], seen - float(lm.model.unseen), atol=1e-4)
 
 
 def test_items_that_are_held_out_count_as_those_that_are_added_later(base, vectors, tmp_path):

@@ -189,6 +189,14 @@ def test_two_processes_follow_each_other_and_end_with_the_same_catalogue(opened)
     assert one.catalog.fingerprint == two.catalog.fingerprint
 
 
+def test_a_refit_takes_in_the_events_of_items_that_another_process_put(opened):
+    one, two = opened(), opened()
+    one.add_items([Item("x", "Zeppelin X")])
+    one.observe_many([Event(f"u{n}", "x") for n in range(30)])
+    two.refit()
+    assert ids(two.recommend(k=40)).index("x") < 5
+
+
 def test_all_processes_give_an_item_the_same_code_however_often_it_is_put(opened):
     """Vectors on a server are kept by code: another order there would be another item's vector."""
     rng, processes = np.random.default_rng(3), [opened(), opened()]

@@ -343,6 +343,12 @@ def test_what_an_only_item_of_a_history_changes_is_not_popularity():
     np.testing.assert_allclose(with_it - without, expected, atol=1e-6)
 
 
+def test_what_rounding_tells_apart_counts_the_same():
+    once = np.float32(0.6192)
+    assert normalise(np.array([once, np.nextafter(once, np.float32(1))], np.float32)).tolist() == [1.0, 1.0]
+    assert normalise(np.array([2e-7, 1e-7], np.float32)).tolist() == [1.0, 0.0]
+
+
 def test_predictions_sum_to_one_and_are_the_prior_where_nothing_is_known():
     prior = RETRIEVERS["popularity"].shares()
     weights = Weights({"ease": 1.0, "profile": 0.5})

@@ -524,7 +524,7 @@ def test_probabilities_sum_to_one_over_the_catalogue_and_say_what_is_likely(tune
     for asked in ({"user": "u1"}, {"history": ["i5"]}, {}):
         p = tuned.predict(everything, **asked)
         assert list(p) == everything and sum(p.values()) == pytest.approx(1.0, abs=1e-5)
-        assert min(p.values()) > 0
+        assert all(bool(p[i]) == bool(tuned.catalog.active[tuned.catalog.code(i)]) for i in everything)
     after = tuned.predict(["i6", "i20"], history=["i5"])
     assert after["i6"] > 5 * after["i20"], "after item i comes item i + 1"
     assert after == {i: tuned.predict(everything, history=["i5"])[i] for i in ("i6", "i20")}
@@ -691,6 +691,30 @@ def test_a_truncated_file_is_named_in_the_error(tuned, tmp_path, name):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(ModelError):
         Recommender.load(tmp_path / "model").stages(user="u1")
+
+
+def test_what_is_typed_counts_also_where_the_history_says_what_comes_next():
+    things = ("lamp", "chair", "table", "sofa", "mug", "rug")
+    items = [Item(str(n), f"{things[n % 6]} {n}") for n in range(30)]
+    events = [Event(f"u{u}", str((3 * u + t) % 30), 3600 * t + u) for u in range(20) for t in range(6)]
+    rec = Recommender.fit(items, events, LIGHT)
+    for word in ("sofa", "rug"):
+        for user in ("u1", "u2", "nobody"):
+            found = [hit.title for hit in rec.search(word, user=user, k=2)]
+            assert all(title.startswith(word) for title in found), (user, found)
+
+
+def test_the_model_is_measured_by_requests_that_it_takes_part_in(tuned):
+    recipe = tuned.recipe
+    try:
+        late = replace(recipe.history.with_lm(0.0), longer=((3, recipe.history.with_lm(1.0)),))
+        tuned._state = replace(tuned._state, recipe=replace(recipe, history=late))
+        tuned._timing = Timing()
+        tuned.recommend(history=["i1"])
+        assert tuned._timing.estimate(1) is None
+        assert len(tuned.warm_up()) == 3 and tuned._timing.estimate(1) > 0
+    finally:
+        tuned._state = replace(tuned._state, recipe=recipe)
 
 
 def test_a_budget_that_the_model_would_overrun_gets_the_retrieval_order_and_says_so(tuned):

@@ -303,6 +303,42 @@ def test_other_data_than_it_was_trained_on_is_a_warning(base, tmp_path, caplog):
     assert "other events than the retrievers" in caplog.text
 
 
+def test_a_log_that_can_be_read_once_alone_is_an_error_and_no_endless_run(base, tmp_path, monkeypatch):
+    epochs = []
+
+    def once(self, rng, parts=1):
+        epochs.append(rng)
+        return epoch(self, rng, parts) if len(epochs) == 1 else []
+
+    epoch = ItemTokensTask.epoch
+    monkeypatch.setattr(ItemTokensTask, "epoch", once)
+    with pytest.raises(DataError, match="as often as it is read"):
+        train(base, tmp_path, steps=10_000)
+    assert len(epochs) == 2
+
+
+def test_of_states_that_rank_alike_the_one_is_kept_under_which_the_choices_are_likeliest(base, tmp_path):
+    nats = iter(range(100, 0, -1))
+    task = ItemTokensTask(
+        LanguageModel.new(config(base), base, VECTORS, np.ones(ITEMS)).model,
+        Source(RULE, None),
+        6,
+        settings(),
+    )
+    trainer = training.LoRATrainer(task, settings(steps=16, validations=8, patience=2), tmp_path, "f")
+    report = trainer.run(lambda: {"ndcg@10": 0.25, "nats": float(next(nats))})
+    assert report.best_step == report.steps == 16 and not report.early
+
+
+def test_how_a_run_is_kept_and_computed_does_not_make_it_another():
+    frugal = TrainingConfig(gradient_checkpointing=True, checkpoint_seconds=5, tensorboard=True)
+    assert frugal.learned == TrainingConfig().learned != TrainingConfig(clip=2.0).learned
+    assert TrainingConfig().lasting("5").minutes == 5.0
+    for bad in ("soon", 0, float("nan"), []):
+        with pytest.raises(ConfigError, match="more than 0 minutes"):
+            TrainingConfig().lasting(bad)
+
+
 def test_nothing_to_train_on_is_a_clear_error():
     with pytest.raises(DataError, match="no events to train on"):
         Source([RULE[0][:0]], None)

@@ -70,8 +70,9 @@ def test_only_the_first_line_counts_and_the_prompt_holds_the_facts_and_no_empty_
     writer = Scripted("Since you liked Alien, you may like Aliens.\nAnd Ridley Scott made it.")
     assert worded([FOUND], writer)[0].reason.worded
     (asked,) = writer.asked
-    for fact in ("Aliens", "Alien; Blade Runner", "genres Science Fiction; year 1986", "space"):
+    for fact in ("Aliens", "Alien; Blade Runner", "genres Science Fiction", "space"):
         assert fact in asked
+    assert "1986" not in asked, "not of all that it is told of"
     without = Recommendation(FOUND.item, 1, 1.0, (), Reason("x", REASON.history))
     told = facts(without, without.reason)
     assert "asked for" not in prompt_of(told)
@@ -84,11 +85,21 @@ def test_a_title_that_names_a_slot_fills_nothing():
     assert not grounded("Since you liked Alien", {"title": "", "history": "", "shared": "", "words": ""})
 
 
-def test_reasons_without_evidence_are_not_asked_about():
+def test_reasons_without_evidence_and_pins_are_not_asked_about():
     bare = Recommendation(Item("4", "Heat"), 1, 1.0, (), Reason("Popular with others."))
+    pin = Recommendation(Item("5", "Ronin"), 2, 1.0, (), Reason("Pinned by the request.", REASON.history))
     writer = Scripted()
-    assert worded([bare], writer) == [bare]
+    assert worded([bare, pin], writer) == [bare, pin]
     assert not writer.asked
+
+
+def test_a_value_is_named_beside_the_titles_alone_that_have_it():
+    drama, year = Shared("genres", "Drama", ("2",)), Shared("year", 1979.0, ("1",))
+    told = facts(FOUND, Reason("", REASON.history, (drama, year)))
+    assert (told["history"], told["shared"]) == ("Alien", "year\t1979")
+    none = facts(FOUND, Reason("", REASON.history, (drama,)))
+    assert (none["history"], none["shared"]) == ("Alien\nBlade Runner", "")
+    assert not grounded("Because you chose Alien, you may like this, with Drama in common.", none)
 
 
 def test_a_recommender_phrases_with_a_real_model_and_keeps_what_is_true(tmp_path):

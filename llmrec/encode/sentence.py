@@ -12,6 +12,9 @@ import numpy as np
 from llmrec.protocols import Floats
 from llmrec.quiet import quiet_transformers
 
+READ = (".safetensors", ".json", ".txt", ".model")
+"""Files of a model that decide what vectors it makes: weights, settings, vocabularies."""
+
 
 class SentenceEncoder:
     """Unit vectors from a sentence-transformers model in a local folder.
@@ -39,11 +42,7 @@ class SentenceEncoder:
                 str(folder), trust_remote_code=False, model_kwargs={"use_safetensors": True}
             )
         self.dim = int(self._model.encode(["a"], show_progress_bar=False).shape[1])
-        weights = hashlib.sha256()
-        for path in sorted(folder.rglob("*.safetensors")):
-            with path.open("rb") as opened:
-                weights.update(hashlib.file_digest(opened, "sha256").digest())
-        self.fingerprint = weights.hexdigest()
+        self.fingerprint = _hash(folder)
 
     def encode(self, texts: Sequence[str]) -> Floats:
         """Return float32 vectors of length 1, shape (len(texts), dim)."""
@@ -61,3 +60,16 @@ class SentenceEncoder:
             if self.on_progress is not None:
                 self.on_progress(start + len(rows), len(order))
         return vectors
+
+
+def _hash(folder: Path) -> str:
+    """Hash of the weights, and of the files that say how texts are cut up, read and pooled."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        # Folders whose names begin with a dot are of programs that download.
+        if path.suffix in READ and not any(part.startswith(".") for part in name.parts):
+            digest.update(f"{name.as_posix()}\n".encode())
+            with path.open("rb") as opened:
+                digest.update(hashlib.file_digest(opened, "sha256").digest())
+    return digest.hexdigest()

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from llmrec.explain.grammar import Grammar
+from llmrec.explain.reasons import PINNED, common, value_text
 from llmrec.prompt import Prompt
 from llmrec.quiet import quiet_transformers
 from llmrec.types import Reason, Recommendation
@@ -54,11 +55,19 @@ BETWEEN = "\n"
 
 
 def facts(one: Recommendation, reason: Reason) -> Facts:
-    """What the model is told, by slot of the prompt; empty where there is nothing to tell."""
+    """What the model is told, by slot of the prompt; empty where there is nothing to tell.
+
+    Each shared value is one of every history item that is told of, so that any of both may be named together:
+    where the first ones have none in common, the first is told of alone.
+    """
+    history = reason.history[:MENTIONED]
+    shared = common(reason.shared, history)
+    if not shared and (first := common(reason.shared, history[:1])):
+        history, shared = history[:1], first
     return {
         "title": one.title,
-        "history": BETWEEN.join(influence.title for influence in reason.history[:MENTIONED]),
-        "shared": BETWEEN.join(f"{shared.name}\t{shared.value}" for shared in reason.shared[:MENTIONED]),
+        "history": BETWEEN.join(influence.title for influence in history),
+        "shared": BETWEEN.join(f"{one.name}\t{value_text(one)}" for one in shared[:MENTIONED]),
         "words": " ".join(reason.words),
     }
 
@@ -112,12 +121,13 @@ def grounded(sentence: str, told: Facts) -> bool:
 def worded(found: Sequence[Recommendation], write: Write) -> list[Recommendation]:
     """The same with the model's sentences where they are grounded; others keep what the template says.
 
-    Items without a history item, shared value or matched word in evidence are not asked about.
+    Items without a history item, shared value or matched word in evidence are not asked about, nor are those
+    that the request itself put there.
     """
     result = list(found)
     asked: list[tuple[int, Reason, Facts]] = []
     for row, one in enumerate(found):
-        if one.reason is not None:
+        if one.reason is not None and one.reason.sentence != PINNED:
             told = facts(one, one.reason)
             if told["history"] or told["shared"] or told["words"]:
                 asked.append((row, one.reason, told))

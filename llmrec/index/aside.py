@@ -52,7 +52,7 @@ class Aside:
             allowed = np.ones(len(row), np.bool_) if mask is None else mask[self._codes]
             items = np.concatenate([hits.items, self._codes[allowed]])
             values = np.concatenate([hits.scores, row[allowed]])
-            order = np.argsort(-values, kind="stable")[:k]
+            order = np.lexsort((items, -values))[:k]
             merged.append(Hits(items[order], values[order]))
         return merged
 

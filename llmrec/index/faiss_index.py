@@ -177,7 +177,9 @@ class FaissIndex:
 
     @staticmethod
     def _hits(codes: Any, scores: Any, k: int) -> Hits:
-        found = np.flatnonzero(codes >= 0)[:k]
+        found = np.flatnonzero(codes >= 0)
+        # FAISS has equal scores in any order.
+        found = found[np.lexsort((codes[found], -scores[found]))][:k]
         return Hits(codes[found].astype(np.int32), scores[found].astype(np.float32))
 
 

@@ -10,6 +10,12 @@ from pydantic import BaseModel, ConfigDict, Field
 from llmrec.protocols import Encoder, Floats, Hits, Query, VectorIndex
 from llmrec.ranking import NO_HITS, age_weights
 
+LEAST = 1e-3
+"""Cosine below which two texts are not near."""
+
+DIGITS = 6
+"""Of a cosine, that are kept: the last ones depend on the order in which its products are summed."""
+
 
 class ProfileConfig(BaseModel):
     """Settings of the profile retriever."""
@@ -117,8 +123,16 @@ def _nearest(
     able = np.flatnonzero(vectors.any(axis=1)).tolist()
     found = index.search(vectors[able], k, [queries[rows[i]].mask for i in able])
     for i, result in zip(able, found, strict=True):
-        hits[i] = result
+        hits[i] = _near(result)
     return hits
+
+
+def _near(hits: Hits) -> Hits:
+    """Hits that are near at all; what float32 cannot tell apart has one score, and the order of its codes."""
+    scores = hits.scores.round(DIGITS)
+    order = np.lexsort((hits.items, -scores))
+    order = order[scores[order] >= LEAST]
+    return Hits(hits.items[order], scores[order])
 
 
 def _spread(n: int, rows: Sequence[int], hits: Sequence[Hits]) -> list[Hits]:

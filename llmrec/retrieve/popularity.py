@@ -121,7 +121,8 @@ def _best_first(scores: Floats) -> Codes:
 def newest(stamps: NDArray[np.int64]) -> int:
     """The latest time stamp, in seconds; those of tomorrow or later are mistakes, unless all are."""
     past = stamps[stamps <= time.time() + 86_400]
-    return int((past if len(past) else stamps).max(initial=0))
+    known = past if len(past) else stamps
+    return int(known.max()) if len(known) else 0
 
 
 def fresh_scores(

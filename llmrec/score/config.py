@@ -73,7 +73,7 @@ class WordsConfig(BaseModel):
         "trie",
         description="of likelihood: a word is one among those that lead to items, or one among all words",
     )
-    smoothing: float = Field(1.0, gt=0, description="added to each item's count in the trie of likelihood")
+    smoothing: float = Field(1.0, ge=1e-6, description="added to each item's count in the trie of likelihood")
     beam: int = Field(20, ge=1, description="ways that generate follows at once; it proposes about as many")
     judged: int = Field(500, ge=2, description="held-out users that choose its weight")
     memory_mb: int = Field(512, ge=0, description="memory for what was read of histories")
@@ -151,7 +151,7 @@ class TrainingConfig(BaseModel):
         description="validations over the budget, at least; in a run by minutes fewer if they are slow",
     )
     patience: int | None = Field(
-        None, ge=1, description="end after so many validations without a better NDCG@10; None: never"
+        None, ge=1, description="end after so many validations without a better state; None: never"
     )
     checkpoint_seconds: float = Field(60.0, gt=0, description="between checkpoints")
     log_steps: int = Field(50, ge=1, description="steps between lines of the log; validations have their own")
@@ -171,16 +171,21 @@ class TrainingConfig(BaseModel):
 
     @property
     def learned(self) -> dict[str, Any]:
-        """The settings that decide what is learned, as values: all but those of the log."""
-        return self.model_dump(exclude={"log_steps", "tensorboard"})
+        """The settings that decide what is learned, as values."""
+        how = {"log_steps", "tensorboard", "checkpoint_seconds", "gradient_checkpointing"}
+        return self.model_dump(exclude=how)
 
     def lasting(self, minutes: float | None) -> TrainingConfig:
         """The same for a run of so many minutes; as it is for None."""
         if minutes is None:
             return self
-        if not 0 < minutes < float("inf"):
-            raise ConfigError(f"training needs more than 0 minutes and an end, got {minutes:g}")
-        return TrainingConfig(**{**self.model_dump(), "minutes": minutes, "steps": None})
+        try:
+            given = float(minutes)
+        except (TypeError, ValueError):
+            given = float("nan")
+        if not 0 < given < float("inf"):
+            raise ConfigError(f"training needs more than 0 minutes and an end, got {minutes!r}")
+        return TrainingConfig(**{**self.model_dump(), "minutes": given, "steps": None})
 
     def model_post_init(self, _context: Any) -> None:
         """Refuse a run without an end."""

@@ -46,6 +46,9 @@ def instruction_tokens(folder: Path, words: str) -> list[int]:
     with loading_from(folder):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     tokens: list[int] = tokenizer(words)["input_ids"]
+    # Some end every text with it, and the history goes on from here.
+    while tokens and tokens[-1] == tokenizer.eos_token_id:
+        tokens.pop()
     return tokens
 
 
@@ -152,7 +155,6 @@ class ItemTokenModel(nn.Module):
         hidden: int = config.hidden_size
         items, text_dim = text_vectors.shape
         words: Tensor = body.get_input_embeddings().weight  # type: ignore[operator]
-        spread = float(words.detach().float().std())
         self.register_buffer("instruction", torch.tensor(instruction, dtype=torch.long), persistent=False)
         self.register_buffer("text_vectors", torch.from_numpy(text_vectors), persistent=False)
         self.register_buffer("counts", torch.from_numpy(counts.astype(np.float32)), persistent=False)
@@ -172,6 +174,7 @@ class ItemTokenModel(nn.Module):
         self.id_dropout, self.id_out_dropout = id_dropout, id_out_dropout
         if not drawn:
             return
+        spread = float(words.detach().float().std())
         # Unit text vectors have components of spread 1/sqrt(text_dim), so unit-variance weights give
         # inputs with the spread of the LM's own word embeddings.
         nn.init.normal_(self.text_in.weight, std=spread)

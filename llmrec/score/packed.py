@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -180,7 +180,7 @@ class PackedReader:
     body
         Inner transformer of a causal LM, in evaluation mode.
     tokens
-        Most new tokens in one forward, padding included; a longer tree is read in pieces.
+        Most new tokens in one forward, padding included; what is longer is read in pieces.
     memory
         Bytes of beginnings that are kept; the ones not used for longest go first.
     """
@@ -213,11 +213,12 @@ class PackedReader:
         """
         with self._lock, torch.inference_mode():
             states: list[Tensor | None] = [None] * len(trees)
+            held = self._shared(beginnings)
             order = sorted(range(len(trees)), key=lambda i: len(beginnings[i]) + len(trees[i]))
             for group in self._groups(order, beginnings, trees):
                 for i, found in zip(
                     group,
-                    self._together([beginnings[i] for i in group], [trees[i] for i in group]),
+                    self._together([beginnings[i] for i in group], [trees[i] for i in group], held),
                     strict=True,
                 ):
                     states[i] = found
@@ -230,11 +231,18 @@ class PackedReader:
 
     def _past(self, beginning: Sequence[int]) -> Past:
         found = self._longest(beginning)
-        if found is not None and found.length == len(beginning):
-            return found
-        row = row_of(beginning, NOTHING, found)
-        hidden, layers = forward(self.body, [row])
-        return self._keep(beginning, row, layers, 0, row.read, hidden[0, len(row.tokens) - 1].float())
+        while found is None or found.length < len(beginning):
+            part = beginning[: (0 if found is None else found.length) + self.tokens]
+            row = row_of(part, NOTHING, found)
+            hidden, layers = forward(self.body, [row])
+            found = self._keep(part, row, layers, 0, row.read, hidden[0, len(row.tokens) - 1].float())
+        return found
+
+    def _shared(self, beginnings: Sequence[Sequence[int]]) -> dict[bytes, Past]:
+        """Those beginnings that several requests have, each read once."""
+        times = Counter(map(_key, beginnings))
+        first = {_key(beginning): beginning for beginning in beginnings}
+        return {key: self._past(first[key]) for key, n in times.items() if n > 1}
 
     def _groups(
         self, order: Sequence[int], beginnings: Sequence[Sequence[int]], trees: Sequence[Tree]
@@ -249,11 +257,13 @@ class PackedReader:
                 groups.append([i])
         return groups
 
-    def _together(self, beginnings: Sequence[Sequence[int]], trees: Sequence[Tree]) -> list[Tensor]:
-        pasts = [self._longest(beginning) for beginning in beginnings]
-        if len(trees) == 1 and len(trees[0]) > self.tokens:
-            return [self._in_pieces(beginnings[0], trees[0])]
+    def _together(
+        self, beginnings: Sequence[Sequence[int]], trees: Sequence[Tree], held: Mapping[bytes, Past]
+    ) -> list[Tensor]:
+        pasts = [held.get(_key(beginning)) or self._longest(beginning) for beginning in beginnings]
         rows = [row_of(b, tree, past) for b, tree, past in zip(beginnings, trees, pasts, strict=True)]
+        if len(rows) == 1 and len(rows[0].tokens) > self.tokens:
+            return [self._in_pieces(beginnings[0], trees[0])]
         asked = [i for i, row in enumerate(rows) if len(row.tokens)]
         if not asked:
             return [past.end[None] for past in pasts if past is not None]
@@ -298,12 +308,12 @@ class PackedReader:
         """The longest kept part of a beginning; it is moved to the end of the queue."""
         if not self._kept:
             return None
-        whole = np.asarray(beginning, dtype=np.int32)
+        whole = _key(beginning)
         lengths = sorted({past.length for past in self._kept.values()}, reverse=True)
         for length in lengths:
-            if length > len(whole):
+            if length > len(beginning):
                 continue
-            key = whole[:length].tobytes()
+            key = whole[: 4 * length]
             if key in self._kept:
                 self._kept.move_to_end(key)
                 return self._kept[key]
@@ -324,11 +334,10 @@ class PackedReader:
         )
         kept = fresh if row.past is None else torch.cat([row.past, fresh], dim=3)
         past = Past(kept, end.clone())
-        key = np.asarray(beginning, dtype=np.int32).tobytes()
-        if row.past is not None:
-            # The user went on: what was kept of the shorter history is of no more use.
-            shorter = self._kept.pop(key[: 4 * row.read], None)
-            self._size -= shorter.size if shorter is not None else 0
+        key = _key(beginning)
+        if key[: 4 * row.read] in self._kept:
+            # The user went on, and the shorter history is the first to go, unless others have it too.
+            self._kept.move_to_end(key[: 4 * row.read], last=False)
         if past.size <= self.memory and key not in self._kept:
             self._kept[key] = past
             self._size += past.size
@@ -336,6 +345,11 @@ class PackedReader:
                 _, dropped = self._kept.popitem(last=False)
                 self._size -= dropped.size
         return past
+
+
+def _key(beginning: Sequence[int]) -> bytes:
+    """Four bytes a token, so that what a beginning begins with is what its key begins with."""
+    return np.asarray(beginning, dtype=np.int32).tobytes()
 
 
 def row_of(beginning: Sequence[int], tree: Tree, past: Past | None = None) -> Row:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from llmrec.protocols import Codes
+from llmrec.protocols import Codes, Mask
 
 if TYPE_CHECKING:
     from llmrec.score.item_tokens import ItemTokenModel, ItemTokenScorer
@@ -38,6 +39,26 @@ def expected_counts(counts: Tensor, late: Tensor) -> Tensor:
     if not bool(late.any()) or not bool(seen.any()):
         return counts
     return torch.where(late & ~seen, torch.expm1(torch.log1p(counts[seen]).mean()), counts)
+
+
+def still_late(late: Mask, before: NDArray[Any], counts: NDArray[Any]) -> Mask:
+    """Which items that came after the earlier training count as coming after the present one, too.
+
+    Those without events, as long as a middling item has less than one among the events since: until then
+    nobody could be expected to choose them.
+
+    Parameters
+    ----------
+    late
+        Of the earlier training, shape (items,).
+    before, counts
+        Weight of the training events of each item, then and now, shape (items,).
+    """
+    seen = counts > 0
+    since = 1 - before.sum() / counts.sum() if seen.any() else 0.0
+    usual = np.expm1(np.log1p(counts[seen]).mean()) if seen.any() else 0.0
+    kept: Mask = late & ~seen & (usual * since < 1)
+    return kept
 
 
 def fit_unseen(
