@@ -29,7 +29,13 @@ def read_catalog(items: Any, config: DataConfig) -> Catalog:
     """Load the items; a `Catalog` is taken as it is."""
     if isinstance(items, Catalog):
         return items
-    return Catalog.load(items, mapping=config.items_mapping or None, policy=config.policy)
+    return Catalog.load(
+        items,
+        mapping=config.items_mapping or None,
+        policy=config.policy,
+        ignore=config.items_ignore,
+        lists=config.lists,
+    )
 
 
 def read_log(events: Any, catalog: Catalog, config: DataConfig, *, empty: bool = False) -> EventLog:
@@ -46,6 +52,7 @@ def read_log(events: Any, catalog: Catalog, config: DataConfig, *, empty: bool =
         rating_threshold=config.rating_threshold,
         event_weights=config.event_weights,
         empty=empty,
+        timestamp_format=config.timestamp_format,
     )
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import polars as pl
 
 from llmrec.errors import DataError
 from llmrec.protocols import Mask
 from llmrec.rows import LoadReport, Policy, Problems, id_strings, renaming
-from llmrec.text import neutralise, neutralise_series
+from llmrec.text import neutralise, neutralise_series, without_markup, without_markup_series
 
 TITLE_LIMIT = 300
 TEXT_LIMIT = 4_000
@@ -22,7 +24,10 @@ ACTIVE = "__active__"
 # A leading zero means a code ("007", a postal code), not a number.
 _INTEGER = r"^[+-]?(0|[1-9]\d{0,17})$"
 _NUMBER = r"^[+-]?(0|[1-9]\d*)?(\.\d*)?([eE][+-]?\d+)?$"
+# As people write prices.
+_AMOUNT = r"^\p{Sc}? ?-?\d{1,3}([., ]?\d{3})*([.,]\d+)? ?(\p{Sc}|[A-Z]{3})?$"
 _NOT_A_NUMBER = r"(?i)^([+-]?(nan|inf|infinity))$"
+_WORDS = (pl.String, pl.Categorical, pl.Enum, pl.Null)
 _BOOLEANS = {"true": True, "false": False}
 
 
@@ -37,7 +42,7 @@ def kind_of(dtype: pl.DataType) -> str:
 
 def clean_text(text: str) -> str:
     """Return a text as attributes hold it, so that conditions compare like with like."""
-    return neutralise(text, ATTRIBUTE_LIMIT)
+    return neutralise(without_markup(text), ATTRIBUTE_LIMIT)
 
 
 def clean_attribute(column: pl.Series, untyped: bool) -> pl.Series:
@@ -73,15 +78,16 @@ def clean_attribute(column: pl.Series, untyped: bool) -> pl.Series:
     if kind.is_float() or kind.is_decimal():
         numbers = column.cast(pl.Float64)
         return numbers.set(~numbers.is_finite(), None)
-    if isinstance(kind, pl.List | pl.Array) and kind.inner in (pl.String, pl.Categorical, pl.Enum, pl.Null):
+    if isinstance(kind, pl.List | pl.Array) and (kind.inner in _WORDS or kind.inner.is_integer()):
         return _lists(column.cast(pl.List(pl.String)))
     raise DataError(
-        f"attribute {column.name!r} holds {kind}; allowed are text, numbers, booleans, dates, lists of text"
+        f"attribute {column.name!r} holds {kind}; allowed are text, numbers, booleans, dates, lists of text; "
+        f"data.items_ignore = [{column.name!r}], in Python ignore, leaves it out"
     )
 
 
 def _texts(column: pl.Series) -> pl.Series:
-    clean = neutralise_series(column, ATTRIBUTE_LIMIT)
+    clean = _cleaned(column, ATTRIBUTE_LIMIT)
     return clean.set(clean == "", None)
 
 
@@ -89,7 +95,7 @@ def _lists(column: pl.Series) -> pl.Series:
     table = column.alias("word").to_frame().with_row_index("row")
     flat = table.explode("word").drop_nulls("word")
     words = flat["word"].unique()
-    clean = neutralise_series(words, ATTRIBUTE_LIMIT)
+    clean = _cleaned(words, ATTRIBUTE_LIMIT)
     clean = clean.set(clean == "", None)
     flat = flat.with_columns(
         pl.col("word").replace_strict(words, clean, default=None, return_dtype=pl.String)
@@ -128,12 +134,47 @@ def _nearly_numbers(column: pl.Series) -> str:
     number = (known.str.contains(_NUMBER) & known.str.contains(r"\d")) | known.str.contains(_NOT_A_NUMBER)
     others = known.filter(~number)
     # Leading zeros are of codes.
-    if not len(others) or 10 * len(others) > len(known) or bool(others.str.contains(r"^\d+$").any()):
+    amounts = bool(known.str.contains(_AMOUNT).all())
+    if (
+        not len(others)
+        or (10 * len(others) > len(known) and not amounts)
+        or bool(others.str.contains(r"^\d+$").any())
+    ):
         return ""
     shown = ", ".join(map(repr, others.unique(maintain_order=True)[:3].to_list()))
+    if amounts:
+        return f"attribute {column.name!r} is text, e.g. {shown}; write 5000.5 to compare by number"
     return (
         f"attribute {column.name!r} is text, since {len(others):,} of {len(known):,} values are no numbers: "
         f"{shown}; leave these empty to compare by number"
+    )
+
+
+def split_lists(frame: pl.DataFrame, lists: Mapping[str, str]) -> pl.DataFrame:
+    """The table with texts as lists, by column and what stands between their parts.
+
+    Raises
+    ------
+    DataError
+        If there is no such column, or it holds no text.
+    """
+    for name, separator in lists.items():
+        if frame.schema.get(name) != pl.String or not separator:
+            raise DataError(f"items: there is no column of texts {name!r} to make lists of by {separator!r}")
+        parts = frame[name].str.split(separator)
+        frame = frame.with_columns(parts.list.eval(pl.element().str.strip_chars()).alias(name))
+    return frame
+
+
+def _like_lists(column: pl.Series) -> str:
+    """Say how texts become lists where a fifth of them seem to be some; empty otherwise."""
+    known = column.drop_nulls()
+    parted = known.str.contains(r"\w\|\w").sum()
+    if not parted or 5 * parted < len(known):
+        return ""
+    return (
+        f"attribute {column.name!r} is text, and {parted:,} values have '|' in them: data.lists = "
+        f"{{{column.name!r} = '|'}} makes them lists"
     )
 
 
@@ -160,7 +201,7 @@ def clean_items(
                 raise DataError(f"attribute {name!r}: this name is taken; use another")
             attributes.append(clean_attribute(frame[name], untyped))
             if untyped and attributes[-1].dtype == pl.String and frame[name].dtype == pl.String:
-                notes.append(_nearly_numbers(frame[name]))
+                notes += [_nearly_numbers(frame[name]), _like_lists(frame[name])]
         except DataError as error:
             problems.fatal.append(str(error))
     problems.add("null or blank item_id", ids.is_null().to_numpy())
@@ -211,8 +252,15 @@ def _words(frame: pl.DataFrame, name: str, limit: int, what: str) -> pl.Series:
     if name not in frame.columns:
         return pl.Series(name, [""], dtype=pl.String).new_from_index(0, frame.height)
     column = frame[name]
+    if name == "text" and isinstance(column.dtype, pl.List) and column.dtype.inner in _WORDS:
+        # Paragraphs.
+        column = column.cast(pl.List(pl.String)).list.drop_nulls().list.join(" ")
     if column.dtype.is_float():
         column = column.fill_nan(None)
-    if not (column.dtype.is_numeric() or column.dtype in (pl.String, pl.Categorical, pl.Enum, pl.Null)):
+    if not (column.dtype.is_numeric() or column.dtype in _WORDS):
         raise DataError(f"{what}: column {name!r} must hold text, got {column.dtype}")
-    return neutralise_series(column.cast(pl.String), limit).fill_null("")
+    return _cleaned(column.cast(pl.String), limit).fill_null("")
+
+
+def _cleaned(texts: pl.Series, limit: int) -> pl.Series:
+    return neutralise_series(without_markup_series(texts), limit)

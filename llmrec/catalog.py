@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import os
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from llmrec.attributes import ACTIVE, CONTRACT, align, clean_items, kind_of
+from llmrec.attributes import ACTIVE, CONTRACT, align, clean_items, kind_of, split_lists
 from llmrec.errors import DataError, RequestError
 from llmrec.protocols import Codes, ItemChange, Mask
 from llmrec.rows import LoadReport, Policy, id_order, id_strings
@@ -63,7 +63,13 @@ class Catalog:
 
     @classmethod
     def load(
-        cls, source: Any, *, mapping: Mapping[str, str] | None = None, policy: Policy = "raise"
+        cls,
+        source: Any,
+        *,
+        mapping: Mapping[str, str] | None = None,
+        policy: Policy = "raise",
+        ignore: Collection[str] = (),
+        lists: Mapping[str, str] | None = None,
     ) -> Catalog:
         """Load items from a file, a frame or a list of `Item`.
 
@@ -77,13 +83,17 @@ class Catalog:
             Columns to rename, ``{name in the source: name in the data contract}``.
         policy
             What to do with rows without id or title, or with an id that came before.
+        ignore
+            Columns of the source that are left out, whatever they hold.
+        lists
+            Attributes whose texts are lists, and what stands between the parts: ``{"genres": "|"}``.
 
         Raises
         ------
         DataError
             With all problems at once, their counts and first rows.
         """
-        frame = read_table(source, "items", mapping)
+        frame = split_lists(read_table(source, "items", mapping, ignore), lists or {})
         frame, report = clean_items(frame, is_untyped(source), policy)
         frame = frame[id_order(frame["item_id"].to_list())]
         return cls(frame, np.ones(frame.height, dtype=np.bool_), report)

@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from llmrec.asking import Asking
+from llmrec.assembly import read_log
 from llmrec.errors import ModelError, RequestError, StoreError
 from llmrec.events import live_events
 from llmrec.persistence import manifest_of, remove_stray_events
 from llmrec.protocols import ItemChange
+from llmrec.rows import LoadReport
 from llmrec.saved import Saved, adapter_in, load_tuned, model_of
 from llmrec.state import Named, State
 from llmrec.types import Event, Item, as_id, as_ids
+
+
+def _taken(known: Counter[tuple[str, str, int | None]], event: Event) -> bool:
+    """Whether an event is among those that are known, which then are one less."""
+    key = (event.user_id, event.item_id, event.timestamp)
+    there = known[key] > 0
+    known[key] -= there
+    return there
 
 
 class Changing(Asking):
@@ -85,6 +97,37 @@ class Changing(Asking):
                 # What was stored while the directory was replaced is read by nobody.
                 self._saved.check_events()
             return new
+
+    def observe_table(self, source: Any) -> tuple[LoadReport, int]:
+        """Store the events of a file or table, read as `fit` reads one, that are not stored yet.
+
+        An event is stored already if the user has one of that item at that second, so that tables may
+        overlap; without a clock nothing tells, and all are stored. All are in one transaction.
+
+        Returns
+        -------
+        tuple
+            What was read, and how many events were new.
+
+        Raises
+        ------
+        DataError
+            If the table breaks the data contract, as in `fit`.
+        StoreError
+            As `observe_many` does.
+        """
+        self.follow()
+        catalog = self._state.catalog
+        log = read_log(source, catalog, self.config.data)
+        events = log.to_events(catalog)
+        if log.timestamp is not None:
+            with self._slot.use() as store:
+                stored = store.columns()
+            users = set(log.users)
+            rows = zip(stored.users, stored.items, stored.timestamps, strict=True)
+            known = Counter(row for row in rows if row[0] in users)
+            events = [event for event in events if not _taken(known, event)]
+        return log.report, self.observe_many(events)
 
     def forget(self, user: str) -> int:
         """Erase a user's events, and the states that this process keeps; return how many events there were.

@@ -100,15 +100,26 @@ def fit(
         str | None,
         typer.Option(help="Keep events in a database: postgresql+psycopg://...", show_default=False),
     ] = None,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Replace a recommender that is there, with its stored events.")
+    ] = False,
 ) -> None:
-    """Fit a recommender on a catalogue and a log, and save it."""
+    """Fit a recommender on a catalogue and a log, and save it.
+
+    To take new events and items into one that is there: observe, add-items and refit.
+    """
     from llmrec.assembly import read_catalog, read_log
     from llmrec.config import Config
-    from llmrec.persistence import check_place
+    from llmrec.persistence import check_place, manifest_of
     from llmrec.recommender import Recommender
 
     # Before anything is computed.
     check_place(out.resolve())
+    if manifest_of(out) and not replace:
+        raise ConflictError(
+            f"{out} holds a recommender. Take new data into it with `llmrec observe --events`, `add-items` "
+            "and `refit`; or give --replace, which drops its stored events, items and language model"
+        )
     settings = Config.of(config).with_flags(
         data={"clock": clock, "policy": policy, "ties": ties},
         encoder={"name": encoder},
@@ -235,6 +246,8 @@ def recommend(
     }
     request = Request(**fields)
     rec = Recommender.load(model)
+    if user is not None and history is None and not rec.history(user, limit=1):
+        say(f"no events of a user {user!r} are stored: what follows is for somebody new")
     found = rec.stages(request) if by_stage else {"": rec.recommend(request)}
     if phrase:
         found = {name: rec.phrase(items) for name, items in found.items()}
@@ -291,14 +304,65 @@ def rank(
 @app.command()
 def observe(
     model: Model,
-    user: Annotated[str, typer.Option(help="User id.")],
-    item: Annotated[str, typer.Option(help="Item id.")],
+    user: Annotated[str | None, typer.Option(help="User id.")] = None,
+    item: Annotated[str | None, typer.Option(help="Item id.")] = None,
+    events: Annotated[
+        str | None, typer.Option(help="Instead: a file of events, with time stamps, as `fit` reads them.")
+    ] = None,
 ) -> None:
-    """Store an event that happened now; it counts in the next request."""
+    """Store an event that happened now, or those of a file that are new; they count in the next request."""
     from llmrec.recommender import Recommender
 
-    Recommender.load(model).observe(user, item)
-    say(f"stored: user {user!r}, item {item!r}")
+    one = user is not None and item is not None
+    if one == (events is not None) or (user is None) != (item is None):
+        raise RequestError("what happened? give --user and --item, or --events")
+    rec = Recommender.load(model)
+    if user is not None and item is not None:
+        rec.observe(user, item)
+        say(f"stored: user {user!r}, item {item!r}")
+        return
+    report, new = rec.observe_table(events)
+    say(f"events: {report}; {new:,} new")
+
+
+@app.command("add-items")
+def add_items(
+    model: Model, items: Annotated[str, typer.Option(help="A file of items, as `fit` reads them.")]
+) -> None:
+    """Add the items of a file, or replace those with the same id; recommendable at once by their text."""
+    from llmrec.assembly import read_catalog
+    from llmrec.recommender import Recommender
+
+    rec = Recommender.load(model)
+    catalog = read_catalog(items, rec.config.data)
+    rec.add_items(catalog.items(range(len(catalog))))
+    say(f"items: {catalog.report}")
+
+
+@app.command("remove-items")
+def remove_items(
+    model: Model, items: Annotated[str, typer.Option(help="Item ids, with commas between.")]
+) -> None:
+    """Remove items: they are never returned again, unless they are added again."""
+    from llmrec.recommender import Recommender
+
+    ids = _ids("--items", items) or []
+    Recommender.load(model).remove_items(ids)
+    say(f"removed: {', '.join(ids)}")
+
+
+@app.command()
+def refit(model: Model) -> None:
+    """Fit the retrievers again on all stored events; settings, weights and language model stay."""
+    from llmrec.recommender import Recommender
+
+    rec = Recommender.load(model)
+    with stages() as on_stage:
+        on_stage("fitting on all events")
+        rec.refit()
+        on_stage("saving")
+        rec.save(model)
+    typer.echo(str(model))
 
 
 @app.command()

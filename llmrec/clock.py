@@ -9,7 +9,7 @@ from llmrec.errors import DataError
 from llmrec.protocols import Mask
 from llmrec.rows import describe_rows, first_rows
 
-_NUMBER = r"^[+-]?\d+(\.0*)?([eE][+-]?\d+)?$|^[+-]?\d*\.\d+[eE][+-]?\d+$"
+_NUMBER = r"^[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?$"
 _ISO = (
     r"^(?<day>\d{4}-\d{2}-\d{2})"
     r"(?:[T ](?<time>\d{2}:\d{2}(?::\d{2})?)(?:[.,]\d+)?)?"
@@ -23,16 +23,19 @@ _UNITS = (
 )
 
 
-def to_seconds(column: pl.Series, what: str) -> tuple[pl.Series, str]:
+def to_seconds(column: pl.Series, what: str, written: str | None = None) -> tuple[pl.Series, str]:
     """Return whole seconds, null where a value cannot be read, and a note (empty if there is none).
 
     Parameters
     ----------
     column
-        Whole numbers, datetimes, dates, ISO text, or digits as text. A column of which every value is
-        too large for seconds is read as milli-, micro- or nanoseconds; the note says so.
+        Numbers, datetimes, dates, ISO text, or numbers as text. A column of which every value is
+        too large for seconds is read as milli-, micro- or nanoseconds; the note says so. Parts of a second
+        are cut off.
     what
         Name of the table in messages.
+    written
+        How text is written, as strptime has it, if that is another way; UTC, unless it has a zone.
 
     Raises
     ------
@@ -47,6 +50,8 @@ def to_seconds(column: pl.Series, what: str) -> tuple[pl.Series, str]:
     if kind == pl.String:
         text = column.str.strip_chars()
         text = text.set(text == "", None)
+        if written is not None:
+            return _as_written(text, written, what), ""
         is_number = text.str.contains(_NUMBER).fill_null(False)
         if not bool(is_number.any()):
             return _from_iso(text, what), ""
@@ -64,10 +69,18 @@ def to_seconds(column: pl.Series, what: str) -> tuple[pl.Series, str]:
     )
 
 
+def _as_written(text: pl.Series, written: str, what: str) -> pl.Series:
+    try:
+        if "%H" in written or "%I" in written or "%T" in written or "%R" in written:
+            return text.str.to_datetime(written, strict=False, time_unit="us").dt.epoch("s")
+        return text.str.to_date(written, strict=False).cast(pl.Datetime("us")).dt.epoch("s")
+    except pl.exceptions.PolarsError as error:
+        raise DataError(f"{what}: data.timestamp_format = {written!r} reads no time: {error}") from error
+
+
 def _from_numbers(column: pl.Series, what: str) -> tuple[pl.Series, str]:
     if column.dtype.is_float():
-        whole = column.is_finite() & (column == column.round()) & (column.abs() < 2**62)
-        column = column.set(~whole, None)
+        column = column.set(~(column.is_finite() & (column.abs() < 2**62)), None).floor()
     seconds = column.cast(pl.Int64, strict=False)
     if _are_dates(seconds):
         raise DataError(

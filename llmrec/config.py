@@ -34,6 +34,13 @@ class DataConfig(BaseModel):
     events_mapping: dict[str, str] = Field(
         default_factory=dict, description="source column -> contract column"
     )
+    items_ignore: tuple[str, ...] = Field((), description="columns of the items that are left out")
+    lists: dict[str, str] = Field(
+        default_factory=dict, description="attribute of which texts are lists -> what parts them, as '|'"
+    )
+    timestamp_format: str | None = Field(
+        None, description="of time stamps in text, as strptime has it: '%m/%d/%Y %H:%M'"
+    )
     policy: Policy = Field("raise", description="what to do with bad rows")
     clock: Clock = Field("time", description="'none': the order of rows is the order of events")
     ties: Ties = Field("input", description="order of events with equal time stamps")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from functools import cached_property
 from typing import Any, Literal
 
@@ -72,6 +74,7 @@ class EventLog:
         rating_threshold: float | None = None,
         event_weights: Mapping[str, float] | None = None,
         empty: bool = False,
+        timestamp_format: str | None = None,
     ) -> EventLog:
         """Load events from a file, a frame or a list of `Event`.
 
@@ -95,6 +98,8 @@ class EventLog:
             Weight by event type; a type of weight 0 is left out and counted.
         empty
             Whether nothing may be left of the rows.
+        timestamp_format
+            How time stamps in text are written, as strptime has it; UTC, unless it has a zone.
 
         Raises
         ------
@@ -121,10 +126,13 @@ class EventLog:
         item = _item_codes(id_strings(frame["item_id"], "events"), catalog, problems)
         seconds = None
         if clock == "time":
-            column, note = to_seconds(frame["timestamp"], "events")
+            column, note = to_seconds(frame["timestamp"], "events", timestamp_format)
             notes += [note] if note else []
             unread = frame["timestamp"].filter(column.is_null() & frame["timestamp"].is_not_null())
-            shown = f", e.g. {unread[0]!r}; whole seconds, dates and ISO text are read" if len(unread) else ""
+            ways = "seconds, dates and ISO text are read, other text by data.timestamp_format"
+            if timestamp_format is not None:
+                ways = f"data.timestamp_format is {timestamp_format!r}"
+            shown = f", e.g. {unread[0]!r}; {ways}" if len(unread) else ""
             problems.add("timestamp missing or not readable", column.is_null().to_numpy(), examples=shown)
             seconds = column.fill_null(0).to_numpy()
         weight = event_weight(frame, problems, rating_threshold, event_weights)
@@ -232,6 +240,13 @@ class EventLog:
         return [Event(users[user], ids[item], stamp, weight) for user, item, stamp, weight in rows]
 
 
+def _in_seconds(stamp: Any) -> Any:
+    """Whole seconds of a datetime, in UTC unless it has a zone, or of a number; anything else as it is."""
+    if isinstance(stamp, datetime):
+        stamp = (stamp if stamp.tzinfo else stamp.replace(tzinfo=UTC)).timestamp()
+    return math.floor(stamp) if isinstance(stamp, float) and math.isfinite(stamp) else stamp
+
+
 def live_events(events: Iterable[Event], catalog: Catalog, clock: Clock, now: int) -> list[Event]:
     """Return events as the store takes them, in the order given, or raise for the first that spoils the log.
 
@@ -264,9 +279,10 @@ def live_events(events: Iterable[Event], catalog: Catalog, clock: Clock, now: in
             raise RequestError(f"an event needs the id of its user, without NUL; got {user!r:.100}")
         if not (isinstance(weight, int | float) and 0 < weight <= HEAVIEST):
             raise RequestError(f"weight must be a number above 0, at most {HEAVIEST:,}; got {weight!r:.100}")
+        stamp = _in_seconds(stamp)
         whole = isinstance(stamp, int) and not isinstance(stamp, bool) and abs(stamp) <= 10**11
         if clock == "time" and stamp is not None and not whole:
-            raise RequestError(f"timestamp must be whole seconds since 1970, got {stamp!r:.100}")
+            raise RequestError(f"timestamp must be a datetime or seconds since 1970, got {stamp!r:.100}")
         named = event.event_id
         good = isinstance(named, str) and named.strip() and len(named) <= 500 and "\0" not in named
         if named is not None and not good:
@@ -284,9 +300,19 @@ def _item_codes(ids: pl.Series, catalog: Catalog, problems: Problems) -> Codes:
     codes = ids.replace_strict(distinct, catalog.find(distinct.to_list()), default=-1, return_dtype=pl.Int32)
     item: Codes = codes.to_numpy()
     unknown = (item < 0) & problems.keep
-    shown = ", ".join(map(repr, ids.filter(pl.Series(unknown)).unique(maintain_order=True)[:5].to_list()))
-    problems.add("item is not in the catalogue", unknown, examples=f", e.g. {shown}")
+    others = ids.filter(pl.Series(unknown)).unique(maintain_order=True).to_list()
+    examples = f", e.g. {', '.join(map(repr, others[:5]))}{_other_spelling(others, catalog)}"
+    problems.add("item is not in the catalogue", unknown, examples=examples)
     return item
+
+
+def _other_spelling(ids: Sequence[str], catalog: Catalog) -> str:
+    """Say how the catalogue spells the first of these numbers that it has in another way, if there is one."""
+    for item_id in ids:
+        number = item_id.removesuffix(".0").lstrip("0") or "0"
+        if number != item_id and number in catalog:
+            return f"; the catalogue has {number!r} where the events have {item_id!r}"
+    return ""
 
 
 def _number(ids: pl.Series) -> tuple[list[str], Codes]:

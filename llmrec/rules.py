@@ -34,14 +34,16 @@ def allowed_items(request: Request, catalog: Catalog) -> Mask:
     Raises
     ------
     RequestError
-        If `where` or `exclude` name what is not there.
+        If `where` names what is not there.
     """
     mask: Mask = catalog.active.copy()
     met = compile_where(request.where, catalog)
     if met is not None:
         mask &= met
     if len(request.exclude):
-        mask[catalog.codes(list(request.exclude))] = False
+        # What is not there is excluded already.
+        codes = catalog.find(list(request.exclude))
+        mask[codes[codes >= 0]] = False
     return mask
 
 

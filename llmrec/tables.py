@@ -8,7 +8,7 @@ import io
 import json
 import math
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,9 @@ def is_untyped(source: Any) -> bool:
     return isinstance(source, str | Path) and _suffix(Path(source)) not in (".parquet", ".jsonl", ".jsonl.gz")
 
 
-def read_table(source: Any, what: str, mapping: Mapping[str, str] | None = None) -> pl.DataFrame:
+def read_table(
+    source: Any, what: str, mapping: Mapping[str, str] | None = None, ignore: Collection[str] = ()
+) -> pl.DataFrame:
     """Read a table from a file or an object.
 
     Parameters
@@ -35,11 +37,15 @@ def read_table(source: Any, what: str, mapping: Mapping[str, str] | None = None)
     source
         Path of a .parquet, .csv(.gz), .tsv(.gz), .jsonl(.gz), .inter or .item file (the last two are
         RecBole's atomic files), a polars or pandas DataFrame, a polars LazyFrame, a `datasets.Dataset`,
-        or a list of Item, Event or dict. Values of text files stay text.
+        or a list of Item, Event or dict. Values of text files stay text. A .csv file without a comma in its
+        header may have semicolons or tabs instead. A column without a name, as the index of a table has that
+        pandas wrote, is left out.
     what
         Name of the table in messages, e.g. ``"items"``.
     mapping
         Columns to rename, ``{name in the source: name in the data contract}``.
+    ignore
+        Columns of the source that are left out, whatever they hold.
 
     Raises
     ------
@@ -49,10 +55,11 @@ def read_table(source: Any, what: str, mapping: Mapping[str, str] | None = None)
     """
     if isinstance(source, str | Path):
         path = Path(source)
-        frame, what = _read_file(path), f"{what} ({path})"
+        frame, what = _read_file(path, ignore), f"{what} ({path})"
         atomic = _suffix(path) in (".inter", ".item")
     else:
-        frame, atomic = _read_object(source, what), False
+        frame, atomic = _read_object(source, what, ignore), False
+    frame = frame.drop([name for name in frame.columns if name in ignore or not name.strip()])
     if not frame.width or not frame.height:
         raise DataError(f"{what}: the table has no rows")
     frame = _rename(frame, what, mapping or {})
@@ -85,7 +92,7 @@ def _suffix(path: Path) -> str:
     return next((s for s in sorted(_SUFFIXES, key=len, reverse=True) if name.endswith(s)), "")
 
 
-def _read_file(path: Path) -> pl.DataFrame:
+def _read_file(path: Path, ignore: Collection[str]) -> pl.DataFrame:
     suffix = _suffix(path)
     if not suffix:
         raise DataError(f"cannot read {path}: unknown kind of file; known are {', '.join(_SUFFIXES)}")
@@ -97,10 +104,16 @@ def _read_file(path: Path) -> pl.DataFrame:
     if not text.strip():
         raise DataError(f"cannot read {path}: the file is empty")
     if suffix.startswith(".jsonl"):
-        return _from_records(_json_lines(text, path), str(path))
+        return _from_records(_json_lines(text, path), str(path), ignore)
     if suffix in (".inter", ".item"):
         return _split_types(_parse_csv(text, "\t", None, path), path)
-    return _parse_csv(text, "," if suffix.startswith(".csv") else "\t", '"', path)
+    return _parse_csv(text, _separator(text) if suffix.startswith(".csv") else "\t", '"', path)
+
+
+def _separator(text: str) -> str:
+    """What stands between the fields of a CSV file, by its header: a comma, unless there is none."""
+    header = text.lstrip().partition("\n")[0]
+    return next((mark for mark in ",;\t" if mark in header), ",")
 
 
 def _guard(read: Callable[[], pl.DataFrame], what: str) -> pl.DataFrame:
@@ -210,7 +223,7 @@ def _json_lines(text: str, path: Path) -> list[Any]:
     return records
 
 
-def _read_object(source: Any, what: str) -> pl.DataFrame:
+def _read_object(source: Any, what: str, ignore: Collection[str]) -> pl.DataFrame:
     if isinstance(source, pl.DataFrame):
         return source
     if isinstance(source, pl.LazyFrame):
@@ -218,13 +231,13 @@ def _read_object(source: Any, what: str) -> pl.DataFrame:
     # By name, so that these packages need not be installed.
     package, kind = type(source).__module__.partition(".")[0], type(source).__name__
     if package == "pandas" and kind == "DataFrame":
-        return _from_pandas(source, what)
+        return _from_pandas(source.drop(columns=[n for n in source.columns if str(n) in ignore]), what)
     if package == "datasets":
         if kind != "Dataset":
             raise DataError(f"{what}: got a datasets.{kind}; pass one split of it, a datasets.Dataset")
         return _guard(lambda: pl.DataFrame(pl.from_arrow(source.with_format("arrow")[:])), what)
     if isinstance(source, Sequence) and not isinstance(source, bytes | bytearray):
-        return _from_records(source, what)
+        return _from_records(source, what, ignore)
     raise DataError(
         f"{what}: cannot read a {type(source).__name__}; pass a path, a polars or pandas DataFrame, a "
         "datasets.Dataset, or a list of Item, Event or dict"
@@ -252,12 +265,12 @@ def _from_pandas(source: Any, what: str) -> pl.DataFrame:
     return pl.DataFrame(columns)
 
 
-def _from_records(source: Sequence[Any], what: str) -> pl.DataFrame:
+def _from_records(source: Sequence[Any], what: str, ignore: Collection[str]) -> pl.DataFrame:
     if all(isinstance(row, Event) for row in source):
         names = ("user_id", "item_id", "timestamp", "weight")
         return pl.DataFrame([_series(name, [getattr(row, name) for row in source], what) for name in names])
     rows = [_as_dict(row, number, what) for number, row in enumerate(source, start=1)]
-    columns = dict.fromkeys(name for row in rows for name in row)
+    columns = dict.fromkeys(name for row in rows for name in row if name not in ignore)
     if not all(str(name).strip() for name in columns):
         raise DataError(f"{what}: an attribute has no name")
     return pl.DataFrame([_series(str(name), [row.get(name) for row in rows], what) for name in columns])
@@ -284,7 +297,10 @@ def _series(name: str, values: list[Any], what: str) -> pl.Series:
         values = [None if value is None else str(value) for value in values]
     elif len(kinds) > 1:
         found = " and ".join(sorted(kind.__name__ for kind in kinds))
-        raise DataError(f"{what}: column {name!r} mixes {found}; make all its values of one type")
+        raise DataError(
+            f"{what}: column {name!r} mixes {found}; make all its values of one type, or leave the column "
+            "out: data.items_ignore, in Python ignore"
+        )
     try:
         return pl.Series(name, values, strict=True)
     except (TypeError, ValueError, OverflowError, pl.exceptions.PolarsError) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import html
 import operator
 import re
 import unicodedata
@@ -68,6 +69,40 @@ def neutralise(text: str, limit: int) -> str:
     elif _ASCII_DIRTY.search(text):
         text = _defuse(_SPACE.sub(" ", _INVISIBLE.sub("", text)).strip(" "))
     return shorten(text, limit)
+
+
+# The tags that descriptions are written with; a tag that a tokenizer may know, such as <s>, is none of them.
+_INLINE = "a|abbr|b|big|code|em|font|i|mark|small|span|strong|sub|sup|u"
+_BLOCK = (
+    "article|blockquote|br|center|dd|div|dl|dt|figure|footer|h[1-6]|header|hr|img|li|ol|p|pre|section|"
+    "table|tbody|td|tfoot|th|thead|tr|ul"
+)
+_INLINE_TAG = re.compile(rf"</?(?:{_INLINE})(?:\s[^<>]*)?/?>", re.IGNORECASE)
+_BLOCK_TAG = re.compile(rf"</?(?:{_BLOCK})(?:\s[^<>]*)?/?>|<!--.*?-->", re.IGNORECASE | re.DOTALL)
+_ENTITY = re.compile(r"&(?:#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[a-zA-Z][a-zA-Z0-9]{1,30});")
+
+
+def without_markup(text: str) -> str:
+    """The words of a text that may be HTML: known tags go, entities become their characters.
+
+    ``I <3 it``, ``<s>`` and what else is no tag of a description stays.
+    """
+    if "<" in text:
+        text = _BLOCK_TAG.sub(" ", _INLINE_TAG.sub("", text))
+    # Shops encode twice, too.
+    for _ in range(3):
+        if "&" not in text or (plain := _ENTITY.sub(lambda found: html.unescape(found[0]), text)) == text:
+            break
+        text = plain
+    return text
+
+
+def without_markup_series(texts: pl.Series) -> pl.Series:
+    """Return `texts` (strings) with the markup of each gone; null stays null, shape (n,) as given."""
+    if not bool(texts.str.contains("[<&]").any()):
+        return texts
+    values = [None if text is None else without_markup(text) for text in texts.to_list()]
+    return pl.Series(texts.name, values, dtype=pl.String)
 
 
 @functools.cache

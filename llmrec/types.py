@@ -64,7 +64,7 @@ class Request:
     where
         Conditions on item attributes, e.g. ``{"genres": "Comedy", "year": {"gte": 1990}}``.
     exclude
-        Item ids never to return; a set will do.
+        Item ids never to return; a set will do, and ids that are not in the catalogue.
     seen
         Whether items of the history may come back.
     caps

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import json
 import re
 import time
 from pathlib import Path
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from llmrec.catalog import LINE_LIMIT, RENDERER_HASH, Catalog
 from llmrec.errors import DataError, RequestError
 from llmrec.protocols import ItemChange
+from llmrec.rules import compile_where
 from llmrec.text import neutralise
 from llmrec.types import Item
 
@@ -97,7 +99,7 @@ def test_all_problems_are_reported_at_once_with_counts_and_rows():
     [
         ({"id": ["1"], "name": ["a"]}, "no column 'item_id' and no column 'title'; the columns are id, name"),
         ({"item_id": ["1"], "title": ["a"], "x": [{"a": 1}]}, "attribute 'x' holds Struct"),
-        ({"item_id": ["1"], "title": ["a"], "x": [[1, 2]]}, "attribute 'x' holds List"),
+        ({"item_id": ["1"], "title": ["a"], "x": [[1.5, 2.0]]}, "attribute 'x' holds List"),
         ({"item_id": ["1"], "title": ["a"], "x": [b"b"]}, "attribute 'x' holds Binary"),
         ({"item_id": [1.5], "title": ["a"]}, "must hold text or whole numbers"),
         ({"item_id": [True], "title": ["a"]}, "must hold text or whole numbers"),
@@ -390,3 +392,60 @@ def test_a_csv_with_loose_separators_or_quotes_says_where(tmp_path, text, words)
     with pytest.raises(DataError, match=words) as raised:
         Catalog.load(path)
     assert "polars" not in str(raised.value) and "infer_schema" not in str(raised.value)
+
+
+def test_markup_of_descriptions_is_no_word(tmp_path):
+    items = [
+        {
+            "item_id": "1",
+            "title": "Blue Lamp",
+            "text": "<p>The <b>Blue</b>&nbsp;Lamp &amp;amp; more</p><br/>x",
+        },
+        {"item_id": "2", "title": "I <3 A&B <s>", "text": ["One.", "Two."], "brand": "Ben &amp; Jerry"},
+    ]
+    (tmp_path / "items.jsonl").write_text("\n".join(map(json.dumps, items[1:])))
+    catalog = Catalog.load(items[:1])
+    assert catalog.items([0])[0].text == "The Blue Lamp & more x"
+    (other,) = Catalog.load(tmp_path / "items.jsonl").items([0])
+    assert (other.title, other.text, other.attributes) == (
+        "I <3 A&B ‹s›",
+        "One. Two.",
+        {"brand": "Ben & Jerry"},
+    )
+    assert compile_where({"brand": "Ben &amp; Jerry"}, Catalog.load(tmp_path / "items.jsonl")).all()
+
+
+def test_texts_become_lists_where_it_is_said_and_columns_are_left_out(tmp_path):
+    rows = [
+        ",item_id,title,genres,price",
+        "0,1,A,Action|Comedy,$5.50",
+        '1,2,B,Drama,"€1,200"',
+        "2,3,C,Comedy | Drama,7",
+    ]
+    (tmp_path / "items.csv").write_text("\n".join(rows))
+    plain = Catalog.load(tmp_path / "items.csv")
+    assert plain.attributes == {"genres": "string", "price": "string"}
+    told = str(plain.report)
+    assert "data.lists = {'genres' = '|'}" in told and "write 5000.5" in told
+    made = Catalog.load(tmp_path / "items.csv", lists={"genres": "|"}, ignore=["price"])
+    assert made.attributes == {"genres": "list of strings"}
+    assert compile_where({"genres": "Comedy"}, made).tolist() == [True, False, True]
+    with pytest.raises(DataError, match="no column of texts 'year'"):
+        Catalog.load(tmp_path / "items.csv", lists={"year": "|"})
+    odd = [
+        {"item_id": 1, "title": "A", "meta": {"w": 1}, "size": 3.5},
+        {"item_id": 2, "title": "B", "size": "—"},
+    ]
+    with pytest.raises(DataError, match=r"data\.items_ignore"):
+        Catalog.load(odd)
+    sized = [{**odd[0], "sizes": [40, 41]}]
+    kept = Catalog.load(sized, ignore={"meta", "size"})
+    assert kept.items([0])[0].attributes == {"sizes": ("40", "41")}
+
+
+@pytest.mark.parametrize("mark", [";", "\t"])
+def test_a_csv_may_have_other_separators(tmp_path, mark):
+    path = tmp_path / "items.csv"
+    path.write_text(f"item_id{mark}title{mark}price\n1{mark}Lamp, red{mark}5,99\n2{mark}Mug{mark}6,00\n")
+    catalog = Catalog.load(path)
+    assert catalog.titles == ["Lamp, red", "Mug"] and catalog.attributes == {"price": "string"}

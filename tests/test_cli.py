@@ -214,6 +214,24 @@ def test_a_reader_that_leaves_early_is_no_error(fitted):
 # ---- bad input -----------------------------------------------------------------------------------
 
 
+def test_new_data_is_taken_into_a_model_and_a_fit_does_not_drop_it(data, fitted, tmp_path):
+    model = Path(shutil.copytree(fitted, tmp_path / "model"))
+    (tmp_path / "items.csv").write_text("item_id,title\nnew1,Zeppelin One\nnew2,Zeppelin Two\n")
+    rows = "".join(f"u{n},new1,{2_000_000_000 + n}\n" for n in range(9))
+    (tmp_path / "events.csv").write_text(f"user_id,item_id,timestamp\n{rows}")
+    run("add-items", model, "--items", tmp_path / "items.csv")
+    for new in (9, 0):
+        assert f"; {new} new" in run("observe", model, "--events", tmp_path / "events.csv").stderr
+    run("refit", model)
+    run("remove-items", model, "--items", "new2")
+    assert ids(run_json("search", model, "zeppelin")) == ["new1"]
+    again = ("fit", "--items", tmp_path / "items.csv", "--events", tmp_path / "events.csv", "--out", model)
+    refused = run(*again, "--encoder", "light", expect=2).stderr
+    assert "--replace" in refused and ids(run_json("search", model, "zeppelin")) == ["new1"]
+    run(*again, "--encoder", "light", "--replace")
+    assert "what happened?" in run("observe", model, "--user", "u1", expect=2).stderr
+
+
 @pytest.fixture
 def fails(monkeypatch, capsys):
     """Runs a command in this process that must end with one line of error; returns that line."""

@@ -186,7 +186,7 @@ def test_time_stamps_of_every_spelling(stamps, seconds, unit):
         ([1577836800000, 1577836800000000], "mixes formats"),
         (["yesterday", "01/02/2020"], "2 rows: timestamp missing or not readable (rows 1, 2)"),
         (["2020-13-01", "2020-02-30"], "2 rows: timestamp missing or not readable (rows 1, 2)"),
-        ([1.5, 2.0], "1 row: timestamp missing or not readable (row 1)"),
+        ([float("nan"), 2.5], "1 row: timestamp missing or not readable (row 1)"),
         ([20231124, 20231231], "is a date such as 20231124"),
         (["20231124", "20240229"], "is a date such as 20231124"),
         (
@@ -365,3 +365,27 @@ def test_a_log_says_its_days_and_what_is_later_than_today():
     assert log.span() == "from 1970-01-01 to 2055-07-24"
     assert any("later than today" in note and note.endswith(": 1") for note in log.report.notes)
     assert EventLog.load(frame([("a", "10", 0)]), CATALOG, clock="none").span() == ""
+
+
+def test_time_stamps_are_read_as_they_are_said_to_be_written_and_parts_of_a_second_go():
+    def load(stamps, written=None):
+        rows = [{"user_id": str(n), "item_id": "a", "timestamp": stamp} for n, stamp in enumerate(stamps)]
+        return EventLog.load(
+            rows, Catalog.load([Item("a", "A")]), timestamp_format=written
+        ).timestamp.tolist()
+
+    noon = 1_700_049_600
+    assert load([noon + 0.9, noon + 1.25]) == load([f"{noon}.9", f"{noon + 1}.25"]) == [noon, noon + 1]
+    assert load(["11/15/2023 12:00"], "%m/%d/%Y %H:%M") == [noon]
+    assert load(["15.11.2023"], "%d.%m.%Y") == [noon - 43_200]
+    assert load(["2023-11-15 14:00 +0200"], "%Y-%m-%d %H:%M %z") == [noon]
+    for text, written in (("soon", "%m/%d/%Y"), ("11/15/2023", "%Q"), ("11/15/2023 4", "%m/%d/%Y %H")):
+        with pytest.raises(DataError, match=f"timestamp_format.*{written}"):
+            load([text], written)
+
+
+def test_ids_that_are_spelled_otherwise_are_named():
+    catalog = Catalog.load([Item("1", "A"), Item("2", "B")])
+    for item in ("1.0", "002"):
+        with pytest.raises(DataError, match=f"the catalogue has '[12]' where the events have '{item}'"):
+            EventLog.load([{"user_id": "u", "item_id": item, "timestamp": 1}], catalog)

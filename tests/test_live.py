@@ -4,8 +4,10 @@ import json
 import subprocess
 import sys
 import threading
+from datetime import UTC, datetime
 
 import numpy as np
+import polars as pl
 import pytest
 
 from llmrec import Event, Item, Recommender
@@ -272,6 +274,20 @@ def test_a_fit_into_the_directory_of_a_running_process_stops_it_from_losing_even
     with pytest.raises(ConflictError):
         running.save(folder)
     assert running.recommend(user="live")
+
+
+def test_tables_of_events_may_overlap_with_each_other_and_with_what_was_fitted(opened):
+    rec = opened()
+    before = rec.history("u1")
+    rows = [{"user_id": "u1", "item_id": e.item_id, "timestamp": e.timestamp} for e in before]
+    fresh = [{"user_id": "u1", "item_id": "i5", "timestamp": 2_000_000_000 + n // 2} for n in range(4)]
+    report, new = rec.observe_table(rows + fresh)
+    assert (report.rows_in, new) == (len(rows) + 4, 4)
+    assert rec.observe_table(pl.DataFrame(fresh))[1] == 0
+    assert len(rec.history("u1")) == len(before) + 4
+    noon = datetime(2040, 1, 1, 12, tzinfo=UTC)
+    rec.observe_many([Event("u1", "i5", noon), Event("u1", "i6", noon.timestamp() + 0.5)])
+    assert [e.timestamp for e in rec.history("u1")[-2:]] == [int(noon.timestamp())] * 2
 
 
 def test_a_retry_of_an_observed_event_counts_once(opened):

@@ -111,7 +111,6 @@ def test_rules_hold_and_may_leave_less_than_k(rec, data):
         {"user": "u1", "history": []},
         {"history": "i1"},
         {"history": ["not there"]},
-        {"exclude": ["not there"]},
         {"seen": "never"},
         {"query": 3},
         {"usr": "u1"},

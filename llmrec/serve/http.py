@@ -330,6 +330,8 @@ async def _on_invalid(request: Request, error: Exception) -> Response:
     detail = f"{len(found)} problem(s) in the request: " + "; ".join(
         f"{one['at']}: {one['message']}" for one in found[:3]
     )
+    if found and found[0]["at"] == "body" and "json" not in request.headers.get("content-type", ""):
+        detail = f"the body is read as JSON under the header content-type: application/json; {detail}"
     return _problem(request, 422, detail, "invalid", errors=found[:50])
 
 
