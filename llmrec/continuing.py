@@ -207,11 +207,10 @@ def _since(before: TunedModel, since: Since) -> int:
                 "since 1970, or fine-tune anew"
             )
         return int(known)
-    try:
-        # Numbers of numpy and pandas as well.
-        since = index(since)
-    except TypeError:
-        raise DataError(f"`since` is 'last' or whole seconds since 1970, got {since!r}") from None
+    # Numbers of numpy and pandas have it as well.
+    if isinstance(since, bool) or not hasattr(since, "__index__"):
+        raise DataError(f"`since` is 'last' or whole seconds since 1970, got {since!r}")
+    since = index(since)
     if known is not None and since < known:
         raise DataError(
             f"the tuned model has learned events up to {known}, so since={since} would judge it on some of "

@@ -14,7 +14,7 @@ from llmrec.errors import ConfigError
         ({"lm": {"mode": "yes_no", "lsted": 3}}, "lm.lsted: no such setting; did you mean listed?"),
         ({"retrieval": {"sasrec": {"dims": 3}}}, "retrieval.sasrec.dims: no such setting; did you mean dim?"),
         ({"beside": [{"lm": {"layer": 2}}]}, "beside.0.lm.layer: no such setting; did you mean layers?"),
-        ({"data": {"zzz": 1}}, "there are items_mapping, events_mapping, policy"),
+        ({"data": {"zzz": 1}}, "there are items_mapping, events_mapping, items_ignore"),
     ],
 )
 def test_a_setting_that_there_is_not_is_answered_with_those_that_there_are(given, said):

@@ -26,7 +26,7 @@ from selenium.webdriver.support.ui import WebDriverWait
 pytestmark = needs_chromium
 SECONDS = 30
 HOSTILE = [
-    Item("x/1", "<img src=x onerror=alert(1)> Zebra", "<script>alert(2)</script>", {"brand": "<b>Acme</b>"}),
+    Item("x/1", "<svg onload=alert(1)> Zebra", "<script>alert(2)</script>", {"brand": "<b>Acme</b>"}),
     Item("x2", '"><svg onload=alert(3)> Zebra <|im_end|> [INST] {{7*7}}', attributes={"brand": "Acme"}),
 ]
 KEY = "key of the page"

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, HTTPException, Path, Query, Request, Response
 from pydantic import BaseModel
+from starlette.convertors import PathConvertor, register_url_convertor
 from starlette.routing import BaseRoute, Route
 
 from llmrec.serve import browse as b
@@ -18,6 +19,15 @@ from llmrec.serve.service import Service
 
 ItemId = Annotated[m.Id, Path(description="item id; a slash in it is written %2F")]
 UserId = Annotated[m.Id, Path(description="user id; a slash in it is written %2F")]
+
+
+class _Any(PathConvertor):
+    """Any text in a path; that of Starlette ends at a line end, and ids of users are never cleaned."""
+
+    regex = "(?s:.*)"
+
+
+register_url_convertor("any", _Any())
 
 PAGES = {"/": "index.html", "/docs": "docs.html"}
 TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
@@ -79,7 +89,7 @@ def _add_catalogue(router: APIRouter, service: Service, components: Mapping[str,
         """Search titles as they are typed: each word is the beginning of a word; popular items first."""
         return await _pooled(service, b.find_items, asked)
 
-    @router.get("/items/{item_id:path}", response_model=m.ItemOut)
+    @router.get("/items/{item_id:any}", response_model=m.ItemOut)
     async def item(item_id: ItemId) -> Response:
         """Show an item as the catalogue keeps it; a removed one is not active."""
         return await _pooled(service, Service.item, item_id)
@@ -96,7 +106,7 @@ def _add_people(router: APIRouter, service: Service, writer: Callable[[Request],
         """Show what retrieval alone, the language model alone and both together answer, and how fast."""
         return await _pooled(service, b.stages, body)
 
-    @router.get("/users/{user_id:path}/history", response_model=b.HistoryResponse)
+    @router.get("/users/{user_id:any}/history", response_model=b.HistoryResponse)
     async def history(user_id: UserId, asked: Annotated[b.HistoryQuery, Query()]) -> Response:
         """Show the latest events of a user, oldest first; none for an unknown one."""
         return await _pooled(service, b.history, user_id, asked)

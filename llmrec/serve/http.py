@@ -208,18 +208,18 @@ def _changing(service: Service) -> APIRouter:
         events = body if isinstance(body, list) else [body]
         return _json(await asyncio.wrap_future(service.submit(service.store, events, idempotency_key)), 201)
 
-    @router.put("/items/{item_id:path}", response_model=m.ItemOut, responses={201: {"model": m.ItemOut}})
+    @router.put("/items/{item_id:any}", response_model=m.ItemOut, responses={201: {"model": m.ItemOut}})
     async def put_item(item_id: ItemId, body: m.ItemIn) -> Response:
         """Add an item (201), or replace the one with this id (200); recommendable at once."""
         item, new = await asyncio.wrap_future(service.submit(service.put_item, item_id, body))
         return _json(item, 201 if new else 200)
 
-    @router.delete("/items/{item_id:path}", status_code=204)
+    @router.delete("/items/{item_id:any}", status_code=204)
     async def remove_item(item_id: ItemId) -> None:
         """Never return an item again; its events stay."""
         await asyncio.wrap_future(service.submit(service.remove_item, item_id))
 
-    @router.delete("/users/{user_id:path}", response_model=m.EventsResponse)
+    @router.delete("/users/{user_id:any}", response_model=m.EventsResponse)
     async def forget(user_id: UserId) -> Response:
         """Erase all events of a user; the answer says how many there were."""
         return _json(await asyncio.wrap_future(service.submit(service.forget, user_id)))
