@@ -16,6 +16,7 @@ from llmrec.answering import Asked, answer, ask, only, recommendations, units_of
 from llmrec.candidates import Weights
 from llmrec.config import Config
 from llmrec.errors import EngineError, RequestError
+from llmrec.events import in_seconds
 from llmrec.fetch import resolve
 from llmrec.pipeline import Pipeline
 from llmrec.protocols import Codes, Retriever
@@ -385,7 +386,7 @@ def _until(now: int | None, past: Sequence[E]) -> Sequence[E]:
     """The events up to a moment; ids alone have no time and stay."""
     if now is None:
         return past
-    stamps = [one.timestamp if isinstance(one, Event) else now for one in past]
+    stamps = [in_seconds(one.timestamp) if isinstance(one, Event) else now for one in past]
     if None in stamps:
         raise RequestError("now needs events with time stamps, and there are some without")
     return [one for one, stamp in zip(past, stamps, strict=True) if stamp is not None and stamp <= now]

@@ -81,8 +81,7 @@ def clean_attribute(column: pl.Series, untyped: bool) -> pl.Series:
     if isinstance(kind, pl.List | pl.Array) and (kind.inner in _WORDS or kind.inner.is_integer()):
         return _lists(column.cast(pl.List(pl.String)))
     raise DataError(
-        f"attribute {column.name!r} holds {kind}; allowed are text, numbers, booleans, dates, lists of text; "
-        f"data.items_ignore = [{column.name!r}], in Python ignore, leaves it out"
+        f"attribute {column.name!r} holds {kind}; allowed are text, numbers, booleans, dates, lists of text"
     )
 
 
@@ -203,7 +202,12 @@ def clean_items(
             if untyped and attributes[-1].dtype == pl.String and frame[name].dtype == pl.String:
                 notes += [_nearly_numbers(frame[name]), _like_lists(frame[name])]
         except DataError as error:
-            problems.fatal.append(str(error))
+            out = (
+                f" (data.items_ignore = [{name!r}], in Python ignore, leaves it out)"
+                if what == "items"
+                else ""
+            )
+            problems.fatal.append(f"{error}{out}")
     problems.add("null or blank item_id", ids.is_null().to_numpy())
     problems.add("null or blank title", (titles == "").to_numpy())
     if unique:

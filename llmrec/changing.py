@@ -70,7 +70,7 @@ class Changing(Asking):
         Raises
         ------
         RequestError
-            If the item is unknown, the user blank, the time no whole seconds, or the weight out of range.
+            If the item is unknown, the user blank, the time no seconds, or the weight out of range.
         DataError
             If the user has another event with this id.
         """
@@ -102,7 +102,8 @@ class Changing(Asking):
         """Store the events of a file or table, read as `fit` reads one, that are not stored yet.
 
         An event is stored already if the user has one of that item at that second, so that tables may
-        overlap; without a clock nothing tells, and all are stored. All are in one transaction.
+        overlap; without a clock nothing tells, and all are stored. What others store meanwhile is not seen:
+        one process at a time takes tables in.
 
         Returns
         -------

@@ -110,12 +110,12 @@ def fit(
     """
     from llmrec.assembly import read_catalog, read_log
     from llmrec.config import Config
-    from llmrec.persistence import check_place, manifest_of
+    from llmrec.persistence import MANIFEST, check_place
     from llmrec.recommender import Recommender
 
     # Before anything is computed.
     check_place(out.resolve())
-    if manifest_of(out) and not replace:
+    if (out / MANIFEST).is_file() and not replace:
         raise ConflictError(
             f"{out} holds a recommender. Take new data into it with `llmrec observe --events`, `add-items` "
             "and `refit`; or give --replace, which drops its stored events, items and language model"

@@ -64,16 +64,16 @@ def to_seconds(column: pl.Series, what: str, written: str | None = None) -> tupl
         return _from_numbers(column, what)
     if kind == pl.Null:
         return column.cast(pl.Int64), ""
-    raise DataError(
-        f"{what}: column 'timestamp' holds {kind}; allowed are whole seconds, datetimes and ISO text"
-    )
+    raise DataError(f"{what}: column 'timestamp' holds {kind}; allowed are seconds, datetimes and ISO text")
 
 
 def _as_written(text: pl.Series, written: str, what: str) -> pl.Series:
+    if "%Z" in written:
+        raise DataError(
+            f"{what}: data.timestamp_format has %Z; names of zones are not read, write them as %z"
+        )
     try:
-        if "%H" in written or "%I" in written or "%T" in written or "%R" in written:
-            return text.str.to_datetime(written, strict=False, time_unit="us").dt.epoch("s")
-        return text.str.to_date(written, strict=False).cast(pl.Datetime("us")).dt.epoch("s")
+        return text.str.to_datetime(written, strict=False, time_unit="us").dt.epoch("s")
     except pl.exceptions.PolarsError as error:
         raise DataError(f"{what}: data.timestamp_format = {written!r} reads no time: {error}") from error
 

@@ -240,9 +240,10 @@ class EventLog:
         return [Event(users[user], ids[item], stamp, weight) for user, item, stamp, weight in rows]
 
 
-def _in_seconds(stamp: Any) -> Any:
+def in_seconds(stamp: Any) -> Any:
     """Whole seconds of a datetime, in UTC unless it has a zone, or of a number; anything else as it is."""
-    if isinstance(stamp, datetime):
+    # What pandas has for a missing one equals nothing, itself included.
+    if isinstance(stamp, datetime) and stamp == stamp:
         stamp = (stamp if stamp.tzinfo else stamp.replace(tzinfo=UTC)).timestamp()
     return math.floor(stamp) if isinstance(stamp, float) and math.isfinite(stamp) else stamp
 
@@ -260,7 +261,7 @@ def live_events(events: Iterable[Event], catalog: Catalog, clock: Clock, now: in
     Raises
     ------
     RequestError
-        If an item is unknown, a user blank, a time no whole seconds, a weight out of range, or an event_id
+        If an item is unknown, a user blank, a time no seconds, a weight out of range, or an event_id
         no text of 1 to 500 characters.
     """
     if isinstance(events, Event):
@@ -279,7 +280,7 @@ def live_events(events: Iterable[Event], catalog: Catalog, clock: Clock, now: in
             raise RequestError(f"an event needs the id of its user, without NUL; got {user!r:.100}")
         if not (isinstance(weight, int | float) and 0 < weight <= HEAVIEST):
             raise RequestError(f"weight must be a number above 0, at most {HEAVIEST:,}; got {weight!r:.100}")
-        stamp = _in_seconds(stamp)
+        stamp = in_seconds(stamp)
         whole = isinstance(stamp, int) and not isinstance(stamp, bool) and abs(stamp) <= 10**11
         if clock == "time" and stamp is not None and not whole:
             raise RequestError(f"timestamp must be a datetime or seconds since 1970, got {stamp!r:.100}")

@@ -26,7 +26,7 @@ from safetensors.numpy import save_file
 
 from llmrec.errors import ModelError
 
-FORMAT = 4
+FORMAT = 5
 """Version of the directory; raised when an older llmrec could not read it."""
 
 MANIFEST = "manifest.json"

@@ -13,7 +13,7 @@ from llmrec.attributes import CONTRACT, TEXT_LIMIT, TITLE_LIMIT, clean_text, kin
 from llmrec.catalog import Catalog
 from llmrec.errors import RequestError
 from llmrec.protocols import Codes, Mask
-from llmrec.text import neutralise
+from llmrec.text import neutralise, without_markup
 from llmrec.types import AttributeValue, Request
 
 OPERATORS = ("in", "not", "all", "gte", "gt", "lte", "lt", "exists", "match")
@@ -275,7 +275,7 @@ class _Attribute:
             limit = limits.get(self.name, -1)
             if limit is None:
                 return value.encode("utf-8", "replace").decode()
-            return clean_text(value) if limit < 0 else neutralise(value, limit)
+            return clean_text(value) if limit < 0 else neutralise(without_markup(value), limit)
         raise RequestError(
             f"where: {self.name!r} is a {self.kind}, got {value!r:.100} ({type(value).__name__})"
         )

@@ -38,8 +38,8 @@ def read_table(
         Path of a .parquet, .csv(.gz), .tsv(.gz), .jsonl(.gz), .inter or .item file (the last two are
         RecBole's atomic files), a polars or pandas DataFrame, a polars LazyFrame, a `datasets.Dataset`,
         or a list of Item, Event or dict. Values of text files stay text. A .csv file without a comma in its
-        header may have semicolons or tabs instead. A column without a name, as the index of a table has that
-        pandas wrote, is left out.
+        header may have semicolons or tabs instead. A column without a name in a file or frame, as the index
+        of a table that pandas wrote, is left out.
     what
         Name of the table in messages, e.g. ``"items"``.
     mapping
@@ -297,10 +297,12 @@ def _series(name: str, values: list[Any], what: str) -> pl.Series:
         values = [None if value is None else str(value) for value in values]
     elif len(kinds) > 1:
         found = " and ".join(sorted(kind.__name__ for kind in kinds))
-        raise DataError(
-            f"{what}: column {name!r} mixes {found}; make all its values of one type, or leave the column "
-            "out: data.items_ignore, in Python ignore"
+        out = (
+            ", or leave the column out: data.items_ignore, in Python ignore"
+            if what.startswith("items")
+            else ""
         )
+        raise DataError(f"{what}: column {name!r} mixes {found}; make all its values of one type{out}")
     try:
         return pl.Series(name, values, strict=True)
     except (TypeError, ValueError, OverflowError, pl.exceptions.PolarsError) as error:

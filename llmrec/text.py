@@ -77,24 +77,43 @@ _BLOCK = (
     "article|blockquote|br|center|dd|div|dl|dt|figure|footer|h[1-6]|header|hr|img|li|ol|p|pre|section|"
     "table|tbody|td|tfoot|th|thead|tr|ul"
 )
-_INLINE_TAG = re.compile(rf"</?(?:{_INLINE})(?:\s[^<>]*)?/?>", re.IGNORECASE)
-_BLOCK_TAG = re.compile(rf"</?(?:{_BLOCK})(?:\s[^<>]*)?/?>|<!--.*?-->", re.IGNORECASE | re.DOTALL)
-_ENTITY = re.compile(r"&(?:#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[a-zA-Z][a-zA-Z0-9]{1,30});")
+# With attributes or without: "a <b and c>" is none.
+_TAG_END = r"(?:\s*/?|\s[^<>]*=[^<>]*)>"
+_INLINE_TAG = re.compile(rf"</?(?:{_INLINE}){_TAG_END}", re.IGNORECASE)
+_BLOCK_TAG = re.compile(rf"</?(?:{_BLOCK}){_TAG_END}", re.IGNORECASE)
+# Shops encode twice, too.
+_ENTITY = re.compile(r"&(?:amp;)*(#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[a-zA-Z][a-zA-Z0-9]{1,30});")
+
+_MARKUP_READ = 20_000
+"""Characters of a text with markup that are read; more are cut off anyway."""
+
+_PASSES = 10
+"""How often tags may come out of entities, and entities out of tags."""
 
 
 def without_markup(text: str) -> str:
-    """The words of a text that may be HTML: known tags go, entities become their characters.
+    """The words of a text that may be HTML: known tags and comments go, entities become their characters.
 
     ``I <3 it``, ``<s>`` and what else is no tag of a description stays.
     """
-    if "<" in text:
-        text = _BLOCK_TAG.sub(" ", _INLINE_TAG.sub("", text))
-    # Shops encode twice, too.
-    for _ in range(3):
-        if "&" not in text or (plain := _ENTITY.sub(lambda found: html.unescape(found[0]), text)) == text:
+    if "<" not in text and "&" not in text:
+        return text
+    text = text[:_MARKUP_READ]
+    for _ in range(_PASSES):
+        plain = _BLOCK_TAG.sub(" ", _INLINE_TAG.sub("", _without_comments(text)))
+        plain = _ENTITY.sub(lambda found: html.unescape(f"&{found[1]};"), plain)
+        if plain == text:
             break
         text = plain
     return text
+
+
+def _without_comments(text: str) -> str:
+    parts, at = [], 0
+    while (begin := text.find("<!--", at)) >= 0 and (end := text.find("-->", begin + 4)) >= 0:
+        parts.append(text[at:begin])
+        at = end + 3
+    return " ".join([*parts, text[at:]])
 
 
 def without_markup_series(texts: pl.Series) -> pl.Series:

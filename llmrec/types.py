@@ -33,7 +33,7 @@ class Event:
     Parameters
     ----------
     timestamp
-        In seconds since 1970, None where the log has no clock.
+        In seconds since 1970, None where the log has no clock. What is observed may have a datetime.
     event_id
         An id that the caller chose, unique among the events of the user: an event store keeps one event of
         each id, so that sending it again after a lost answer does not count twice. `fit` does not read it:

@@ -16,7 +16,7 @@ from llmrec.catalog import LINE_LIMIT, RENDERER_HASH, Catalog
 from llmrec.errors import DataError, RequestError
 from llmrec.protocols import ItemChange
 from llmrec.rules import compile_where
-from llmrec.text import neutralise
+from llmrec.text import neutralise, without_markup
 from llmrec.types import Item
 
 FILMS = [
@@ -413,6 +413,17 @@ def test_markup_of_descriptions_is_no_word(tmp_path):
         {"brand": "Ben & Jerry"},
     )
     assert compile_where({"brand": "Ben &amp; Jerry"}, Catalog.load(tmp_path / "items.jsonl")).all()
+
+
+def test_markup_is_read_in_linear_time_and_once_is_enough():
+    for hostile in ("<!--" * 50_000, "<b " * 50_000, "&amp;" * 50_000 + "lt;", "<p a=" * 50_000):
+        begun = time.perf_counter()
+        neutralise(without_markup(hostile), 4000)
+        assert time.perf_counter() - begun < 1.0
+    for text in ("&lt;br /&gt;x", "&amp;lt;!-- c --&amp;gt; y", "a <b and c> d", "&<i></i>amp; z", "<!-- a"):
+        once = without_markup(text)
+        assert without_markup(once) == once and once.strip()[-1] == text[-1]
+    assert without_markup("a <b and c> d") == "a <b and c> d"
 
 
 def test_texts_become_lists_where_it_is_said_and_columns_are_left_out(tmp_path):

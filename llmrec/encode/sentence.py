@@ -12,8 +12,22 @@ import numpy as np
 from llmrec.protocols import Floats
 from llmrec.quiet import quiet_transformers
 
-READ = (".safetensors", ".json", ".txt", ".model")
-"""Files of a model that decide what vectors it makes: weights, settings, vocabularies."""
+READ = (
+    "config.json",
+    "config_sentence_transformers.json",
+    "merges.txt",
+    "modules.json",
+    "sentence_bert_config.json",
+    "sentencepiece.bpe.model",
+    "special_tokens_map.json",
+    "spiece.model",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+)
+"""Files of a model that decide, beside its weights, what vectors it makes, in whatever folder of it."""
 
 
 class SentenceEncoder:
@@ -68,7 +82,8 @@ def _hash(folder: Path) -> str:
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
         # Folders whose names begin with a dot are of programs that download.
-        if path.suffix in READ and not any(part.startswith(".") for part in name.parts):
+        hidden = any(part.startswith(".") for part in name.parts)
+        if (path.name in READ or path.suffix == ".safetensors") and not hidden and path.is_file():
             digest.update(f"{name.as_posix()}\n".encode())
             with path.open("rb") as opened:
                 digest.update(hashlib.file_digest(opened, "sha256").digest())

@@ -27,6 +27,9 @@ logger = logging.getLogger(__name__)
 TOGETHER = 64
 """Requests whose states are held at once: one for each token of their trees."""
 
+SHARED = 8
+"""Beginnings of several requests that are held while these are answered, whatever else is kept."""
+
 NOTHING = Tree(np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64))
 """No tokens."""
 
@@ -239,10 +242,10 @@ class PackedReader:
         return found
 
     def _shared(self, beginnings: Sequence[Sequence[int]]) -> dict[bytes, Past]:
-        """Those beginnings that several requests have, each read once."""
-        times = Counter(map(_key, beginnings))
+        """Beginnings that several requests have, each read once; `SHARED` at most, since they are held."""
         first = {_key(beginning): beginning for beginning in beginnings}
-        return {key: self._past(first[key]) for key, n in times.items() if n > 1}
+        times = Counter(map(_key, beginnings)).most_common(SHARED)
+        return {key: self._past(first[key]) for key, n in times if n > 1}
 
     def _groups(
         self, order: Sequence[int], beginnings: Sequence[Sequence[int]], trees: Sequence[Tree]
@@ -263,7 +266,7 @@ class PackedReader:
         pasts = [held.get(_key(beginning)) or self._longest(beginning) for beginning in beginnings]
         rows = [row_of(b, tree, past) for b, tree, past in zip(beginnings, trees, pasts, strict=True)]
         if len(rows) == 1 and len(rows[0].tokens) > self.tokens:
-            return [self._in_pieces(beginnings[0], trees[0])]
+            return [self._in_pieces(beginnings[0], trees[0], pasts[0])]
         asked = [i for i, row in enumerate(rows) if len(row.tokens)]
         if not asked:
             return [past.end[None] for past in pasts if past is not None]
@@ -279,9 +282,10 @@ class PackedReader:
             states[i] = torch.cat([past.end[None], own[new:]])
         return states
 
-    def _in_pieces(self, beginning: Sequence[int], tree: Tree) -> Tensor:
+    def _in_pieces(self, beginning: Sequence[int], tree: Tree, past: Past | None) -> Tensor:
         """States of a tree that is too long for one forward; what several pieces share is read in each."""
-        past = self._past(beginning)
+        if past is None or past.length < len(beginning):
+            past = self._past(beginning)
         states = past.end.new_empty((1 + len(tree), len(past.end)))
         states[0] = past.end
         parents = set(tree.parents.tolist())
