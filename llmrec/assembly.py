@@ -25,8 +25,8 @@ LIGHT = "light"
 """Name of the encoder that needs no download."""
 
 
-def read_catalog(items: Any, config: DataConfig) -> Catalog:
-    """Load the items; a `Catalog` is taken as it is."""
+def read_catalog(items: Any, config: DataConfig, kinds: Mapping[str, str] | None = None) -> Catalog:
+    """Load the items, which may be to join others of known `kinds`; a `Catalog` is taken as it is."""
     if isinstance(items, Catalog):
         return items
     return Catalog.load(
@@ -35,6 +35,7 @@ def read_catalog(items: Any, config: DataConfig) -> Catalog:
         policy=config.policy,
         ignore=config.items_ignore,
         lists=config.lists,
+        kinds=kinds,
     )
 
 

@@ -158,6 +158,8 @@ def split_lists(frame: pl.DataFrame, lists: Mapping[str, str]) -> pl.DataFrame:
         If there is no such column, or it holds no text.
     """
     for name, separator in lists.items():
+        if isinstance(frame.schema.get(name), pl.List | pl.Null):
+            continue  # some already, or nothing
         if frame.schema.get(name) != pl.String or not separator:
             raise DataError(f"items: there is no column of texts {name!r} to make lists of by {separator!r}")
         parts = frame[name].str.split(separator)
@@ -178,9 +180,18 @@ def _like_lists(column: pl.Series) -> str:
 
 
 def clean_items(
-    frame: pl.DataFrame, untyped: bool, policy: Policy | None, *, unique: bool = True, what: str = "items"
+    frame: pl.DataFrame,
+    untyped: bool,
+    policy: Policy | None,
+    *,
+    unique: bool = True,
+    what: str = "items",
+    kinds: Mapping[str, str] | None = None,
 ) -> tuple[pl.DataFrame, LoadReport]:
-    """Return the cleaned columns item_id, title, text and attributes of the rows that are valid."""
+    """Return the cleaned columns item_id, title, text and attributes of the rows that are valid.
+
+    `kinds` says of which kinds attributes are known to be.
+    """
     missing = [name for name in ("item_id", "title") if name not in frame.columns]
     if missing:
         raise DataError(
@@ -198,8 +209,9 @@ def clean_items(
         try:
             if name == ACTIVE:
                 raise DataError(f"attribute {name!r}: this name is taken; use another")
-            attributes.append(clean_attribute(frame[name], untyped))
-            if untyped and attributes[-1].dtype == pl.String and frame[name].dtype == pl.String:
+            unknown = untyped and (kinds or {}).get(name) != "string"
+            attributes.append(clean_attribute(frame[name], unknown))
+            if unknown and attributes[-1].dtype == pl.String and frame[name].dtype == pl.String:
                 notes += [_nearly_numbers(frame[name]), _like_lists(frame[name])]
         except DataError as error:
             out = (

@@ -70,6 +70,7 @@ class Catalog:
         policy: Policy = "raise",
         ignore: Collection[str] = (),
         lists: Mapping[str, str] | None = None,
+        kinds: Mapping[str, str] | None = None,
     ) -> Catalog:
         """Load items from a file, a frame or a list of `Item`.
 
@@ -87,14 +88,19 @@ class Catalog:
             Columns of the source that are left out, whatever they hold.
         lists
             Attributes whose texts are lists, and what stands between the parts: ``{"genres": "|"}``.
+        kinds
+            `attributes` of a catalogue that the items are to join: what is text there is no number here,
+            and lists need not be there.
 
         Raises
         ------
         DataError
             With all problems at once, their counts and first rows.
         """
-        frame = split_lists(read_table(source, "items", mapping, ignore), lists or {})
-        frame, report = clean_items(frame, is_untyped(source), policy)
+        frame = read_table(source, "items", mapping, ignore)
+        there = [name for name in lists or () if kinds is None or name in frame.columns]
+        frame = split_lists(frame, {name: (lists or {})[name] for name in there})
+        frame, report = clean_items(frame, is_untyped(source), policy, kinds=kinds or {})
         frame = frame[id_order(frame["item_id"].to_list())]
         return cls(frame, np.ones(frame.height, dtype=np.bool_), report)
 

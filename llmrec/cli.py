@@ -334,7 +334,7 @@ def add_items(
     from llmrec.recommender import Recommender
 
     rec = Recommender.load(model)
-    catalog = read_catalog(items, rec.config.data)
+    catalog = read_catalog(items, rec.config.data, rec.catalog.attributes)
     rec.add_items(catalog.items(range(len(catalog))))
     say(f"items: {catalog.report}")
 

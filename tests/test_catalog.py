@@ -454,6 +454,20 @@ def test_texts_become_lists_where_it_is_said_and_columns_are_left_out(tmp_path):
     assert kept.items([0])[0].attributes == {"sizes": ("40", "41")}
 
 
+def test_items_that_join_others_have_the_kinds_of_these(tmp_path):
+    def load(text, **settings):
+        (tmp_path / "items.csv").write_text(text)
+        return Catalog.load(tmp_path / "items.csv", lists={"genres": "|"}, **settings)
+
+    first = load("item_id,title,code,flag,year,genres\n1,A,7x,true,1999,Drama|War\n2,B,9,no,2001,War\n")
+    assert first.attributes["code"] == first.attributes["flag"] == "string"
+    more = load("item_id,title,code,flag,year\n3,C,8,true,2010\n", kinds=first.attributes)
+    joined = first.with_items(more.items([0]))
+    assert joined.items([2])[0].attributes == {"code": "8", "flag": "true", "year": 2010}
+    with pytest.raises(DataError, match="attribute 'year' is a number in the catalogue, got a string"):
+        first.with_items(load("item_id,title,year\n3,C,soon\n", kinds=first.attributes).items([0]))
+
+
 @pytest.mark.parametrize("mark", [";", "\t"])
 def test_a_csv_may_have_other_separators(tmp_path, mark):
     path = tmp_path / "items.csv"
