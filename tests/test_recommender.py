@@ -441,7 +441,7 @@ def test_a_directory_of_another_version_or_damaged_says_so(rec, tmp_path):
     path = tmp_path / "model" / "manifest.json"
     manifest = json.loads(path.read_text())
     path.write_text(json.dumps({**manifest, "format": 99, "llmrec": "7.0"}))
-    with pytest.raises(ModelError, match=r"format 99.*format 4.*7\.0"):
+    with pytest.raises(ModelError, match=r"format 99.*format 5.*7\.0"):
         Recommender.load(tmp_path / "model")
     path.write_text(json.dumps(manifest)[:50])
     with pytest.raises(ModelError, match="damaged"):
