@@ -434,8 +434,7 @@ def test_a_query_gets_the_same_in_a_batch_as_alone(name):
     asked = queries()
     for query, together in zip(asked, RETRIEVERS[name].retrieve(asked, N), strict=True):
         (alone,) = RETRIEVERS[name].retrieve([query], N)
-        # Cosines are kept to the sixth digit.
-        assert as_dict(alone) == pytest.approx(as_dict(together), abs=2e-6)
+        assert as_dict(alone) == pytest.approx(as_dict(together), abs=1e-6)
 
 
 @pytest.mark.parametrize("name", sorted(KINDS))

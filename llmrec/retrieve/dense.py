@@ -13,9 +13,6 @@ from llmrec.ranking import NO_HITS, age_weights
 LEAST = 1e-3
 """Cosine below which two texts are not near."""
 
-DIGITS = 6
-"""Of a cosine, that are kept: the last ones depend on the order in which its products are summed."""
-
 
 class ProfileConfig(BaseModel):
     """Settings of the profile retriever."""
@@ -128,11 +125,9 @@ def _nearest(
 
 
 def _near(hits: Hits) -> Hits:
-    """Hits that are near at all; what float32 cannot tell apart has one score, and the order of its codes."""
-    scores = hits.scores.round(DIGITS)
-    order = np.lexsort((hits.items, -scores))
-    order = order[scores[order] >= LEAST]
-    return Hits(hits.items[order], scores[order])
+    """Those hits that are near at all, in their order."""
+    near = hits.scores >= LEAST
+    return Hits(hits.items[near], hits.scores[near])
 
 
 def _spread(n: int, rows: Sequence[int], hits: Sequence[Hits]) -> list[Hits]:
