@@ -48,6 +48,7 @@ FITTING = (
     "ranking",
     "metrics",
     "text",
+    "words",
 )
 """Source that decides what retrievers are fitted and which weights they get."""
 
@@ -85,7 +86,7 @@ def cached_texts(
     encoder = make_encoder(config, catalog.lines())
     vectors = cache.get(
         "vectors",
-        [encoder.fingerprint, catalog.fingerprint, sources("encode", "text")],
+        [encoder.fingerprint, catalog.fingerprint, sources("encode", "text", "words")],
         lambda: encode(catalog.lines(), config, on_stage).vectors,
         lambda made, place: np.save(place / "vectors.npy", made),
         lambda place: np.load(place / "vectors.npy", allow_pickle=False),

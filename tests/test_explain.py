@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 
 from llmrec import Event, Item, Recommender
-from llmrec.explain.evidence import _COMMON, NAMED
+from llmrec.explain.evidence import NAMED
 from llmrec.explain.reasons import phrase
-from llmrec.retrieve.lexical import words_of
 from llmrec.testing import tiny_lm, toy_data
 from llmrec.types import Influence, Shared
 
@@ -190,7 +189,3 @@ YEAR, BRAND = Shared("year", 1995.0, ("1",)), Shared("brand", "Acme", ("2",))
 )  # fmt: skip
 def test_sentences(sources, words, history, shared, sentence):
     assert phrase(sources, words, history, shared, asked_by_history=True) == sentence
-
-
-def test_common_words_are_those_that_lexical_search_leaves_out():
-    assert words_of([" ".join(sorted(_COMMON)) + " the river"]) == [["river"]]

@@ -23,7 +23,7 @@ LAYERS = [
     {"errors", "timing"},
     {"types"},
     {"protocols"},
-    {"quiet", "environment", "ranking", "metrics", "prompt", "text", "rows", "tables"},
+    {"quiet", "environment", "ranking", "metrics", "prompt", "text", "words", "rows", "tables"},
     {"attributes", "clock", "database", "weights"},
     {"catalog"},
     {"rules", "events", "sequences", "titles"},

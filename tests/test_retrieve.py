@@ -340,6 +340,29 @@ def test_bm25_copes_with_texts_and_queries_without_words(lines, query, expected)
     assert BM25Retriever(lines).retrieve([Query(text=query)], 5)[0].items.tolist() == expected
 
 
+@pytest.mark.parametrize(
+    ("query", "found"),
+    [
+        ("日本語", 0),
+        ("語", 0),
+        ("カメラ", 1),
+        ("creme", 2),
+        ("crème", 2),
+        ("किताब", 3),
+        ("เด็ก", 4),
+        ("ps 4", 6),
+    ],
+)
+def test_words_of_many_scripts_are_found_inside_titles(query, found):
+    eastern = ["やさしい日本語の本", "デジタルカメラ入門"]
+    lines = [*eastern, "Crème Brûlée", "हिन्दी किताब", "หนังสือเด็ก", "PS 3", "PS 4"]
+    best = BM25Retriever(lines).retrieve([Query(text=query)], len(lines))[0].items
+    assert best[0] == found
+    light = LightEncoder.fit(lines, dim=7)
+    near = light.encode(lines) @ light.encode([query])[0]
+    assert near.argmax() == found
+
+
 def test_bm25_of_a_catalogue_that_grows_is_near_that_of_a_new_index_until_it_is_one(monkeypatch):
     rng = np.random.default_rng(0)
     lines = [" ".join(rng.choice(WORDS, rng.integers(3, 9))) for _ in range(400)]

@@ -1,14 +1,17 @@
 from __future__ import annotations
 
+import re
 import time
 import unicodedata
 
+import bm25s
 import polars as pl
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmrec.text import neutralise, neutralise_series
+from llmrec.words import COMMON, telling_words, words_in
 
 TOKENS = [
     *("<|im_start|>", "<|endoftext|>", "<|anything|>", "[INST]", "[/INST]", "<<SYS>>", "<</SYS>>"),
@@ -109,3 +112,43 @@ def test_many_combining_marks_are_few_and_take_no_time():
         assert len(cleaned) <= 31 and neutralise(cleaned, 1000) == cleaned
     assert time.monotonic() - begun < 10
     assert neutralise("e\u0301 \u0e19\u0e49\u0e33", 10) == "\u00e9 \u0e19\u0e49\u0e33"
+
+
+# Words
+
+
+@given(st.text(st.characters(max_codepoint=127), max_size=60))
+def test_words_of_plain_text_are_those_of_python(text):
+    assert words_in(text) == re.findall(r"\w+", text.lower())
+
+
+def test_words_that_tell_nothing_are_those_that_the_search_library_knows():
+    assert set(bm25s.stopwords.STOPWORDS_EN) == COMMON
+    assert telling_words(" ".join(sorted(COMMON)) + " the river") == ["river"]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("Crème brûlée, ÉCLAIR", ["creme", "brulee", "eclair"]),
+        ("Cre\u0300me", ["creme"]),
+        ("Ёлка и ёж", ["елка", "еж"]),
+        ("हिन्दी किताब", ["हिन्दी", "किताब"]),
+        ("ｉＰｈｏｎｅ １２", ["iphone", "12"]),
+        ("iPhone 5 & women's C", ["iphone", "5", "women"]),
+        ("책 한국어", ["책", "한국어"]),
+        ("日本語ABC", ["日本", "本語", "日", "本", "語", "abc"]),
+        ("ｶﾒﾗ", ["カメ", "メラ"]),
+        ("猫", ["猫"]),
+        ("_ ... !?", []),
+    ],
+)
+def test_words_of_many_scripts(text, words):
+    assert telling_words(text) == words
+
+
+@given(st.text(max_size=40))
+def test_words_are_found_again_in_any_text_that_holds_them(text):
+    words = words_in(text)
+    assert words_in(" ".join(words)) == [w for word in words for w in words_in(word)]
+    assert set(telling_words(text)) <= set(words)

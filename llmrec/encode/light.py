@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from llmrec.errors import DataError
 from llmrec.protocols import Floats
+from llmrec.words import words_in
 
 
 class LightEncoder:
@@ -41,10 +42,11 @@ class LightEncoder:
     @staticmethod
     def _settings() -> dict[str, Any]:
         return {
-            "token_pattern": r"(?u)\b\w+\b",
+            "tokenizer": words_in,
+            "token_pattern": None,
+            "lowercase": False,
             "ngram_range": (1, 2),
             "sublinear_tf": True,
-            "strip_accents": "unicode",
             "dtype": np.float32,
         }
 

@@ -13,6 +13,7 @@ from scipy.special import digamma
 
 from llmrec.errors import DataError
 from llmrec.protocols import Floats
+from llmrec.words import telling_words
 
 
 class TopicEncoder:
@@ -49,7 +50,12 @@ class TopicEncoder:
 
     @staticmethod
     def _settings() -> dict[str, Any]:
-        return {"token_pattern": r"(?u)\b\w\w+\b", "strip_accents": "unicode", "stop_words": "english"}
+        return {
+            "tokenizer": telling_words,
+            "token_pattern": None,
+            "lowercase": False,
+            "stop_words": "english",
+        }
 
     @classmethod
     def fit(cls, texts: Sequence[str], dim: int = 50, max_words: int = 20_000) -> TopicEncoder:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -12,6 +11,7 @@ from llmrec.catalog import Catalog
 from llmrec.protocols import Codes, Floats, Query
 from llmrec.rules import values_of
 from llmrec.types import Influence, Shared
+from llmrec.words import telling_words
 
 LATEST = 20
 """Distinct history items, from the latest on, that are left out one at a time."""
@@ -22,15 +22,6 @@ NAMED = 5
 LEAST = 0.1
 LEAST_OF_SCORE = 0.02
 """Shares of the largest change, and of the item's score, below which a history item is no evidence."""
-
-_WORD = re.compile(r"\w\w+")
-# Those that lexical search leaves out.
-_COMMON = frozenset(
-    _WORD.findall(
-        "an and are as at be but by for if in into is it no not of on or such that the their then there "
-        "these they this to was will with"
-    )
-)
 
 
 def leave_one_out(query: Query) -> tuple[Codes, list[Query]]:
@@ -89,9 +80,8 @@ def shared_values(item: int, others: Sequence[int], catalog: Catalog) -> tuple[S
 
 def matched_words(text: str, line: str) -> tuple[str, ...]:
     """Return the words of a typed query that an item's line has, in the order of the query."""
-    own = set(_WORD.findall(line.lower()))
-    words = dict.fromkeys(_WORD.findall(text.lower()))
-    return tuple(word for word in words if word in own and word not in _COMMON)
+    own = set(telling_words(line))
+    return tuple(word for word in dict.fromkeys(telling_words(text)) if word in own)
 
 
 def _is_year(value: object) -> bool:

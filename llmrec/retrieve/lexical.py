@@ -13,21 +13,12 @@ import numpy as np
 from llmrec.protocols import Floats, Hits, Query
 from llmrec.ranking import NO_HITS, top
 from llmrec.text import changed_lines
+from llmrec.words import telling_words
 
 K1, B = 1.5, 0.75
 
 ASIDE, ASIDE_SHARE = 256, 0.05
 """Items, and share of the catalogue, that may be new or changed before the index is built again."""
-
-
-def words_of(texts: Sequence[str]) -> list[list[str]]:
-    """Split texts into the words that count."""
-    import bm25s
-
-    words: list[list[str]] = bm25s.tokenize(
-        list(texts), stopwords="en", return_ids=False, show_progress=False
-    )
-    return words
 
 
 class _Index:
@@ -64,7 +55,7 @@ class _Index:
 
         # The library sets its logger to DEBUG, over the application's own level.
         logging.getLogger("bm25s").setLevel(logging.WARNING)
-        words = words_of(self.lines)
+        words = [telling_words(line) for line in self.lines]
         # An index over texts without a single word would fail inside the library.
         if any(words):
             self.average = float(np.mean([len(line) for line in words]))
@@ -99,13 +90,12 @@ class BM25Retriever:
             return BM25Retriever(lines)
         made = BM25Retriever(lines)
         made._index = self._index
-        words = words_of([lines[code] for code in changed]) if changed else []
-        made._aside = {**self._aside, **dict(zip(changed, words, strict=True))}
+        made._aside = {**self._aside, **{code: telling_words(lines[code]) for code in changed}}
         return made
 
     def score(self, text: str) -> Floats:
         """BM25 of every item, shape (items,)."""
-        words, index = words_of([text])[0], self._index
+        words, index = telling_words(text), self._index
         scores = np.zeros(len(self.lines), dtype=np.float32)
         scores[: len(index.lines)] = index.scores(words)
         if not self._aside:

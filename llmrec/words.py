@@ -1,0 +1,64 @@
+"""What counts as a word of a text, for lexical search, the light encoder, topics and reasons.
+
+Letters keep the marks that belong to them, without which no word of Hindi or Thai is whole. Accents of Latin,
+Greek and Cyrillic letters do not count, since people type without them.
+Scripts that are written without spaces are read in pairs of neighbouring characters, and Chinese characters
+one by one too, so that the words of a query are found inside longer runs.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+
+import regex
+
+_UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}ー\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
+_RUNS = regex.compile(rf"(?V1)([{_UNSPACED}]+)|[[\p{{L}}\p{{M}}\p{{N}}_]--[{_UNSPACED}]]+")
+_HAN = regex.compile(r"\p{Han}")
+_ACCENTS = regex.compile(r"[\u0300-\u036f]+")
+
+# fmt: off
+COMMON = frozenset((
+    "a", "an", "and", "are", "as", "at", "be", "but", "by", "for", "if", "in", "into", "is", "it", "no",
+    "not", "of", "on", "or", "such", "that", "the", "their", "then", "there", "these", "they", "this",
+    "to", "was", "will", "with",
+))
+# fmt: on
+"""Words of English that say nothing about an item."""
+
+
+def folded(text: str) -> str:
+    """In lower case, with letters and digits of full or half width as usual ones, and without accents."""
+    if text.isascii():
+        return text.lower()
+    bare = _ACCENTS.sub("", unicodedata.normalize("NFKD", text.lower()))
+    return unicodedata.normalize("NFC", bare)
+
+
+def words_in(text: str) -> list[str]:
+    """Split a text into words, folded, in their order; common ones too."""
+    words = []
+    for run in _RUNS.finditer(folded(text)):
+        if run[1] is None:
+            words.append(run[0])
+        else:
+            words += _parts(run[0])
+    return words
+
+
+def telling_words(text: str) -> list[str]:
+    """Those that are not common; single letters tell nothing, single digits and syllables do."""
+    return [word for word in words_in(text) if (len(word) > 1 or _tells(word)) and word not in COMMON]
+
+
+def _tells(character: str) -> bool:
+    """Whether a word of one character is a digit, or of a script without capitals."""
+    return character.isalnum() and character.upper() == character
+
+
+def _parts(run: str) -> list[str]:
+    """Pairs of neighbours, and each Chinese character; a run of one character is a word."""
+    if len(run) == 1:
+        return [run]
+    singles = [c for c in run if _HAN.match(c)]
+    return [run[i : i + 2] for i in range(len(run) - 1)] + singles
