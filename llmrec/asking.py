@@ -85,7 +85,7 @@ class Asking:
         Raises
         ------
         RequestError
-            If the request is invalid or names unknown items.
+            If the request is invalid, or none of the items of its history is in the catalogue.
         """
         return self.recommend_many([_request(request, fields)])[0]
 
@@ -217,7 +217,7 @@ class Asking:
         Raises
         ------
         RequestError
-            If an id is unknown, or both chosen and passed.
+            If all ids are unknown, or one is both chosen and passed.
         """
         state = self._state
         request = Request(history=chosen, k=k, where=where)
@@ -363,7 +363,7 @@ class Asking:
     def _history(self, request: Request, state: State) -> Codes:
         if request.history is not None:
             past = _until(request.now, request.history)
-            return state.catalog.codes([e.item_id if isinstance(e, Event) else e for e in past])
+            return state.catalog.known([e.item_id if isinstance(e, Event) else e for e in past])
         if request.user is None:
             return np.empty(0, dtype=np.int32)
         stored = _until(request.now, self.history(request.user))

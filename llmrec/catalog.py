@@ -167,6 +167,20 @@ class Catalog:
             raise RequestError(f"{len(unknown):,} of {len(ids):,} item ids are unknown: {shown}")
         return codes
 
+    def known(self, ids: Sequence[str]) -> Codes:
+        """Return the codes of a history's items, without those that are unknown, shape (known,).
+
+        An application may be ahead of the catalogue by some items.
+
+        Raises
+        ------
+        RequestError
+            If there are ids and none is known: they are no ids of this catalogue.
+        """
+        codes = self.find(ids)
+        codes = codes[codes >= 0]
+        return codes if len(codes) else self.codes(ids)
+
     def find(self, ids: Sequence[str]) -> Codes:
         """Return the codes of items, -1 for unknown ones, shape (len(ids),)."""
         if isinstance(ids, str):

@@ -74,7 +74,7 @@ def seeds(
         Without a language model.
     """
     catalog = state.catalog
-    asked, turned_down = catalog.codes([str(one) for one in request.history or ()]), catalog.codes(passed)
+    asked, turned_down = catalog.known([str(one) for one in request.history or ()]), catalog.known(passed)
     both = np.intersect1d(asked, turned_down)
     if len(both):
         raise RequestError(f"{catalog.ids[both[0]]!r} is both chosen and passed; an item is one of them")

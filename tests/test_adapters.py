@@ -285,7 +285,7 @@ def test_what_is_added_later_can_be_asked_for():
         ("recommend", '{"user": "\\ud800"}', "holds what is no character"),
         ("recommend", '{"\\ud800": 1}', "holds what is no character"),
         ("recommend", '{"where": {"brand": "Acme"}}', "where: Input should be a valid list"),
-        ("recommend", '{"history": ["i1", "x"]}', "1 of 2 item ids are unknown: 'x'"),
+        ("recommend", '{"history": ["x", "y"]}', "2 of 2 item ids are unknown: 'x', 'y'"),
         ("similar_items", "{}", "item_id: Field required"),
         ("similar_items", '{"item_id": "i333"}', "close ids are 'i33'"),
         ("search_items", '{"query": " "}', "search needs words"),

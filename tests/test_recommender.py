@@ -253,6 +253,18 @@ def test_rank_returns_all_given_items_once_and_similar_leaves_the_item_out(rec):
         rec.similar("not there")
 
 
+def test_an_application_may_be_ahead_of_the_catalogue_in_a_history(rec):
+    known = rec.catalog.ids[3:6]
+    ahead = ["tomorrow", *known[:2], "later", known[2]]
+    assert rec.recommend(history=ahead) == rec.recommend(history=known)
+    assert rec.rank(rec.catalog.ids[:5], history=ahead) == rec.rank(rec.catalog.ids[:5], history=known)
+    assert rec.predict(rec.catalog.ids[:5], history=ahead) == rec.predict(rec.catalog.ids[:5], history=known)
+    assert rec.seeds(3, chosen=ahead) == rec.seeds(3, chosen=known)
+    for ask in (rec.recommend, lambda history: rec.rank(known, history=history)):
+        with pytest.raises(RequestError, match="2 of 2 item ids are unknown: 'a', 'b'"):
+            ask(history=["a", "b"])
+
+
 def test_items_outside_the_catalogue_are_ranked_as_if_they_were_in_it(tuned):
     rec = tuned
     known = rec.catalog.ids[0]

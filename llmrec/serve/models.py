@@ -77,7 +77,7 @@ class Asker(Strict):
     user: Id | None = Field(None, description="id of a user whose stored history counts")
     history: Ids | None = Field(
         None,
-        description="item ids, oldest first, in place of a stored history",
+        description="item ids, oldest first, in place of a stored history; unknown ones do not count",
         json_schema_extra={MARK: "max_history"},
     )
     adapter: Id | None = Field(None, description="language model to use in place of the server's own")

@@ -38,7 +38,7 @@ def by_relevance(
     Raises
     ------
     RequestError
-        If there is nothing to be relevant to, an id is unknown, or both a user and a history are given.
+        If there is nothing to be relevant to, an id is unknown (of a history, all), or both a user and a history are given.
     """
     if not query_text(query) and user is None and history is None:
         raise RequestError("relevant to what? give a query, a user or a history")
@@ -68,10 +68,10 @@ def score_documents(
     Raises
     ------
     RequestError
-        If an id is unknown.
+        If the id of a document is unknown, or all of a history.
     """
     catalog, texts = recommender.catalog, recommender.texts
-    past = catalog.codes(list(history))
+    past = catalog.known(list(history))
     words = [neutralise(d.text, DOCUMENT_LIMIT) if d.text is not None else "" for d in documents]
     wish = query_text(query)
     encoded = texts.encoder.encode([*words, wish])
