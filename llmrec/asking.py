@@ -40,6 +40,9 @@ E = TypeVar("E", str, Event, str | Event)
 CHUNK = 64
 """Requests that go through the pipeline at once."""
 
+LONGEST = 10_000
+"""Latest stored events of a user that a request reads: what came before neither counts nor stays out."""
+
 
 class Asking:
     """What `Recommender` answers; it makes, keeps and changes what these verbs read.
@@ -127,8 +130,10 @@ class Asking:
     def warm_up(self) -> tuple[str, ...]:
         """Load the language model and measure it, so that the first `budget_ms` is kept.
 
-        Returns the item ids of the history that was asked about.
+        What searches words and titles is built too. Returns the item ids of the history that was asked about.
         """
+        self.recommend_many([Request(query="a title", k=1)], lm=False)
+        self.complete("", k=1)
         catalog, weights = self._state.catalog, self._state.recipe.history
         # The shortest history that it reads.
         least = min((n for n, own in ((1, weights), *weights.longer) if own.lm > 0), default=1)
@@ -366,7 +371,8 @@ class Asking:
             return state.catalog.known([e.item_id if isinstance(e, Event) else e for e in past])
         if request.user is None:
             return np.empty(0, dtype=np.int32)
-        stored = _until(request.now, self.history(request.user))
+        # What came before is nothing to go by; a replay needs all to find its moment.
+        stored = _until(request.now, self.history(request.user, LONGEST if request.now is None else None))
         codes = state.catalog.find([e.item_id for e in stored])
         return codes[codes >= 0]
 

@@ -25,11 +25,13 @@ from llmrec.errors import DataError, EngineError, LLMRecError, RequestError
 from llmrec.persistence import read_manifest
 from llmrec.recommender import Recommender
 from llmrec.rows import id_strings
-from llmrec.types import Request
+from llmrec.types import Request, as_ids
 
 Task = Literal["recommend", "embed"]
 
-RUN, ROWS = "run.json", "rows.parquet"
+RUN, ROWS = ".run/run.json", ".run/rows.parquet"
+"""Beside the parts, where who reads `*.parquet` of the folder does not look."""
+
 FORMAT = 2
 """Raised when parts get other columns: a run with those of before begins anew."""
 
@@ -135,11 +137,14 @@ class PartWorker:
     def _request(self, row: Mapping[str, Any], number: int) -> Request:
         """What a row asks for; what is wrong with it names the row, counted from 0."""
         user, history, query = row.get("user_id"), row.get("history"), row.get("query")
+        if history is not None:
+            # Missing values are no items; in lists that had some, whole numbers come as floats.
+            history = [item for item in history if item is not None and item == item]
         try:
             if user is None and history is None and query is None:
                 raise RequestError("nobody is asked for: user_id, history and query are empty")
             request = Request(user=user, history=history, query=query, k=self.batch.k)
-            self.rec.catalog.codes(history or [])
+            self.rec.catalog.known(as_ids(request.history or (), "history"))
         except RequestError as wrong:
             raise DataError(f"{self.batch.source}: row {number:,}: {wrong}") from None
         return request
@@ -249,6 +254,7 @@ def _begin(batch: Batch) -> int:
     said = {**asdict(batch), **where, "model": state, "files": files, "format": FORMAT}
     key = hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()
     path = batch.out / RUN
+    path.parent.mkdir(parents=True, exist_ok=True)
     known: dict[str, Any] = {}
     if path.exists():
         try:
@@ -293,9 +299,10 @@ def _write_rows(batch: Batch) -> None:
             table = pl.DataFrame({"user_id": rec.users(limit=2**31 - 1)}, schema={"user_id": pl.String})
     finally:
         rec.close()
-    draft = batch.out / f".{ROWS}"
+    rows = batch.out / ROWS
+    draft = rows.with_suffix(".tmp")
     table.write_parquet(draft)
-    draft.replace(batch.out / ROWS)
+    draft.replace(rows)
 
 
 def _scan(batch: Batch) -> pl.LazyFrame:
@@ -307,7 +314,7 @@ def _scan(batch: Batch) -> pl.LazyFrame:
         column, kind = pl.col(name), known[name]
         if isinstance(kind, pl.List):
             whole = kind.inner is not None and kind.inner.is_float()
-            column = (column.cast(pl.List(pl.Int64)) if whole else column).cast(pl.List(pl.String))
+            column = column if whole else column.cast(pl.List(pl.String))
         elif name in ("query", "text"):
             column = column.cast(pl.String)
         chosen.append(column)
@@ -321,7 +328,9 @@ def _files(batch: Batch) -> list[Path]:
     place = Path(batch.source)
     if place.is_dir():
         return sorted(place.glob("*.parquet"))
-    return [place] if place.exists() else sorted(place.parent.glob(place.name))
+    if place.exists():
+        return [place]
+    return sorted(Path(place.anchor).glob(str(place.relative_to(place.anchor))))
 
 
 def _source(batch: Batch) -> pl.LazyFrame:

@@ -88,7 +88,14 @@ class Changing(Asking):
         StoreError
             If the event store cannot be used, or the saved recommender was replaced by another.
         """
-        checked = live_events(events, self._state.catalog, self.config.data.clock, int(time.time()))
+        given, clock, now = list(events), self.config.data.clock, int(time.time())
+        try:
+            checked = live_events(given, self._state.catalog, clock, now)
+        except RequestError:
+            # Another process may have put the item just now.
+            if not self.follow():
+                raise
+            checked = live_events(given, self._state.catalog, clock, now)
         with self._slot.use() as store:
             if self._saved is not None:
                 self._saved.check_events()

@@ -86,8 +86,11 @@ def fetch(
 @app.command()
 def fit(
     items: Annotated[str, typer.Option(help="Items: .parquet, .csv(.gz), .tsv(.gz), .jsonl(.gz), .item.")],
-    events: Annotated[str, typer.Option(help="Events: .parquet, .csv(.gz), .tsv(.gz), .jsonl(.gz), .inter.")],
     out: Annotated[Path, typer.Option(help="Directory of the recommender.")],
+    events: Annotated[
+        str | None,
+        typer.Option(help="Events: .parquet, .csv(.gz), .tsv(.gz), .jsonl(.gz), .inter. Left out: none yet."),
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file; the flags below win over it.")] = None,
     clock: Annotated[str | None, typer.Option(help="time, or none: rows are in order.")] = None,
     policy: Annotated[str | None, typer.Option(help="Bad rows: raise, or drop and count.")] = None,
@@ -134,7 +137,10 @@ def fit(
         on_stage("saving")
         rec.save(out)
     say(f"items: {catalog.report}")
-    say("; ".join(filter(None, [f"events: {log.report}", log.span()])))
+    if events is None:
+        say("events: none yet, texts decide; then observe, and refit --choose")
+    else:
+        say("; ".join(filter(None, [f"events: {log.report}", log.span()])))
     if search is not None:
         show_families(rec.recipe)
     say_weights(rec.recipe)
@@ -336,6 +342,8 @@ def add_items(
     rec = Recommender.load(model)
     catalog = read_catalog(items, rec.config.data, rec.catalog.attributes)
     rec.add_items(catalog.items(range(len(catalog))))
+    # With their vectors: who loads it need not encode them again.
+    rec.save(model)
     say(f"items: {catalog.report}")
 
 
@@ -352,16 +360,23 @@ def remove_items(
 
 
 @app.command()
-def refit(model: Model) -> None:
+def refit(
+    model: Model,
+    choose: Annotated[
+        bool,
+        typer.Option("--choose", help="Choose settings and weights anew; drops a tuned language model."),
+    ] = False,
+) -> None:
     """Fit the retrievers again on all stored events; settings, weights and language model stay."""
     from llmrec.recommender import Recommender
 
     rec = Recommender.load(model)
     with stages() as on_stage:
-        on_stage("fitting on all events")
-        rec.refit()
+        rec.refit(choose=choose, on_stage=on_stage)
         on_stage("saving")
         rec.save(model)
+    if choose:
+        say_weights(rec.recipe)
     typer.echo(str(model))
 
 

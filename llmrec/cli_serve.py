@@ -13,7 +13,9 @@ from llmrec.cli_show import say
 from llmrec.errors import ConflictError
 
 if TYPE_CHECKING:
+    from llmrec.recommender import Recommender
     from llmrec.serve import ServeConfig
+    from llmrec.serve.workers import Job
 
 Model = Annotated[Path, typer.Argument(help="Directory of a saved recommender.", show_default=False)]
 Store = Annotated[
@@ -82,6 +84,7 @@ def serve(
     if settings.workers > 1:
         with listen(settings.host, settings.port) as listening:
             Workers(job, listening, say).run(lambda: _say_where(settings, listening))
+        _keep_items(job)
         return
     rec = load(job)
     app = None
@@ -93,14 +96,30 @@ def serve(
             run_app(app, listening)
     finally:
         if app is not None and app.state.service.changed:
-            say(f"saving the items that changed in {model}")
-            try:
-                rec.save(model)
-            except ConflictError as conflict:
-                say(
-                    f"{conflict}. Items that were put or removed here are known to the other process if it "
-                    f"loaded this directory; if it replaced the directory, put them again"
-                )
+            _save(rec, model)
+        rec.close()
+
+
+def _save(rec: Recommender, model: Path) -> None:
+    say(f"saving the items that changed in {model}")
+    try:
+        rec.save(model)
+    except ConflictError as conflict:
+        say(
+            f"{conflict}. Items that were put or removed here are known to the other process if it "
+            f"loaded this directory; if it replaced the directory, put them again"
+        )
+
+
+def _keep_items(job: Job) -> None:
+    """Save what workers stored of items, so that who loads the directory need not encode them again."""
+    from llmrec.serve.workers import load
+
+    rec = load(job)
+    try:
+        if rec.unsaved_items:
+            _save(rec, job.model)
+    finally:
         rec.close()
 
 

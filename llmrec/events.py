@@ -143,6 +143,14 @@ class EventLog:
         ranks = catalog.id_ranks() if ties == "item" else None
         return _ordered(users, user, item[keep], seconds, weight[keep], ranks, report)
 
+    @classmethod
+    def none(cls, clock: Clock = "time") -> EventLog:
+        """A log of nothing, for a catalogue that nobody has chosen from yet."""
+        nothing = np.empty(0, dtype=np.int32)
+        stamps = np.empty(0, dtype=np.int64) if clock == "time" else None
+        report = Problems("events", 0).finish("raise", [], empty=True)
+        return _ordered([], nothing, nothing, stamps, np.empty(0, dtype=np.float32), None, report)
+
     def __len__(self) -> int:
         return len(self.item)
 

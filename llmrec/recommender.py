@@ -17,7 +17,7 @@ from llmrec.assembly import encode, read_catalog, read_log
 from llmrec.catalog import Catalog
 from llmrec.changing import Changing
 from llmrec.config import Config, located, one_base
-from llmrec.errors import ConfigError, RequestError
+from llmrec.errors import ConfigError, DataError, RequestError
 from llmrec.evaluation.run import Systems, run_systems
 from llmrec.evaluation.split import Part, tail
 from llmrec.events import EventLog
@@ -25,7 +25,7 @@ from llmrec.families import Texts
 from llmrec.index.making import dropped_on_error, make_index
 from llmrec.index.server import ServerIndex
 from llmrec.protocols import Retriever
-from llmrec.recipe import Recipe
+from llmrec.recipe import Recipe, RetrievalConfig
 from llmrec.saved import Saved, drop_index, drop_replaced, index_of, open_events
 from llmrec.selection import choose_recipe
 from llmrec.state import State
@@ -98,6 +98,11 @@ class Recommender(Changing):
         """Whether there is a tuned language model, loaded or not, of whatever weight."""
         return self._state.lm is not None or self._adapter is not None
 
+    @property
+    def unsaved_items(self) -> bool:
+        """Whether items were put or removed that the saved directory has in its event store alone."""
+        return self._saved is None or self._applied > self._saved.changes
+
     # ---- making one -----------------------------------------------------------------------------
 
     @classmethod
@@ -115,7 +120,8 @@ class Recommender(Changing):
         ----------
         items, events
             Paths (parquet, csv, jsonl, RecBole atomic files), frames of polars or pandas,
-            `datasets.Dataset`, or lists of `Item` and `Event`.
+            `datasets.Dataset`, or lists of `Item` and `Event`. Without a log yet, `events` is None: texts
+            decide until events were observed and `refit`.
         config
             A `Config`, a mapping, or the path of a TOML file.
         on_stage
@@ -135,15 +141,11 @@ class Recommender(Changing):
         index_url = config.index.wanted()
         texts = encode(catalog.lines(), config, on_stage, index_url)
         with dropped_on_error(texts.index):
-            train, part = tail(log)
-            repeats = config.retrieval.has_repeats(log.repeat_share())
-            search = config.retrieval.for_repeats(repeats)
-            held_out = part.sample(search.search_users, search.seed).held_out(catalog.active, not repeats)
-            recipe, _ = choose_recipe(train, held_out, texts, search, lambda s: on_stage(f"choosing {s}"))
+            recipe, repeats = _chosen(log, catalog, texts, config.retrieval, on_stage)
             on_stage("fitting on all events")
             store = SQLiteStore(":memory:")
             store.append(log.to_events(catalog))
-            state = State(catalog, texts, recipe, {}, repeats, search.depth)
+            state = State(catalog, texts, recipe, {}, repeats, config.retrieval.depth)
             return cls(config, state.refitted(log), store, url=url, index_url=index_url)
 
     def finetune(
@@ -227,14 +229,39 @@ class Recommender(Changing):
             persistence.clear_run(run)
         return report
 
-    def refit(self) -> None:
-        """Fit the retrievers again on all stored events; settings, weights and language model stay."""
+    def refit(self, *, choose: bool = False, on_stage: Callable[[str], None] = lambda stage: None) -> None:
+        """Fit the retrievers again on all stored events; settings, weights and language model stay.
+
+        Parameters
+        ----------
+        choose
+            Choose settings and weights anew on a held-out tail, as `fit` does: the log has grown much, or
+            there was none. A tuned language model, whose weight is chosen beside the others, is dropped; it
+            comes back with `finetune`.
+        on_stage
+            Told the name of each stage as it begins.
+
+        Raises
+        ------
+        DataError
+            If there is nothing to choose on: no event is stored.
+        """
+        self.follow()
+        # Others go on with the old state meanwhile, and may put items.
+        state = self._state
+        with self._slot.use() as store:
+            empty = store.count() == 0
+        log = None if empty and not choose else self._log(state.catalog)
+        if log is not None and choose:
+            recipe, repeats = _chosen(log, state.catalog, state.texts, self.config.retrieval, on_stage)
+            state = replace(state, recipe=recipe, repeats=repeats, lm=None)
+        on_stage("fitting on all events")
+        fitted = state.refitted(log)
         with self._changing:
-            self.follow()
-            with self._slot.use() as store:
-                empty = store.count() == 0
-            self._state = self._state.refitted(None if empty else self._log())
+            self._state = fitted.after(self._state, lm=not choose)
             self._model = uuid.uuid4().hex
+            if choose:
+                self._adapter, self._run = None, None
 
     def evaluate(self, events: Any, *, users: int | None = None, seed: int = 0) -> Systems:
         """Rank the catalogue for users whose next event is known, and compare the stages.
@@ -274,6 +301,8 @@ class Recommender(Changing):
         """Stored events, in codes of a catalogue; of the one that is served by default."""
         with self._slot.use() as store:
             columns = store.columns()
+        if not len(columns.users):
+            raise DataError("no events are stored: there is nothing to learn from")
         frame = pl.DataFrame(
             {
                 "user_id": columns.users,
@@ -469,3 +498,15 @@ def _version() -> str:
     from llmrec import __version__
 
     return __version__
+
+
+def _chosen(
+    log: EventLog, catalog: Catalog, texts: Texts, config: RetrievalConfig, on_stage: Callable[[str], None]
+) -> tuple[Recipe, bool]:
+    """Settings and weights by a held-out tail of the log, and whether seen items may come back."""
+    train, part = tail(log)
+    repeats = config.has_repeats(log.repeat_share())
+    search = config.for_repeats(repeats)
+    held_out = part.sample(search.search_users, search.seed).held_out(catalog.active, not repeats)
+    recipe, _ = choose_recipe(train, held_out, texts, search, lambda s: on_stage(f"choosing {s}"))
+    return recipe, repeats

@@ -20,6 +20,7 @@ OPERATORS = ("in", "not", "all", "gte", "gt", "lte", "lt", "exists", "match")
 
 _MAX_DEPTH = 20
 _MAX_CONDITIONS = 100
+_MAX_MATCHES = 5  # each reads a text of every item
 _COMPARE: dict[str, Callable[[pl.Series, float], pl.Series]] = {
     "gte": lambda column, bound: column >= bound,
     "gt": lambda column, bound: column > bound,
@@ -107,7 +108,7 @@ def compile_where(where: Mapping[str, Any] | None, catalog: Catalog) -> Mask | N
     - ``{"genres": "Comedy"}`` equals, or contains for a list; ``{"year": [1994, 1995]}`` any of;
     - ``{"in": [...]}`` any of, ``{"all": [...]}`` each of, ``{"not": value, list or operators}``;
     - ``{"gte": 1, "lt": 20}`` and ``gt``, ``lte`` for numbers; ``{"exists": true}``;
-    - ``{"match": "word"}`` whole words in a text, case does not count;
+    - ``{"match": "word"}`` whole words in a text, case does not count; at most five in all;
     - ``{"any": [{...}, {...}]}``, in place of an attribute, is or.
 
     An item that lacks the attribute meets only ``not`` and ``{"exists": false}``. Removed items are not
@@ -123,6 +124,9 @@ def compile_where(where: Mapping[str, Any] | None, catalog: Catalog) -> Mask | N
     count = _count(where, 0)
     if count > _MAX_CONDITIONS:
         raise RequestError(f"where has {count:,} conditions; at most {_MAX_CONDITIONS} are taken")
+    matches = _count_matches(where, 0)
+    if matches > _MAX_MATCHES:
+        raise RequestError(f"where has {matches:,} times match; at most {_MAX_MATCHES} are taken")
     return _conditions(where, catalog, 0)
 
 
@@ -138,6 +142,15 @@ def _count(part: Any, depth: int) -> int:
     if _is_alternatives(part):
         return sum(_count(each, depth + 1) for each in part)
     return 1
+
+
+def _count_matches(part: Any, depth: int) -> int:
+    """How often texts are searched; what is nested too deep is cut."""
+    if depth > _MAX_DEPTH:
+        return 0
+    if isinstance(part, Mapping):
+        return sum((name == "match") + _count_matches(value, depth + 1) for name, value in part.items())
+    return sum(_count_matches(each, depth + 1) for each in part) if _is_alternatives(part) else 0
 
 
 def _conditions(where: Any, catalog: Catalog, depth: int) -> Mask:

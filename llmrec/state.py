@@ -134,6 +134,21 @@ class State:
         retrievers = fit_retrievers(training_log(log), self.texts, self.recipe)
         return replace(self, retrievers=retrievers, log=log.fingerprint)
 
+    def after(self, now: State, *, lm: bool) -> State:
+        """The same with the items that came while it was fitted, and the present language models.
+
+        Parameters
+        ----------
+        lm
+            Whether the own language model stays.
+        """
+        retrievers = self.retrievers
+        if now.texts is not self.texts:
+            retrievers = grow_retrievers(retrievers, now.texts, self.recipe)
+        own = now.lm if lm else None
+        kept = replace(self, catalog=now.catalog, texts=now.texts, retrievers=retrievers)
+        return replace(kept, lm=own, adapters=now.adapters)
+
     def with_catalog(self, catalog: Catalog, *, listed: bool = True) -> State:
         """The same over a catalogue in which items were added or replaced; for a while if not `listed`."""
         if catalog.lines() is self.texts.lines:

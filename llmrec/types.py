@@ -56,8 +56,8 @@ class Request:
     user
         Id whose stored history is used. An unknown user has an empty history.
     history
-        Item ids or events, oldest first; used instead of the stored history. Ids that are not in the catalogue
-        do not count; it is an error if none is.
+        Item ids or events, oldest first; used instead of the stored history. Those that are not in the
+        catalogue do not count; it is an error if none is.
     query
         A wish typed in words.
     k

@@ -3,12 +3,13 @@
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import polars as pl
 import pytest
 
-from llmrec import Recommender, Request, batch
+from llmrec import Event, Item, Recommender, Request, batch
 from llmrec.batch import Batch, run
 from llmrec.errors import DataError, ModelError, RequestError
 from llmrec.testing import toy_data
@@ -74,6 +75,30 @@ def test_rows_with_histories_and_wishes_and_any_order_of_columns(model, rec, tmp
         pl.DataFrame({"user_id": [n, n + 10]}).write_parquet(tmp_path / f"users-{n}.parquet")
     run(Batch("recommend", model, tmp_path / "ids", str(tmp_path / "users-*.parquet"), k=2, size=3))
     assert parts(tmp_path / "ids")["user_id"].unique(maintain_order=True).to_list() == ["0", "10", "1", "11"]
+
+
+def test_lists_with_missing_values_and_ids_ahead_of_the_catalogue_are_read(model, tmp_path):
+    items = [Item(str(n), f"Title {n}") for n in range(9)]
+    rec = Recommender.fit(items, [Event(f"u{n % 5}", str(n % 9), n) for n in range(40)], CONFIG)
+    rec.save(tmp_path / "model")
+    rows = {"history": [[1.0, float("nan"), 2.0], [None, 3.0], [4.0, 999.0]]}
+    folder = tmp_path / "asked" / "today"
+    folder.mkdir(parents=True)
+    pl.DataFrame(rows).write_parquet(folder / "rows.parquet")
+    job = Batch(
+        "recommend", tmp_path / "model", tmp_path / "out", str(tmp_path / "asked/*/rows.parquet"), k=3
+    )
+    assert run(job) == 3
+    asked = [Request(history=history, k=3) for history in (["1", "2"], ["3"], ["4"])]
+    found = pl.read_parquet(tmp_path / "out/*.parquet")
+    assert found.select("rank", "item_id", "score").rows() == online(rec, asked)
+    time.sleep(0.01)
+    pl.DataFrame({"history": [[1.5]]}).write_parquet(folder / "rows.parquet")
+    with pytest.raises(DataError, match="its contents"):
+        run(job)
+    with pytest.raises(DataError, match=r"row 0: history must be text or a whole number, got 1\.5"):
+        run(replace(job, out=tmp_path / "fractions"))
+    rec.close()
 
 
 def test_texts_become_the_encoders_vectors(model, rec, tmp_path):

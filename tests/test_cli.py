@@ -220,6 +220,8 @@ def test_new_data_is_taken_into_a_model_and_a_fit_does_not_drop_it(data, fitted,
     rows = "".join(f"u{n},new1,{2_000_000_000 + n}\n" for n in range(9))
     (tmp_path / "events.csv").write_text(f"user_id,item_id,timestamp\n{rows}")
     run("add-items", model, "--items", tmp_path / "items.csv")
+    # Who loads it next need not encode them again.
+    assert not Recommender.load(model).unsaved_items
     for new in (9, 0):
         assert f"; {new} new" in run("observe", model, "--events", tmp_path / "events.csv").stderr
     run("refit", model)
@@ -248,6 +250,16 @@ def fails(monkeypatch, capsys):
         return errors[0]
 
     return check
+
+
+def test_a_catalogue_without_a_log_is_a_beginning(fails, data, tmp_path):
+    begun = run("fit", "--items", data / "items.jsonl", "--out", tmp_path / "new", "--encoder", "light")
+    assert "events: none yet, texts decide" in begun.stderr
+    title = run_json("recommend", tmp_path / "new", "--history", "i3")[0]["title"]
+    assert run_json("search", tmp_path / "new", title)[0]["title"] == title
+    assert "no events are stored" in fails("refit", tmp_path / "new", "--choose")
+    run("observe", tmp_path / "new", "--events", data / "events.csv")
+    assert "weights by history:" in run("refit", tmp_path / "new", "--choose").stderr
 
 
 def test_bad_requests(fails, fitted, tmp_path, monkeypatch):

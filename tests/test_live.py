@@ -11,7 +11,9 @@ import polars as pl
 import pytest
 
 from llmrec import Event, Item, Recommender
-from llmrec.errors import ConflictError, DataError, RequestError, StoreError
+from llmrec.errors import ConflictError, DataError, NotFoundError, RequestError, StoreError
+from llmrec.serve import ServeConfig, Service
+from llmrec.serve.models import ItemIn
 from llmrec.testing import toy_data
 
 LIGHT = {"encoder": {"name": "light", "dim": 16}, "retrieval": {"search": False}}
@@ -189,6 +191,26 @@ def test_two_processes_follow_each_other_and_end_with_the_same_catalogue(opened)
         assert ids(rec.search("harbour", k=1)) == ["x"]
         assert "y" not in ids(rec.search("zeppelin", k=50))
     assert one.catalog.fingerprint == two.catalog.fingerprint
+
+
+def test_what_one_process_put_is_known_to_all_at_the_first_request_that_names_it(opened):
+    one, two = opened(), opened()
+    one.add_items([Item("x", "Zeppelin X"), Item("y", "Zeppelin Y"), Item("z", "Zeppelin Z")])
+    assert two.observe("u1", "x")
+    one.add_items([Item("a", "Airship A"), Item("b", "Airship B")])
+    service = Service(two, ServeConfig(follow_seconds=3600))
+    try:
+        assert service.item("a").title == "Airship A"
+        one.add_items([Item("c", "Airship C"), Item("d", "Airship D")])
+        assert service.put_item("c", ItemIn(title="Airship C, larger"))[1] is False
+        one.add_items([Item("e", "Airship E")])
+        service.remove_item("e")
+        with pytest.raises(NotFoundError, match="nowhere"):
+            service.item("nowhere")
+    finally:
+        service.close()
+    with pytest.raises(RequestError, match="unknown item 'nowhere'"):
+        two.observe("u1", "nowhere")
 
 
 def test_a_refit_takes_in_the_events_of_items_that_another_process_put(opened):

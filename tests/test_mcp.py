@@ -4,6 +4,8 @@ import asyncio
 import hashlib
 import json
 import sys
+import threading
+import time
 from contextlib import asynccontextmanager
 
 import pytest
@@ -223,6 +225,46 @@ def test_over_http_and_a_key_that_may_only_read_sees_no_tool_that_writes(rec):
     assert names == TOOLS - {"record_event"} and "nowhere" not in told
     names, told = asyncio.run(talk(create_app(rec, ServeConfig.of({"keys": keys})), "write", "shop.example"))
     assert names == TOOLS and "nowhere" in told
+
+
+def test_calls_that_wait_hold_up_no_write_and_those_beyond_the_queue_are_refused(rec):
+    waiting, events = threading.Event(), []
+
+    class Slow:
+        def __getattr__(self, name):
+            return getattr(rec, name)
+
+        def recommend_many(self, requests, *, lm=True):
+            assert waiting.wait(30)
+            return rec.recommend_many(requests, lm=lm)
+
+        def observe_many(self, given):
+            events.extend(given)
+            return len(events)
+
+        def warm_up(self):
+            return ()
+
+    async def flood():
+        app = create_app(Slow(), ServeConfig(queue=50, batch=1))
+        async with over_http(app) as client:
+            calls = [asyncio.create_task(client.call_tool("recommend", {"k": 1})) for _ in range(80)]
+            await asyncio.sleep(1)
+            transport = httpx2.ASGITransport(app)
+            async with httpx2.AsyncClient(transport=transport, base_url="http://127.0.0.1:8000") as http:
+                begun = time.monotonic()
+                stored = await http.post("/v1/events", json={"user_id": "u1", "item_id": "i1"})
+                took = time.monotonic() - begun
+                stream = await http.get("/mcp", headers={"Accept": "text/event-stream"})
+            waiting.set()
+            return stored.status_code, took, stream.status_code, await asyncio.gather(*calls)
+
+    status, took, stream, answers = asyncio.run(flood())
+    assert status == 201 and len(events) == 1 and took < 5
+    # There is nothing that the server would say on a stream of its own.
+    assert stream == 405
+    refused = [one.content[0].text for one in answers if one.is_error]
+    assert len(refused) >= 80 - 50 - 2 and all("busy" in told or "wait" in told for told in refused)
 
 
 def test_without_keys_another_name_for_this_machine_is_refused(rec):

@@ -13,9 +13,10 @@ import numpy as np
 import polars as pl
 import pytest
 
-from llmrec import Event, Item, LLMRecError, Recommender, Request
+from llmrec import Event, Item, LLMRecError, Recommender, Request, asking
 from llmrec.candidates import Calibration, Weights
 from llmrec.errors import ConflictError, DataError, ModelError, RequestError, StoreError
+from llmrec.state import State
 from llmrec.testing import tiny_lm, toy_data
 from llmrec.timing import Timing
 
@@ -125,6 +126,65 @@ def test_rules_hold_and_may_leave_less_than_k(rec, data):
 def test_a_bad_request_is_a_clear_error(rec, fields):
     with pytest.raises(RequestError):
         rec.recommend(**fields)
+
+
+@pytest.mark.parametrize("clock", ["time", "none"])
+def test_without_a_log_texts_decide_until_events_are_observed_and_weights_chosen(data, clock, tmp_path):
+    items, events = data
+    rec = Recommender.fit(items, None, {**LIGHT, "data": {"clock": clock}})
+    word = items[7].title.split()[0]
+    assert word in rec.search(word, k=1)[0].title
+    assert rec.similar(items[7].item_id) and rec.recommend(k=3) and rec.seeds(3)
+    assert {s.name for r in rec.recommend(history=[items[7].item_id]) for s in r.sources} >= {"profile"}
+    with pytest.raises(DataError, match="no events are stored"):
+        rec.refit(choose=True)
+    rec.observe_many(events)
+    rec.save(tmp_path / "model")
+    rec = Recommender.load(tmp_path / "model")
+    rec.refit(choose=True)
+    fitted = Recommender.fit(items, events, {**LIGHT, "data": {"clock": clock}})
+    assert rec.recipe == fitted.recipe and rec.recommend(user="u1") == fitted.recommend(user="u1")
+
+
+def test_of_a_long_stored_history_the_latest_events_are_read(rec, data, monkeypatch):
+    monkeypatch.setattr(asking, "LONGEST", 3)
+    chosen = [item.item_id for item in data[0][:5]]
+    rec.observe_many([Event("long", item_id, n) for n, item_id in enumerate(chosen)])
+    found = rec.recommend(user="long", k=40)
+    assert found == rec.recommend(history=chosen[2:], k=40) and chosen[0] in ids(found)
+    # A replay finds its moment, however long ago.
+    assert rec.recommend(user="long", now=1) == rec.recommend(history=chosen[:2])
+
+
+def test_items_are_put_while_retrievers_are_fitted(rec, monkeypatch):
+    fitting, go, fit = threading.Event(), threading.Event(), State.refitted
+
+    def refitted(self, log):
+        fitting.set()
+        assert go.wait(30)
+        return fit(self, log)
+
+    monkeypatch.setattr(State, "refitted", refitted)
+    with ThreadPoolExecutor() as threads:
+        done = threads.submit(rec.refit)
+        assert fitting.wait(30)
+        rec.add_items([Item("new", "Zeppelin")])
+        rec.remove_items([rec.catalog.ids[0]])
+        assert ids(rec.search("zeppelin", k=1)) == ["new"]
+        go.set()
+        done.result(30)
+    assert ids(rec.search("zeppelin", k=1)) == ["new"]
+    assert rec.catalog.ids[0] not in ids(rec.recommend(k=100)) and "new" in ids(rec.recommend(k=100))
+
+
+def test_choosing_anew_drops_the_language_model_until_it_is_tuned_again(tuned, tmp_path):
+    tuned.save(tmp_path / "model")
+    rec = Recommender.load(tmp_path / "model")
+    assert rec.has_language_model
+    rec.refit(choose=True)
+    rec.save(tmp_path / "model")
+    again = Recommender.load(tmp_path / "model")
+    assert not again.has_language_model and again.recommend(user="u1") == rec.recommend(user="u1")
 
 
 def test_observe_counts_in_the_next_request_and_forget_erases(rec, data):

@@ -277,6 +277,16 @@ def test_what_the_language_model_has_no_weight_in_is_not_degraded_and_does_not_w
 # ---- documents and vectors -----------------------------------------------------------------------------
 
 
+def test_the_first_typed_word_waits_for_nothing_and_who_changes_items_builds_the_index(fitted, serve):
+    rec = Recommender.fit(*toy_data(), LIGHT)
+    assert not rec._state.retrievers["bm25"]._index.is_built
+    serve(rec).warm_up()
+    assert rec._state.retrievers["bm25"]._index.is_built
+    rec.add_items([Item(f"new{n}", f"Zeppelin {n}") for n in range(300)])
+    index = rec._state.retrievers["bm25"]._index
+    assert index.is_built and len(index.lines) == 340
+
+
 def test_documents_are_compared_with_the_query_and_the_history(fitted):
     documents = [m.Document(text="Blue River"), m.Document(text="Piano"), m.Document(id="i3")]
     encode = fitted.texts.encoder.encode

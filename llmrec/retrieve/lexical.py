@@ -31,6 +31,11 @@ class _Index:
         self._built = False
         self._lock = threading.Lock()
 
+    @property
+    def is_built(self) -> bool:
+        """Whether it was asked before."""
+        return self._built
+
     def scores(self, words: Sequence[str]) -> Floats:
         """BM25 of every line, shape (lines,)."""
         known = [word for word in words if self.count(word)]
@@ -40,15 +45,19 @@ class _Index:
 
     def count(self, word: str) -> int:
         """Return how many lines have a word."""
-        with self._lock:
-            if not self._built:
-                self._build()
-                self._built = True
+        self.build()
         if self._index is None or word not in self._index.vocab_dict:
             return 0
         place = self._index.vocab_dict[word]
         starts = self._index.scores["indptr"]
         return int(starts[place + 1] - starts[place])
+
+    def build(self) -> None:
+        """Build the index unless it is built."""
+        with self._lock:
+            if not self._built:
+                self._build()
+                self._built = True
 
     def _build(self) -> None:
         import bm25s
@@ -87,7 +96,11 @@ class BM25Retriever:
         """The same for a catalogue whose lines changed or grew; this one stays as it is."""
         changed = changed_lines(self.lines, lines)
         if len(self._aside) + len(changed) > max(ASIDE, ASIDE_SHARE * len(lines)):
-            return BM25Retriever(lines)
+            new = BM25Retriever(lines)
+            if self._index.is_built:
+                # Who changes items waits for it, not who searches next.
+                new._index.build()
+            return new
         made = BM25Retriever(lines)
         made._index = self._index
         made._aside = {**self._aside, **{code: telling_words(lines[code]) for code in changed}}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from importlib.resources import files
 from typing import Annotated, Any
 
@@ -49,7 +49,9 @@ HEADERS = {
 }
 
 
-def browsing(service: Service, writer: Callable[[Request], None], components: Mapping[str, str]) -> APIRouter:
+def browsing(
+    service: Service, writer: Callable[[Request], Awaitable[None]], components: Mapping[str, str]
+) -> APIRouter:
     """Make the routes.
 
     Parameters
@@ -95,7 +97,7 @@ def _add_catalogue(router: APIRouter, service: Service, components: Mapping[str,
         return await _pooled(service, Service.item, item_id)
 
 
-def _add_people(router: APIRouter, service: Service, writer: Callable[[Request], None]) -> None:
+def _add_people(router: APIRouter, service: Service, writer: Callable[[Request], Awaitable[None]]) -> None:
     @router.post("/seeds", response_model=m.ItemsResponse)
     async def seeds(body: b.SeedsRequest) -> Response:
         """Choose popular items unlike each other, to ask a newcomer about; each choice narrows the next."""

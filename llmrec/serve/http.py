@@ -102,7 +102,7 @@ def create_app(
         browsing(service, _writer, {name: meaning.clause for name, meaning in MEANINGS.items()})
     )
     app.router.routes.extend(page_routes())
-    app.router.routes.append(Route("/mcp", endpoint=mcp, include_in_schema=False))
+    app.router.routes.append(Route("/mcp", endpoint=mcp, methods=["POST"], include_in_schema=False))
     app.add_exception_handler(LLMRecError, _on_error)
     app.add_exception_handler(RequestValidationError, _on_invalid)
     app.add_exception_handler(StarletteHTTPException, _on_http)
@@ -191,7 +191,7 @@ def _reranking(service: Service) -> APIRouter:
     return router
 
 
-def _writer(request: Request) -> None:
+async def _writer(request: Request) -> None:
     if request.state.role != "write":
         raise HTTPException(403, "this key may read only; storing and deleting needs one with role write")
 

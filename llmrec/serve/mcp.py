@@ -3,6 +3,7 @@
 # Without `from __future__ import annotations`: the SDK reads the annotations of the tools, and those of
 # numbers and lists hold bounds from the configuration, which are known only inside the function.
 
+import asyncio
 import json
 import logging
 from collections.abc import Iterator
@@ -138,7 +139,7 @@ def _add_finding(server: MCPServer, service: Service) -> None:
     ]
 
     @server.tool(title="Recommend items", annotations=READ)
-    def recommend(
+    async def recommend(
         user: User = None,
         history: History = None,
         query: Words = None,
@@ -157,10 +158,10 @@ def _add_finding(server: MCPServer, service: Service) -> None:
         body: dict[str, Any] = dict(user=user, history=history, query=query, k=k, where=where)
         body |= dict(exclude=exclude, caps=caps, diversity=diversity, explain=explain)
         with _told():
-            return _found(service.recommend(m.read(m.RecommendRequest, body)))
+            return _found(await _answer(service, m.read(m.RecommendRequest, body)))
 
     @server.tool(title="Search the catalogue", annotations=READ)
-    def search_items(
+    async def search_items(
         query: Annotated[str, Field(min_length=1, description="Words of titles or descriptions.")],
         user: User = None,
         k: Count = 10,
@@ -169,16 +170,16 @@ def _add_finding(server: MCPServer, service: Service) -> None:
         """Find items by words, also those that a user chose before. Use it to turn titles into item ids."""
         with _told():
             body = m.read(m.SearchRequest, dict(query=query, user=user, k=k, where=where))
-            return _found(service.search(body))
+            return _found(await _answer(service, body))
 
     @server.tool(title="Items like one item", annotations=READ)
-    def similar_items(
+    async def similar_items(
         item_id: Annotated[m.Id, Field(description="Id of the item.")], k: Count = 10, where: Where = None
     ) -> Found:
         """Find items like one item: by their texts, and by what people chose around it."""
         with _told():
             body = m.read(m.SimilarRequest, dict(item_id=item_id, k=k, where=where))
-            return _found(_pooled(service, service.similar, body))
+            return _found(await _pooled(service, service.similar, body))
 
 
 def _add_asking(server: MCPServer, service: Service) -> None:
@@ -187,7 +188,7 @@ def _add_asking(server: MCPServer, service: Service) -> None:
     Said = Annotated[list[m.Id], Field(max_length=limits.max_history, description="Ids of items.")]
 
     @server.tool(title="Items to ask about", annotations=READ)
-    def items_to_ask_about(
+    async def items_to_ask_about(
         chosen: Said = [],  # noqa: B006 - the SDK puts it into the schema; it is never changed
         passed: Said = [],  # noqa: B006
         k: Count = 5,
@@ -201,7 +202,7 @@ def _add_asking(server: MCPServer, service: Service) -> None:
         """
         with _told():
             body = m.read(b.SeedsRequest, dict(chosen=chosen, passed=passed, k=k, where=where))
-            return _found(_pooled(service, b.seeds, service, body))
+            return _found(await _pooled(service, b.seeds, service, body))
 
 
 def _add_ordering(server: MCPServer, service: Service) -> None:
@@ -212,14 +213,16 @@ def _add_ordering(server: MCPServer, service: Service) -> None:
     History = Annotated[list[m.Id] | None, _history(limits)]
 
     @server.tool(title="Order given items", annotations=READ)
-    def rank_items(item_ids: Items, user: User = None, history: History = None, query: Words = None) -> Found:
+    async def rank_items(
+        item_ids: Items, user: User = None, history: History = None, query: Words = None
+    ) -> Found:
         """Order items you have already by how well they suit a user, a history or a wish. All come back."""
         body = dict(items=item_ids, user=user, history=history, query=query)
         with _told():
-            return _found(_pooled(service, service.rank, m.read(m.RankRequest, body)))
+            return _found(await _pooled(service, service.rank, m.read(m.RankRequest, body)))
 
     @server.tool(title="Explain items", annotations=READ)
-    def explain(
+    async def explain(
         item_ids: Items, user: User = None, history: History = None, query: Words = None
     ) -> Explained:
         """Show the evidence for items: which components speak for each and how much they add to its score.
@@ -229,13 +232,13 @@ def _add_ordering(server: MCPServer, service: Service) -> None:
         """
         body = dict(items=item_ids, user=user, history=history, query=query)
         with _told():
-            ranked = _pooled(service, service.rank, m.read(m.RankRequest, body))
+            ranked = await _pooled(service, service.rank, m.read(m.RankRequest, body))
         return Explained(items=[_explained(r) for r in ranked.items])
 
 
 def _add_writing(server: MCPServer, service: Service) -> None:
     @server.tool(title="Record a choice", annotations=WRITE)
-    def record_event(
+    async def record_event(
         user: Annotated[m.Id, Field(description="Id of the user.")],
         item_id: Annotated[m.Id, Field(description="Id of the item that the user chose.")],
     ) -> Stored:
@@ -245,7 +248,7 @@ def _add_writing(server: MCPServer, service: Service) -> None:
         """
         with _told():
             event = m.read(m.EventIn, dict(user_id=user, item_id=item_id))
-            return Stored(events=_pooled(service, service.store, [event]).events)
+            return Stored(events=(await _pooled(service, service.store, [event])).events)
 
 
 def _add_resources(server: MCPServer, service: Service) -> None:
@@ -278,9 +281,14 @@ def _add_prompt(server: MCPServer) -> None:
         return f"{before} {wish}\n\n{after}"
 
 
-def _pooled(service: Service, verb: Any, *given: Any) -> Any:
+async def _answer(service: Service, body: m.RecommendRequest | m.SearchRequest) -> m.ItemsResponse:
+    """Queue a request with those of other transports."""
+    return await asyncio.wrap_future(service.begin(body))
+
+
+async def _pooled(service: Service, verb: Any, *given: Any) -> Any:
     """Run a verb in the service's pool, so that its limits hold here too."""
-    return service.submit(verb, *given).result()
+    return await asyncio.wrap_future(service.submit(verb, *given))
 
 
 @contextmanager

@@ -38,7 +38,8 @@ def by_relevance(
     Raises
     ------
     RequestError
-        If there is nothing to be relevant to, an id is unknown (of a history, all), or both a user and a history are given.
+        If there is nothing to be relevant to, an id is unknown (of a history, all), or both a user and a
+        history are given.
     """
     if not query_text(query) and user is None and history is None:
         raise RequestError("relevant to what? give a query, a user or a history")

@@ -297,7 +297,7 @@ class Service:
 
     def put_item(self, item_id: str, body: ItemIn) -> tuple[ItemOut, bool]:
         """Add an item or replace the one with this id; return it as kept, and whether it is new."""
-        new = item_id not in self.recommender.catalog
+        new = not self._is_known(item_id)
         self.recommender.add_items([item_of(item_id, body)])
         self.changed = True
         return self.item(item_id), new
@@ -332,11 +332,18 @@ class Service:
         """Return what conditions can name, see `llmrec.serve.summary.summarise`."""
         return summarise(self.recommender.catalog)
 
+    def _is_known(self, item_id: str) -> bool:
+        """Whether an item is in the catalogue, that of another process just now included."""
+        if item_id not in self.recommender.catalog:
+            self.recommender.follow()
+        return item_id in self.recommender.catalog
+
     def _known(self, item_id: str) -> None:
-        try:
-            self.recommender.catalog.code(item_id)
-        except RequestError as unknown:
-            raise NotFoundError(str(unknown)) from None
+        if not self._is_known(item_id):
+            try:
+                self.recommender.catalog.code(item_id)
+            except RequestError as unknown:
+                raise NotFoundError(str(unknown)) from None
 
 
 def _base64(vector: Floats) -> str:
