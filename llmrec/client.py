@@ -12,7 +12,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from llmrec.errors import LLMRecError, NotFoundError, OverloadError, RequestError
 from llmrec.serve import browse as b
 from llmrec.serve import models as m
-from llmrec.types import Item
+from llmrec.types import Item, as_id, as_ids
 
 if TYPE_CHECKING:
     import httpx2
@@ -37,7 +37,12 @@ class _Call(Generic[T]):
     def read(self, answer: httpx2.Response) -> T:
         """Return what a good answer holds; raise what a bad one says."""
         if answer.is_success:
-            return TypeAdapter(self.answer).validate_json(answer.content or b"null")
+            try:
+                # A newer server may say more than this client knows.
+                return TypeAdapter(self.answer).validate_json(answer.content or b"null", extra="ignore")
+            except ValidationError as other:
+                shown = answer.text[:200]
+                raise LLMRecError(f"{answer.url} gave no answer of a recommender: {shown}") from other
         try:
             problem = m.Problem.model_validate_json(answer.content)
         except ValidationError:
@@ -60,14 +65,34 @@ def _items(path: str, model: type[BaseModel], fields: Mapping[str, Any]) -> _Cal
     return _Call(m.ItemsResponse, path, m.read(model, _lists(fields)))
 
 
+_IDS = ("history", "exclude", "pins", "items", "chosen", "passed")
+
+
 def _lists(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The same with lists where the library takes tuples as well."""
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
+    """The same in JSON's terms, ids as texts: sets and numbers are taken here as by the library."""
+    values = {name: _plain(value) for name, value in fields.items()}
+    for name in _IDS:
+        if values.get(name) is not None:
+            values[name] = list(as_ids(fields[name], name, ordered=name != "exclude"))
+    if values.get("user") is not None:
+        values["user"] = as_id(values["user"], "user")
+    return values
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _plain(one) for name, one in value.items()}
+    return [_plain(one) for one in value] if isinstance(value, tuple | list | set | frozenset) else value
 
 
 def _rank(items: Sequence[str | Item], fields: Mapping[str, Any]) -> _Call[m.ItemsResponse]:
-    sent = [one if isinstance(one, str) else {"item_id": one.item_id, **_values(one)} for one in items]
-    return _items("/v1/rank", m.RankRequest, {"items": sent, **fields})
+    if isinstance(items, str | Item):
+        raise RequestError(f"rank takes a list of ids and items, got {items!r:.100}")
+    sent = [
+        {"item_id": one.item_id, **_values(one)} if isinstance(one, Item) else as_id(one, "items")
+        for one in items
+    ]
+    return _Call(m.ItemsResponse, "/v1/rank", m.read(m.RankRequest, {"items": sent, **_lists(fields)}))
 
 
 def _stages(fields: Mapping[str, Any]) -> _Call[b.StagesResponse]:
@@ -83,7 +108,7 @@ def _attributes() -> _Call[b.AttributesResponse]:
 
 
 def _predict(items: Sequence[str], fields: Mapping[str, Any]) -> _Call[m.PredictResponse]:
-    asked = {"items": list(items), **_lists(fields)}
+    asked = _lists({"items": items, **fields})
     return _Call(m.PredictResponse, "/v1/predict", m.read(m.PredictRequest, asked))
 
 
@@ -93,6 +118,8 @@ def _rerank(query: str, documents: Sequence[Any], fields: Mapping[str, Any]) -> 
 
 
 def _embed(texts: Sequence[str]) -> _Call[m.EmbeddingsResponse]:
+    if isinstance(texts, str):
+        raise RequestError(f"embed takes a list of texts, got one: {texts!r:.100}")
     asked = m.read(m.EmbeddingsRequest, {"input": list(texts)})
     return _Call(m.EmbeddingsResponse, "/v1/embeddings", asked)
 
@@ -100,7 +127,13 @@ def _embed(texts: Sequence[str]) -> _Call[m.EmbeddingsResponse]:
 def _observe(
     user: str, item: str, timestamp: int | None, weight: float, event_id: str | None
 ) -> _Call[m.EventsResponse]:
-    event = dict(user_id=user, item_id=item, timestamp=timestamp, weight=weight, event_id=event_id)
+    event = dict(
+        user_id=as_id(user, "user"),
+        item_id=as_id(item, "item"),
+        timestamp=timestamp,
+        weight=weight,
+        event_id=event_id,
+    )
     return _Call(m.EventsResponse, "/v1/events", m.read(m.EventIn, event))
 
 
@@ -150,7 +183,8 @@ class Client:
     """A blocking client. Fields of a verb are those of the request models in `llmrec.serve.models`.
 
     Every verb raises `RequestError` for what the server refuses, `NotFoundError` for an unknown item in a
-    path, `OverloadError` with `retry_after` where it is busy, and the errors of httpx2 where it is not there.
+    path, `OverloadError` with `retry_after` where it is busy, `LLMRecError` for what is no answer of a
+    recommender, and the errors of httpx2 where nothing is there.
 
     Parameters
     ----------

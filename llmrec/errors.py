@@ -5,6 +5,8 @@ A message says what happened, what was got, and what to do about it.
 
 from __future__ import annotations
 
+import logging
+
 
 class LLMRecError(Exception):
     """Base of all errors raised by llmrec."""
@@ -56,3 +58,18 @@ class OverloadError(LLMRecError):
     def __init__(self, message: str, retry_after: int = 1) -> None:
         super().__init__(message)
         self.retry_after = retry_after
+
+
+logger = logging.getLogger(__name__)
+
+
+def told(error: LLMRecError) -> str:
+    """What a language model or somebody outside is told of an error.
+
+    What is wrong with a call is said in the library's words. Where stores and models are concerns nobody
+    outside: that goes to the log.
+    """
+    if isinstance(error, RequestError | DataError | OverloadError):
+        return str(error)
+    logger.error("%s", error)
+    return "this cannot be answered just now; the log says why"

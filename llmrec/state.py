@@ -119,8 +119,8 @@ class State:
         if name is None:
             return self
         if name not in self.adapters:
-            known = ", ".join(map(repr, self.adapters)) or "none"
-            raise RequestError(f"unknown adapter {name!r}; known are {known}")
+            # The names of the others concern nobody who asks; `Recommender.adapters` has them.
+            raise RequestError(f"unknown adapter {name!r}; there are {len(self.adapters)}")
         named = self.adapters[name]
         recipe = self.recipe if named.weight is None else self.recipe.with_lm(named.weight)
         return replace(self, lm=named.model, recipe=recipe)

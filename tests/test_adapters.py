@@ -12,7 +12,7 @@ from llmrec import Event, Item, Recommender, Request
 from llmrec.adapters.common import Asker, Defaults, described, reordered
 from llmrec.adapters.openai_tools import OpenAITools
 from llmrec.adapters.tools import MAX_IDS, MAX_K, VERBS
-from llmrec.errors import RequestError
+from llmrec.errors import RequestError, StoreError
 from llmrec.testing import toy_data
 
 ITEMS, EVENTS = toy_data()
@@ -264,6 +264,16 @@ def test_what_is_added_later_can_be_asked_for():
     (tool,) = tools.schemas()
     told = tool["function"]["parameters"]["properties"]["where"]["description"]
     assert "colour (string: red); tale (string); pages (number)." in told
+
+
+def test_where_things_are_concerns_no_language_model(rec, tools, monkeypatch, caplog):
+    def closed(user, limit=None):
+        raise StoreError("the event store /srv/events.sqlite is closed")
+
+    monkeypatch.setattr(rec, "history", closed)
+    answer = json.loads(tools.dispatch("recommend", '{"user": "u1"}'))
+    assert answer == {"error": "this cannot be answered just now; the log says why"}
+    assert "/srv/events.sqlite" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 
+import numpy as np
 import pytest
 
 from llmrec import Item, Recommender
@@ -120,6 +121,27 @@ def test_an_id_that_looks_like_a_path_is_an_id(rec, client, name):
 def test_an_event_that_is_sent_again_counts_once(client):
     sent = [client.observe("again", "i4", event_id="a"), client.observe("again", "i4", event_id="a")]
     assert sent == [True, False] and client.forget("again") == 1
+
+
+def test_what_the_library_takes_as_ids_the_client_takes(rec, client):
+    found = client.recommend(
+        history=np.array(["i4", "i5"]), exclude={"i6"}, where={"brand": {"in": {"Acme"}}}
+    )
+    expected = rec.recommend(history=["i4", "i5"], exclude={"i6"}, where={"brand": "Acme"})
+    assert ids(found) == [r.item_id for r in expected]
+    assert ids(client.recommend(user=1)) == [r.item_id for r in rec.recommend(user=1)]
+    for ask in (client.predict, client.rank, client.embed):
+        with pytest.raises(RequestError, match="list of"):
+            ask("i4")
+
+
+def test_fields_of_a_newer_server_are_left_aside_and_a_page_is_no_answer():
+    answers = iter(['{"items": [], "degraded": false, "mood": "good"}', "<html>proxy</html>"])
+    transport = httpx2.MockTransport(lambda request: httpx2.Response(200, text=next(answers)))
+    with Client("http://shop", transport=transport) as client:
+        assert client.recommend().items == []
+        with pytest.raises(LLMRecError, match="no answer of a recommender: <html>"):
+            client.recommend()
 
 
 def test_errors_are_those_of_the_library(client, url, request):

@@ -393,7 +393,7 @@ def test_a_request_names_its_adapter_and_gets_what_that_tenant_would(tenants):
     both.add_items([Item("new", "Zeppelin Waltz", attributes={"brand": "Acme"})])
     assert "new" in ids(both.recommend(user="u1", k=len(both.catalog), adapter="b"))
     both.remove_adapter("b")
-    with pytest.raises(RequestError, match="unknown adapter 'b'; known are none"):
+    with pytest.raises(RequestError, match="unknown adapter 'b'; there are 0"):
         both.recommend(user="u1", adapter="b")
     for rec in (own, other, both):
         rec.close()

@@ -11,7 +11,7 @@ from llmrec.recommender import Recommender
 from llmrec.serve.models import Document, plain
 from llmrec.serve.relevance import by_relevance
 from llmrec.text import query_text
-from llmrec.types import Recommendation, Request
+from llmrec.types import Recommendation, Request, as_id
 
 D = TypeVar("D")
 
@@ -163,8 +163,9 @@ def reordered(
         return []
     given = []
     for row, (item_id, text) in enumerate(documents):
-        if isinstance(item_id, str) and item_id in recommender.catalog:
-            given.append(Document(id=item_id))
+        known = as_id(item_id, "id") if _is_id(item_id) else None
+        if known is not None and known in recommender.catalog:
+            given.append(Document(id=known))
         elif text is not None and text.strip():
             given.append(Document(text=text))
         else:
@@ -173,3 +174,7 @@ def reordered(
                 "give a text, or the id of an item in the metadata"
             )
     return by_relevance(recommender, given, query, asker.user, asker.history)[:limit]
+
+
+def _is_id(value: object) -> bool:
+    return isinstance(value, str | int) and not isinstance(value, bool)

@@ -22,7 +22,7 @@ from pydantic import ConfigDict, Field, model_validator
 
 from llmrec.adapters.common import Asker, Defaults, as_documents, reordered
 from llmrec.adapters.tools import verb_of
-from llmrec.errors import LLMRecError
+from llmrec.errors import LLMRecError, told
 from llmrec.recommender import Recommender
 from llmrec.serve.models import problems
 from llmrec.types import Recommendation
@@ -189,5 +189,5 @@ class RecommenderTool(BaseTool):
         try:
             answer = verb_of(self.name).run(self.recommender, arguments, self.user)
         except LLMRecError as error:
-            raise ToolException(str(error)) from error
+            raise ToolException(told(error)) from error
         return answer.as_json(), answer.items

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from llmrec.adapters.tools import VERBS, verb_of
-from llmrec.errors import LLMRecError, RequestError
+from llmrec.errors import LLMRecError, RequestError, told
 from llmrec.recommender import Recommender
 
 Api = Literal["chat", "responses"]
@@ -78,7 +78,7 @@ class OpenAITools:
             return answer.as_json()
         except LLMRecError as error:
             # A message may quote what no encoder takes, such as half a surrogate pair.
-            message = str(error).encode("utf-8", "replace").decode()
+            message = told(error).encode("utf-8", "replace").decode()
             return json.dumps({"error": message}, ensure_ascii=False)
 
 

@@ -17,7 +17,7 @@ from mcp_types import ToolAnnotations
 from pydantic import BaseModel, Field
 
 from llmrec import __version__
-from llmrec.errors import DataError, LLMRecError, NotFoundError, OverloadError, RequestError
+from llmrec.errors import LLMRecError, NotFoundError, told
 from llmrec.explain.meanings import MEANINGS
 from llmrec.prompt import Prompt
 from llmrec.recommender import Recommender
@@ -296,12 +296,8 @@ def _told() -> Iterator[None]:
     """Tell the model what is wrong with its call, in the library's words."""
     try:
         yield
-    except (RequestError, DataError, OverloadError) as error:
-        raise ToolError(str(error)) from error
     except LLMRecError as error:
-        # Where stores and models are concerns nobody outside.
-        logger.error("%s", error)
-        raise ToolError("this cannot be answered just now; the log of the server says why") from error
+        raise ToolError(told(error)) from error
 
 
 def _explained(item: m.Recommended) -> ExplainedItem:
