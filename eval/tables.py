@@ -62,23 +62,32 @@ def short(results: dict[Path, dict[str, Any]]) -> str:
     """One row a results file: what the language model adds to the merge."""
     lines = [
         "| data | minutes at most | users | merge, R@10 and N@10 | LM alone, N@10 | blend, R@10 and N@10 "
-        "| blend - merge, N@10 | known items by typed words, N@10: merge → served "
+        "| blend - merge, N@10 | blend - the retriever that is best alone, R@10; N@10 "
+        "| known items by typed words, N@10: merge → served "
         "| items of a typed attribute, N@10: merge → served |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for path, found in results.items():
         systems, training = found["systems"], found["training"]
         if not training or not found["protocol"].get("comparable", True):
             continue
         merge, lm, blend = systems["merge"], systems["lm"], systems["default"]
-        compared = next(c for c in found["comparisons"] if (c["a"], c["metric"]) == ("default", "ndcg@10"))
+        of_served = [c for c in found["comparisons"] if c["a"] == "default"]
+        compared = next(c for c in of_served if c["metric"] == "ndcg@10" and c["b"] == "merge")
+        alone = [
+            c
+            for metric in ("recall@10", "ndcg@10")
+            for c in of_served
+            if c["b"] != "merge" and c["metric"] == metric
+        ]
         weight = lm_weight(found)
         typed = " | ".join(searched(found, kind) for kind in ("known_item", "attribute"))
         added = difference(compared) if weight else "weight 0: left out"
         lines.append(
             f"| {path.stem.split('-test-')[0]} ({source(found)}) | {_minutes(found):g} "
             f"| {found['protocol']['users']:,} | {merge['recall@10']:.4f}, {merge['ndcg@10']:.4f} "
-            f"| {lm['ndcg@10']:.4f} | {blend['recall@10']:.4f}, {blend['ndcg@10']:.4f} | {added} | {typed} |"
+            f"| {lm['ndcg@10']:.4f} | {blend['recall@10']:.4f}, {blend['ndcg@10']:.4f} | {added} "
+            f"| {'; '.join(map(difference, alone))} | {typed} |"
         )
     return "\n".join(lines)
 
@@ -91,15 +100,6 @@ def searched(found: dict[str, Any], kind: str) -> str:
     merge, served = (own["systems"][name]["ndcg@10"] for name in ("merge", "default"))
     tested = [f" ({difference(c)})" for c in own.get("comparisons", ())]
     return f"{merge:.4f}" if merge == served else f"{merge:.4f} → {served:.4f}{''.join(tested)}"
-
-
-def longest(results: dict[Path, dict[str, Any]]) -> dict[Path, dict[str, Any]]:
-    """Of the runs that fine-tune on the same data, the one of the most minutes, which come last."""
-    last: dict[str, Path] = {}
-    for path, found in results.items():
-        if found["training"]:
-            last[path.stem.split("-test-")[0]] = path
-    return {path: results[path] for path in last.values()}
 
 
 def table(path: Path, found: dict[str, Any]) -> str:
@@ -439,7 +439,7 @@ def pages() -> dict[Path, str]:
     timed = [read_json(path) for path in (*results_like("speed.json"), *results_like("speed-*.json"))]
     quick = "\n\n".join(speed(found, short=True) for found in timed[:1])
     slow = ["### speed (bring data)", *(speed(found, short=False) for found in timed)] if timed else []
-    in_short = "\n".join([short(longest(results)), *repeated(results)])
+    in_short = "\n".join([short(results), *repeated(results)])
     return {
         ROOT / "docs" / "results.md": "\n\n".join(
             [short(results), retrieval(results), quick, growth(short=True)]

@@ -3,8 +3,9 @@
     python finetune/encoder.py --items items.parquet --events events.parquet --out encoder/ --minutes 10
 
 It trains on the training part of the configuration's protocol (by default all but the last two events of each
-user), so an evaluation by the same protocol is not spoilt. Validation judges: items near the one before the
-target, by text, are searched for the target. Use the result by its folder: `llmrec fit --encoder encoder/`.
+user), so an evaluation by the same protocol is not spoilt: llmrec.json beside the weights says what it was.
+Validation judges: items near the one before the target, by text, are searched for the target. Use the result
+by its folder: `llmrec fit --encoder encoder/`.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from llmrec.encoder_training import finetune_encoder
 from llmrec.environment import environment
 from llmrec.evaluation.protocol import make_split
 from llmrec.fetch import resolve
-from llmrec.metrics import Ranks, compare, summary
+from llmrec.metrics import Ranks, compare_all, summary
 from llmrec.offline import core_of
 from llmrec.recipe import HeldOut, ranks_in
 from llmrec.retrieve.dense import NearestConfig, NearestRetriever
@@ -41,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", required=True, type=Path, help="folder of the tuned encoder; a new one")
     parser.add_argument("--config", help="TOML file: data, encoder, encoder.training, protocol")
     parser.add_argument("--minutes", type=float)
-    parser.add_argument("--steps", type=int, help="most steps")
+    parser.add_argument("--steps", type=int, help="steps; without --minutes there is no other end")
     parser.add_argument(
         "--lora", action="store_true", default=None, help="LoRA matrices, merged, instead of all weights"
     )
@@ -58,12 +59,13 @@ def main(argv: list[str] | None = None) -> None:
     if config.protocol.core is not None:
         catalog, log = core_of(catalog, log, config.protocol.core)
     split = make_split(log, config.protocol)
-    held_out = split.validation.sample(args.users, 0).held_out(catalog.active, exclude_seen=True)
+    exclude_seen = not config.retrieval.has_repeats(log.select(split.fitted).repeat_share())
+    held_out = split.validation.sample(args.users, 0).held_out(catalog.active, exclude_seen)
 
     # 2. Train.
     flags = {"minutes": args.minutes, "steps": args.steps, "lora": args.lora}
     given = {name: value for name, value in flags.items() if value is not None}
-    settings = EncoderTrainingConfig(**{**config.encoder.training.model_dump(), **given})
+    settings = EncoderTrainingConfig(**{**config.encoder.training.model_dump(exclude_unset=True), **given})
 
     def on_step(step: int, done: float, loss: float) -> None:
         if step % 20 == 0:
@@ -81,7 +83,7 @@ def main(argv: list[str] | None = None) -> None:
         similar = NearestRetriever(texts.vectors, texts.index, NearestConfig(last=1))
         ranks[name] = ranks_of(similar, held_out)
         print(f"{name}: " + ", ".join(f"{m} {v:.4f}" for m, v in summary(ranks[name]).items()))
-    compared = [compare(ranks, "after", "before", metric) for metric in ("ndcg@10", "recall@10")]
+    compared = compare_all(ranks, [("after", "before")])
     print(*compared, sep="\n")
     if args.json:
         result = {

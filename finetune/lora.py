@@ -17,7 +17,10 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from llmrec import LLMRecError, Recommender
+from llmrec.assembly import read_catalog, read_log
 from llmrec.cli_show import say, training_bar
+from llmrec.config import Config, located
+from llmrec.errors import ConfigError
 from llmrec.processes import Processes
 
 
@@ -39,6 +42,7 @@ def main(argv: list[str] | None = None) -> None:
             rec = Recommender.load(out)
             if args.config:
                 rec.configure(args.config)
+            check_same(rec, args.items, args.events, args.config)
             if team.main:
                 say(f"{out} is there; its retrievers are kept")
         else:
@@ -54,6 +58,25 @@ def main(argv: list[str] | None = None) -> None:
         rec.save(out)
         print(report)
     team.end()
+
+
+def check_same(rec: Recommender, items: str, events: str, config: str | None) -> None:
+    """Refuse to train on what was fitted before when other data or settings are asked for.
+
+    Raises
+    ------
+    ConfigError
+        If the saved recommender is of another log or other settings.
+    """
+    asked = located(Config.of(config))
+    sections = {"data", "encoder", "retrieval"}
+    if asked.model_dump(include=sections) != rec.config.model_dump(include=sections):
+        raise ConfigError("--out was fitted with other data, encoder or retrieval settings: name another")
+    log = read_log(events, read_catalog(items, asked.data), asked.data)
+    if rec.fitted_on != log.fingerprint:
+        raise ConfigError(
+            "--out was fitted on other events: name another folder, or go on with `llmrec finetune`"
+        )
 
 
 if __name__ == "__main__":

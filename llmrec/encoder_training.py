@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 import tempfile
 import time
@@ -16,6 +18,34 @@ from llmrec.encode.config import EncoderTrainingConfig
 from llmrec.errors import DataError
 from llmrec.protocols import Codes
 from llmrec.quiet import quiet_transformers
+
+CARD = "llmrec.json"
+"""File beside the weights that says what an encoder was tuned on."""
+
+
+def trained_on(histories: Sequence[Codes], lines: Sequence[str]) -> str:
+    """Hash of training histories in the lines of their items."""
+    digest = hashlib.sha256("\n".join(lines).encode("utf-8", "replace"))
+    for codes in histories:
+        digest.update(np.asarray(codes, dtype=np.int32).tobytes() + b"/")
+    return digest.hexdigest()
+
+
+def encoder_checked(name: str, histories: Sequence[Codes], lines: Sequence[str]) -> bool | None:
+    """Whether a text encoder was tuned on these histories and no others.
+
+    None for one that is known by name: it was published before. False for a folder that says otherwise, or
+    nothing.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        return None
+    card = folder / CARD
+    try:
+        said = json.loads(card.read_text(encoding="utf-8")) if card.is_file() else {}
+    except ValueError:
+        return False
+    return bool(said.get("histories_sha256") == trained_on(histories, lines))
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +135,7 @@ def finetune_encoder(
         raise DataError("no pairs to train on: no history has two items with different texts")
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
-        return _train(pairs, base, out, config, on_step)
+        return _train(pairs, base, out, config, on_step, trained_on(histories, lines))
 
 
 def _train(
@@ -114,6 +144,7 @@ def _train(
     out: Path,
     config: EncoderTrainingConfig,
     on_step: Callable[[int, float, float], None],
+    sha256: str,
 ) -> EncoderReport:
     import torch
     from datasets import Dataset
@@ -197,6 +228,8 @@ def _train(
         model.max_seq_length = longest
         draft = Path(temporary) / "model"
         model.save(str(draft), safe_serialization=True)
+        card = {"histories_sha256": sha256, "training": config.model_dump()}
+        (draft / CARD).write_text(json.dumps(card, indent=1), encoding="utf-8")
         if out.exists():
             out.rmdir()
         shutil.move(str(draft), str(out))

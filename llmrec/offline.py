@@ -15,6 +15,7 @@ import numpy as np
 from llmrec.assembly import read_catalog, read_log
 from llmrec.catalog import Catalog
 from llmrec.config import Config, one_base
+from llmrec.encoder_training import encoder_checked
 from llmrec.environment import environment
 from llmrec.errors import DataError, LeakError
 from llmrec.evaluation import leaks
@@ -167,6 +168,9 @@ def evaluate(
     )
     fitted, unchecked = leaks.check_retrievers(retrievers, split, texts.vectors)
     checked += fitted
+    encoder = encoder_checked(config.encoder.name, split.train, catalog.lines())
+    if encoder is not None:
+        (checked if encoder else unchecked).append("text encoder")
     clock.lap("fit_retrievers")
     state = State(catalog, texts, recipe, retrievers, not exclude_seen, search.depth)
     training: dict[str, Any] = {}

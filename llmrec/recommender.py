@@ -99,6 +99,11 @@ class Recommender(Changing):
         return self._state.lm is not None or self._adapter is not None
 
     @property
+    def fitted_on(self) -> str:
+        """Fingerprint of the log that the retrievers were fitted on."""
+        return self._state.log
+
+    @property
     def unsaved_items(self) -> bool:
         """Whether items were put or removed that the saved directory has in its event store alone."""
         return self._saved is None or self._applied > self._saved.changes

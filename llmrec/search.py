@@ -6,7 +6,7 @@ EASE are logged with the best decay of their history, not with all that were tri
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -20,7 +20,7 @@ from llmrec.features import Features
 from llmrec.metrics import per_user, summary
 from llmrec.pipeline import Pipeline
 from llmrec.protocols import Floats, Hits, Retriever, Scorer
-from llmrec.recipe import HeldOut, Recipe, RetrievalConfig, fit_retrievers, ranks_in
+from llmrec.recipe import HeldOut, Recipe, RetrievalConfig, fit_retrievers, ranks_in, roles
 from llmrec.retrieve.dense import ProfileConfig, ProfileRetriever
 from llmrec.retrieve.linear import CoOccurrence, EASEConfig, EASERetriever, user_item_matrix
 from llmrec.retrieve.popularity import PopularityRetriever
@@ -186,12 +186,14 @@ def search_recipe(
         return recipe, fit_retrievers(log, texts, recipe)
     trials = recipe.log
     trials.append(chosen_on("held-out events", held_out))
+    choosing, held_out = epoch_users(recipe.settings, held_out, config.seed)
     settings: dict[str, BaseModel] = {}
     retrievers: dict[str, Retriever] = {}
     for name, start in recipe.settings.items():
         if FAMILIES[name].learns or name in SEARCHES:
             on_stage(name)
-        settings[name], retrievers[name] = fit_family(name, log, texts, start, held_out, trials)
+        judging = choosing if name in EPOCHS else held_out
+        settings[name], retrievers[name] = fit_family(name, log, texts, start, judging, trials)
     recipe = replace(recipe, settings=settings)
     on_stage("weights")
     return with_weights(recipe, retrievers, held_out, texts, config), retrievers
@@ -340,6 +342,18 @@ SEARCHES: Mapping[str, Search] = {
     "sasrec": _search_epochs("sasrec"),
 }
 """Families whose settings are searched, and how."""
+
+EPOCHS = ("gru4rec", "caser", "sasrec")
+"""Those of which the best of many states is kept."""
+
+
+def epoch_users(names: Iterable[str], held_out: HeldOut, seed: int) -> tuple[HeldOut, HeldOut]:
+    """Held-out users who choose states of sequence models, and those who judge all else.
+
+    To who chose it the best of many epochs looks better than it is, and a blend would lean on it too much.
+    All users are both where there is no such family.
+    """
+    return roles(held_out, seed) if set(names) & set(EPOCHS) else (held_out, held_out)
 
 
 def with_weights(

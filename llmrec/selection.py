@@ -18,7 +18,7 @@ from llmrec.features import Features
 from llmrec.metrics import Values, standard_error, summary
 from llmrec.protocols import Hits, Retriever
 from llmrec.recipe import ALWAYS, HeldOut, Recipe, RetrievalConfig, ranks_in
-from llmrec.search import chosen_on, fit_family, search_recipe, with_weights
+from llmrec.search import EPOCHS, chosen_on, epoch_users, fit_family, search_recipe, with_weights
 
 BY_COST = (
     "popularity",
@@ -71,6 +71,7 @@ def select_families(
     every = config.model_copy(update={"families": BY_COST})
     start = every.settings()
     trials: list[dict[str, Any]] = [chosen_on("held-out events", held_out)]
+    choosing, held_out = epoch_users(BY_COST, held_out, config.seed)
     settings: dict[str, BaseModel] = {}
     retrievers: dict[str, Retriever] = {}
     hits: dict[str, Sequence[Hits]] = {}
@@ -88,7 +89,8 @@ def select_families(
             half = max(left / 2, 0.01)
             given = given.model_copy(update={"minutes": half if own is None else min(own, half)})
         try:
-            settings[name], retrievers[name] = fit_family(name, log, texts, given, held_out, trials)
+            judging = choosing if name in EPOCHS else held_out
+            settings[name], retrievers[name] = fit_family(name, log, texts, given, judging, trials)
         except (ImportError, LLMRecError, ValueError) as missing:
             trials.append({"search": "family", "family": name, "left out": str(missing)})
             continue

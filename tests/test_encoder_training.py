@@ -10,7 +10,7 @@ from sentence_transformers import SentenceTransformer
 
 from llmrec.encode.config import EncoderTrainingConfig
 from llmrec.encode.sentence import SentenceEncoder
-from llmrec.encoder_training import finetune_encoder, pairs_of
+from llmrec.encoder_training import CARD, encoder_checked, finetune_encoder, pairs_of
 from llmrec.errors import DataError
 from llmrec.testing import tiny_lm
 
@@ -82,6 +82,21 @@ def test_items_of_one_taste_come_closer_whatever_their_words(base, tmp_path, lor
     assert one == two
     assert not list(tmp_path.glob(".out*")), "no draft is left"
     assert not list((tmp_path / "out").rglob("*.bin"))
+
+
+def test_a_tuned_encoder_says_what_it_was_tuned_on(base, tmp_path):
+    config = EncoderTrainingConfig(steps=1, batch=4)
+    assert config.minutes is None and EncoderTrainingConfig().minutes == 10
+    finetune_encoder(TOGETHER, LINES, base, tmp_path / "out", config)
+    known = str(tmp_path / "out")
+    assert encoder_checked(known, TOGETHER, LINES) is True
+    assert encoder_checked(known, TOGETHER[:-1], LINES) is False
+    assert encoder_checked(known, [TOGETHER[0][:-1], *TOGETHER[1:]], LINES) is False
+    assert encoder_checked(known, TOGETHER, LINES[::-1]) is False
+    assert encoder_checked(str(base), TOGETHER, LINES) is False
+    assert encoder_checked("light", TOGETHER, LINES) is None
+    (tmp_path / "out" / CARD).write_text("{")
+    assert encoder_checked(known, TOGETHER, LINES) is False
 
 
 def test_a_folder_that_holds_something_and_a_log_without_pairs_are_refused(base, tmp_path):

@@ -16,11 +16,12 @@ from llmrec.errors import ConfigError, DataError, LeakError
 from llmrec.evaluation.cache import StageCache
 from llmrec.evaluation.memory import remembered
 from llmrec.evaluation.pools import drawn_pools
-from llmrec.evaluation.run import run_systems
+from llmrec.evaluation.run import compared, run_systems
 from llmrec.evaluation.split import Part
 from llmrec.evaluation.typed import attribute_queries, evaluate_search
 from llmrec.events import EventLog
 from llmrec.families import TrainingLog
+from llmrec.metrics import compare_all
 from llmrec.offline import evaluate
 from llmrec.pipeline import Pipeline
 from llmrec.protocols import Hits
@@ -152,6 +153,24 @@ def test_every_protocol_runs_to_a_report_without_leaks(config, split):
         # Counts know nothing of an item without events; texts do.
         assert recall["transitions"] == 0 and recall["ease"] > 0
     assert result["probabilities"]["lm"]["nats"] > 0
+
+
+def test_what_is_served_is_held_against_the_best_retriever_too_and_what_was_not_checked_is_named(tmp_path):
+    rng = np.random.default_rng(0)
+    ranks = {name: rng.integers(0, 20, 300) for name in ("popularity", "ease", "merge", "lm", "default")}
+    found = compared(ranks, "ease")
+    pairs = [("default", "merge"), ("lm", "merge"), ("merge", "ease"), ("default", "ease")]
+    assert [(c.a, c.b) for c in found] == [pair for pair in pairs for _ in range(2)]
+    again = compare_all(ranks, pairs)
+    assert [c.as_dict() for c in found] == [c.as_dict() for c in again]
+    # Where the model is left out, the merge against it says all.
+    left_out = compared({**ranks, "default": ranks["merge"]}, "ease")
+    assert ("default", "ease") not in {(c.a, c.b) for c in left_out}
+    pytest.importorskip("implicit")
+    families = {"retrieval": {"families": ["als", "transitions"]}}
+    page = evaluate(*toy_data(), {**LIGHT, **families}, lm=False).report(tmp_path, "...")
+    text = page.read_text(encoding="utf-8")
+    assert "Not checked, fitted on the training part: als." in text and "no fitted parameter" not in text
 
 
 def test_what_is_not_full_ranking_is_marked_in_results_and_tables(tmp_path):

@@ -670,6 +670,24 @@ def test_the_program_for_words_goes_from_a_log_to_an_adapter(base, files, tmp_pa
     assert (adapter / "adapter_model.safetensors").read_bytes() == weights
 
 
+def test_the_program_does_not_train_on_what_another_log_left_in_its_folder(base, files, tmp_path, capsys):
+    lora, lm = program("finetune/lora"), {"base": str(base), "layers": 1, "rank": 2, "head_dim": 8}
+    config = toml(tmp_path / "c.toml", lm, {"steps": 1, "tokens_per_step": 100})
+    arguments = [*files, "--out", str(tmp_path / "out"), "--config", config]
+    for _ in range(2):
+        lora.main(arguments)
+    shown = capsys.readouterr()
+    assert shown.out.count("1 steps") == 2 and "its retrievers are kept" in shown.err
+    fewer = tmp_path / "fewer.parquet"
+    pl.read_parquet(files[3]).head(-1).write_parquet(fewer)
+    with pytest.raises(ConfigError, match="fitted on other events"):
+        lora.main([*files[:3], str(fewer), *arguments[4:]])
+    text = (tmp_path / "c.toml").read_text()
+    (tmp_path / "c.toml").write_text(text.replace("[retrieval]", "[retrieval]\ndepth = 50"))
+    with pytest.raises(ConfigError, match="other data, encoder or retrieval settings"):
+        lora.main(arguments)
+
+
 def test_the_program_for_words_refuses_a_model_that_reads_vectors(base, files, tmp_path):
     config = toml(tmp_path / "c.toml", {"base": str(base)}, {"steps": 3})
     with pytest.raises(

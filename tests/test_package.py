@@ -23,7 +23,7 @@ LAYERS = [
     {"errors", "timing"},
     {"types"},
     {"protocols"},
-    {"quiet", "environment", "ranking", "metrics", "prompt", "text", "words", "rows", "tables"},
+    {"budget", "quiet", "environment", "ranking", "metrics", "prompt", "text", "words", "rows", "tables"},
     {"attributes", "clock", "database", "weights"},
     {"catalog"},
     {"rules", "events", "sequences", "titles"},
@@ -120,7 +120,7 @@ def test_kept_stages_are_made_anew_when_any_source_that_decides_them_changes():
         }
         left = names - seen
     # What holds or says something, and decides nothing.
-    assert seen - set(FITTING) == {"database", "errors", "quiet", "types"}
+    assert seen - set(FITTING) == {"budget", "database", "errors", "quiet", "types"}
 
 
 def test_every_toml_file_is_a_valid_configuration():

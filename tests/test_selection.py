@@ -10,7 +10,9 @@ from llmrec.evaluation.split import tail
 from llmrec.events import EventLog
 from llmrec.families import FAMILIES, TrainingLog
 from llmrec.pipeline import Pipeline
-from llmrec.recipe import ALWAYS, Recipe, RetrievalConfig, ranks_in
+from llmrec.protocols import Query
+from llmrec.recipe import ALWAYS, HeldOut, Recipe, RetrievalConfig, ranks_in
+from llmrec.search import epoch_users
 from llmrec.selection import BY_COST, choose_recipe, select_families
 from llmrec.testing import toy_data
 
@@ -74,6 +76,14 @@ def test_without_minutes_the_configured_families_are_searched():
     recipe, _ = choose_recipe(LOG, HELD_OUT, TEXTS, CONFIG)
     assert set(recipe.settings) == {"ease", "transitions", *ALWAYS}
     assert not entries(recipe, "forward selection")
+
+
+def test_who_chose_an_epoch_does_not_choose_the_weights(selected):
+    users = HeldOut([Query(np.array([n], np.int32)) for n in range(40)], np.arange(40, dtype=np.int32))
+    choosing, judging = epoch_users(["ease", "gru4rec"], users, 0)
+    both = np.concatenate([choosing.targets, judging.targets])
+    assert sorted(both) == list(range(40)) and len(choosing.targets) == 20
+    assert epoch_users(["ease", "transitions"], users, 0) == (users, users)
 
 
 def test_a_sequence_model_is_fitted_again_for_as_many_epochs_as_were_best(selected):

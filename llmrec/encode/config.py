@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from llmrec.budget import steps_alone
 
 
 class EncoderTrainingConfig(BaseModel):
@@ -21,6 +25,11 @@ class EncoderTrainingConfig(BaseModel):
     lora: bool = Field(False, description="train LoRA matrices and merge them, instead of all weights")
     rank: int = Field(16, ge=1, description="of the LoRA matrices")
     seed: int = 0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _steps_alone(cls, given: Any) -> Any:
+        return steps_alone(given)
 
 
 class EncoderConfig(BaseModel):

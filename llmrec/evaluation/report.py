@@ -142,10 +142,24 @@ def _answer(result: Mapping[str, Any]) -> str:
             f"<b>Not shown.</b> Validation gave it a weight, and on these events the difference is within "
             f"noise: {gain}."
         )
+    words += _against_one(result)
     if result["protocol"].get("part") != "validation":
         words += _typed(result)
     good = "yes" if words.startswith("<b>Yes") else ""
     return f'<p class="answer {good}" id="answer">{words}</p>'
+
+
+def _against_one(result: Mapping[str, Any]) -> str:
+    """What is served against the retriever that was best alone."""
+    found = [
+        c for c in result["comparisons"] if c["a"] == "default" and c["b"] not in ("merge", "popularity")
+    ]
+    told = ", ".join(
+        f"{c['metric']} {_signed(c['difference'])} [{_signed(c['ci95'][0])}, {_signed(c['ci95'][1])}]"
+        f"{c.get('verdict', '')}"
+        for c in found
+    )
+    return f" Against {name_of(found[0]['b'])} alone: {told}." if found else ""
 
 
 def _trained(training: Mapping[str, Any]) -> float:
@@ -438,14 +452,17 @@ def _protocol(result: Mapping[str, Any], command: str) -> str:
         if value
     )
     checked = escape(", ".join(result["leaks"]["checked"]))
+    unchecked = ", ".join(result["leaks"]["unchecked"])
     chosen = (
         "Settings and weights were chosen on the validation events that are reported here: what follows from "
         "them is an upper estimate."
         if result["protocol"].get("part") == "validation"
-        else "Settings and weights were chosen on validation events; no fitted parameter has seen what is "
+        else "Settings and weights were chosen on validation events; what was checked has not seen what is "
         "reported."
     )
-    return f"<h2>How this was measured</h2><p>{chosen} Checked in this run: {checked}.</p>{rows}"
+    # Known by name only: these keep nothing that could be counted again.
+    left = f" Not checked, fitted on the training part: {escape(unchecked)}." if unchecked else ""
+    return f"<h2>How this was measured</h2><p>{chosen} Checked in this run: {checked}.{left}</p>{rows}"
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

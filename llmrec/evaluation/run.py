@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -113,7 +113,7 @@ def run_systems(
     joined = {name: np.concatenate(values) for name, values in ranks.items()}
     probabilities = {name: values.summary() for name, values in predicted.items() if values.nats}
     reliability = {name: values.reliability() for name, values in predicted.items() if values.nats}
-    return Systems(joined, shown, probabilities, reliability, _compared(joined, best))
+    return Systems(joined, shown, probabilities, reliability, compared(joined, best))
 
 
 def _only(pool: Codes, n_items: int) -> Mask:
@@ -122,11 +122,22 @@ def _only(pool: Codes, n_items: int) -> Mask:
     return mask
 
 
-def _compared(ranks: dict[str, Ranks], best: str | None) -> list[Comparison]:
-    """Each stage with the language model against the merge, and the merge against the best retriever."""
+def compared(ranks: Mapping[str, Ranks], best: str | None) -> list[Comparison]:
+    """Each stage with the language model against the merge; this and what is served against one retriever.
+
+    Parameters
+    ----------
+    best
+        The retriever that was best alone on validation: a merge may be worse on other users, and what beats
+        the merge need not beat this one. Popularity if it is not known.
+    """
+    alone = best if best is not None and best in ranks else "popularity"
     of_lm = [name for name in ranks if name.startswith(LM)]
     stages = [*(["default"] if of_lm and "default" in ranks else []), *of_lm]
-    pairs = [*((stage, "merge") for stage in stages), ("merge", best if best in ranks else "popularity")]
+    pairs = [*((stage, "merge") for stage in stages), ("merge", alone)]
+    # Where the model is left out, what is served is the merge.
+    if "default" in stages and not np.array_equal(ranks["default"], ranks["merge"]):
+        pairs.append(("default", alone))
     return compare_all(ranks, pairs)
 
 

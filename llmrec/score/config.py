@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
+from llmrec.budget import steps_alone
 from llmrec.errors import ConfigError
 
 Precision = Literal["auto", "float32", "bfloat16"]
@@ -164,10 +165,7 @@ class TrainingConfig(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _steps_alone(cls, given: Any) -> Any:
-        """TOML has no word for None: who sets steps and no minutes has a run of steps."""
-        if isinstance(given, Mapping) and given.get("steps") is not None and "minutes" not in given:
-            return {**given, "minutes": None}
-        return given
+        return steps_alone(given)
 
     @property
     def learned(self) -> dict[str, Any]:
