@@ -55,7 +55,7 @@ from llmrec.metrics import Comparison, Ranks, compare_all, summary
 from llmrec.mining import mined_choices
 from llmrec.offline import core_of
 from llmrec.protocols import Hits
-from llmrec.recipe import HeldOut, ranks_in
+from llmrec.recipe import HeldOut, ranks_in, roles
 from llmrec.retrieve.popularity import PopularityRetriever
 from llmrec.retrieve.sequence import SequenceRetriever
 from llmrec.score.config import ItemTokensConfig, WordsConfig
@@ -251,10 +251,12 @@ def item_tokens(p: Prepared) -> dict[str, Found]:
     """Our language model that reads an item as a vector: alone, and in the blend."""
     base, training = resolve(p.config.lm.base), p.config.training.lasting(p.minutes)
     shape = ItemTokensConfig(base=p.config.lm.base)
+    # To who chose the state it looks better than it is.
+    choosing, judging = roles(p.judging, training.seed)
     with tempfile.TemporaryDirectory() as temporary:
         lm, report = train_language_model(
             p.split.training,
-            p.judging,
+            choosing,
             p.state.texts,
             base,
             shape,
@@ -262,14 +264,14 @@ def item_tokens(p: Prepared) -> dict[str, Found]:
             data=p.split.log.fingerprint,
             folder=Path(temporary),
         )
-    lm.fit_unseen(p.judging)
+    lm.fit_unseen(choosing)
     plain = p.state.recipe.history.with_lm(0.0)
 
     def features(held_out: HeldOut) -> Features:
         proposed = lm.scorer.retrieve(held_out.queries, p.state.depth)
         return Features.with_lm(hits_of(p, held_out), proposed, lm.scorer, held_out, plain)
 
-    weight = lm_weight(features(p.judging), plain, [], "history", 0)
+    weight = lm_weight(features(judging), plain, [], "history", 0)
     blend = features(p.asked).of_targets(plain.with_lm(weight))
     notes = {"events": report.events}
     alone = ranks_in((h.items for h in lm.scorer.retrieve(p.asked.queries, 100)), p.asked.targets)

@@ -27,9 +27,11 @@ def speed(found: dict[str, Any], *, short: bool) -> str:
             if (row["precision"], row["candidates"]) == (precision, candidates):
                 share = f"{row['share_of_limit']:.2f}" if row["positions"] else ""
                 # What another process reads and holds was not looked at.
+                # Of an answer that was kept nothing is computed: that is no speed.
+                ratio = f"{row['times_as_fast_as_cross_encoder']:,.1f}" if row["positions"] != 0 else "kept"
                 read, held = ("" if row[k] is None else f"{row[k]:,}" for k in ("positions", "memory_mb"))
                 lines.append(
                     f"| {row['system']} | {row['median_ms']:,.1f} | {row['p95_ms']:,.1f} | {row['requests']} "
-                    f"| {row['times_as_fast_as_cross_encoder']:,.1f} | {read} | {share} | {held} |"
+                    f"| {ratio} | {read} | {share} | {held} |"
                 )
     return "\n".join(lines)
