@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -21,7 +22,8 @@ OPERATORS = ("in", "not", "all", "gte", "gt", "lte", "lt", "exists", "match")
 _MAX_DEPTH = 20
 _MAX_CONDITIONS = 100
 _MAX_MATCHES = 5  # each reads a text of every item
-_COMPARE: dict[str, Callable[[pl.Series, float], pl.Series]] = {
+_DATE = re.compile(r"\d{4}-\d{2}(?:-\d{2}(?:[T ]\d{2}:\d{2}(?::\d{2})?)?)?")
+_COMPARE: dict[str, Callable[[pl.Series, Any], pl.Series]] = {
     "gte": lambda column, bound: column >= bound,
     "gt": lambda column, bound: column > bound,
     "lte": lambda column, bound: column <= bound,
@@ -107,7 +109,8 @@ def compile_where(where: Mapping[str, Any] | None, catalog: Catalog) -> Mask | N
 
     - ``{"genres": "Comedy"}`` equals, or contains for a list; ``{"year": [1994, 1995]}`` any of;
     - ``{"in": [...]}`` any of, ``{"all": [...]}`` each of, ``{"not": value, list or operators}``;
-    - ``{"gte": 1, "lt": 20}`` and ``gt``, ``lte`` for numbers; ``{"exists": true}``;
+    - ``{"gte": 1, "lt": 20}`` and ``gt``, ``lte`` for numbers, and for dates as ``{"gte": "2020-05"}``, which
+      are compared as far as the bound goes; ``{"exists": true}``;
     - ``{"match": "word"}`` whole words in a text, case does not count; at most five in all;
     - ``{"any": [{...}, {...}]}``, in place of an attribute, is or.
 
@@ -257,8 +260,16 @@ class _Attribute:
         return each
 
     def compare(self, operator: str, bound: Any) -> Mask:
+        if self.kind == "string" and isinstance(bound, str) and _DATE.fullmatch(bound):
+            # As far as the bound goes: at most 2020 is all of that year.
+            values = self.column.str.replace("T", " ", literal=True).str.head(len(bound))
+            passed = _COMPARE[operator](values, bound.replace("T", " "))
+            return _mask(passed & self.column.str.contains(rf"^(?:{_DATE.pattern})"))
         if self.kind != "number":
-            raise RequestError(f"where: {operator} is for numbers, and {self.name!r} is a {self.kind}")
+            raise RequestError(
+                f"where: {operator} is for numbers, and dates as 2020-05-31; "
+                f"{self.name!r} is a {self.kind}, got {bound!r:.100}"
+            )
         return _mask(_COMPARE[operator](self.column, self._value(bound)))
 
     def match(self, words: Any) -> Mask:

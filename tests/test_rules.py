@@ -3,6 +3,7 @@ from __future__ import annotations
 import re
 
 import numpy as np
+import polars as pl
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -168,7 +169,11 @@ def test_no_conditions_is_no_mask():
         ),
         ({1: "x"}, "unknown attribute 1"),
         ({"year": {"above": 3}}, "unknown operator 'above' for 'year'; known are in, not, all, gte"),
-        ({"brand": {"gte": "A"}}, "gte is for numbers, and 'brand' is a string"),
+        (
+            {"brand": {"gte": "A"}},
+            "gte is for numbers, and dates as 2020-05-31; 'brand' is a string, got 'A'",
+        ),
+        ({"year": {"gte": "2020-05"}}, "'year' is a number, got '2020-05'"),
         ({"genres": {"in": "x"}}, "in takes a list"),
         ({"genres": {"all": "x"}}, "all takes a list"),
         ({"genres": {"in": []}}, "empty list"),
@@ -219,6 +224,26 @@ def test_hostile_values_match_what_the_catalogue_holds():
     assert compile_where({"title": {"match": ".*"}}, catalog).tolist() == [False, False]
     assert compile_where({"any": "x"}, catalog).tolist() == [True, False]
     assert compile_where({"any": [{"any": "x"}, {"item_id": "\U00010000"}]}, catalog).tolist() == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("condition", "found"),
+    [
+        ({"gte": "2020-05"}, "bcd"),
+        ({"gt": "2020-05"}, "d"),
+        ({"lte": "2020-05"}, "abc"),
+        ({"lt": "2020-05-31"}, "ab"),
+        ({"lte": "2020-05-31"}, "abc"),
+        ({"gt": "2020-05-31T10:30"}, "d"),
+        ({"gte": "2020-05-31 10:30", "lt": "2021-01"}, "c"),
+        ({"not": {"gte": "2020-05"}}, "aef"),
+    ],
+)
+def test_dates_are_compared_as_far_as_the_bound_goes(condition, found):
+    dates = ["2019-12-31", "2020-05-01", "2020-05-31T10:30:00", "2021-01-01", "soon", None]
+    items = pl.DataFrame({"item_id": list("abcdef"), "title": "x", "released": dates})
+    mask = compile_where({"released": condition}, Catalog.load(items))
+    assert "".join(np.array(list("abcdef"))[mask]) == found
 
 
 def test_more_conditions_than_a_request_may_cost_are_refused():

@@ -58,8 +58,8 @@ class Condition(Arguments):
     attribute: str = Field(description="Name of the attribute.")
     operator: Literal["in", "not", "all", "gte", "gt", "lte", "lt", "exists", "match"] = Field(
         description="in: has one of the values; all: has each of them; not: has none of them; gte, gt, lte, "
-        "lt: a number at least, above, at most, below the value; exists: true or false; match: the text has "
-        "this word."
+        "lt: a number, or a date as 2020-05-31, at least, above, at most, below the value; exists: true or "
+        "false; match: the text has this word."
     )
     value: Value = Field(description="One value, or a list of values for in, all and not.")
 
