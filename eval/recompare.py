@@ -1,6 +1,6 @@
 """Compute the comparisons of published results again, from the ranks beside them.
 
-    python eval/recompare.py                     # all of eval/results
+    python eval/recompare.py                     # all evaluations in eval/results
     python eval/recompare.py amazon-games-test-30min
 
 For when what is compared changes: nothing is fitted, and no event is read. Ranks that are too large to be
@@ -26,7 +26,7 @@ console = Console(stderr=True)
 
 
 def again(path: Path) -> bool:
-    """Write the comparisons of one results file anew; False where its ranks are not there."""
+    """Write the comparisons of an evaluation anew; False where its ranks are not there."""
     places = [path.with_suffix(".ranks.npz"), HERE.parent / "runs" / f"{path.stem}.ranks.npz"]
     stored = next((place for place in places if place.is_file()), None)
     if stored is None:
@@ -40,16 +40,23 @@ def again(path: Path) -> bool:
     return True
 
 
+def is_evaluation(path: Path) -> bool:
+    """Whether a results file is one of `run.py`."""
+    return {"recipe", "systems", "comparisons"} <= set(json.loads(path.read_text(encoding="utf-8")))
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("names", nargs="*", help="of results; all evaluations if none is given")
     args = parser.parse_args(argv)
     results = HERE / "results"
-    paths = [results / f"{name}.json" for name in args.names] or sorted(results.glob("*-test-*.json"))
-    missing = [path.name for path in paths if not path.is_file()]
+    paths = [results / f"{name}.json" for name in args.names] or sorted(
+        p for p in results.glob("*.json") if is_evaluation(p)
+    )
+    missing = [path.name for path in paths if not path.is_file() or not is_evaluation(path)]
     if missing:
-        sys.exit(f"error: no results of this name: {', '.join(missing)}")
+        sys.exit(f"error: no evaluation of this name: {', '.join(missing)}")
     left = [path.stem for path in paths if not again(path)]
     if left:
         console.print(f"left as they are, their ranks are not here: {', '.join(left)}")

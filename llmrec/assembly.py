@@ -40,12 +40,7 @@ def read_catalog(items: Any, config: DataConfig, kinds: Mapping[str, str] | None
 
 
 def read_log(events: Any, catalog: Catalog, config: DataConfig, *, empty: bool = False) -> EventLog:
-    """Load the events, of which nothing may be left if `empty`; an `EventLog` is taken as it is.
-
-    None is a log of nothing.
-    """
-    if events is None:
-        return EventLog.none(config.clock)
+    """Load the events, of which nothing may be left if `empty`; an `EventLog` is taken as it is."""
     if isinstance(events, EventLog):
         return events
     return EventLog.load(

@@ -254,7 +254,6 @@ def _begin(batch: Batch) -> int:
     said = {**asdict(batch), **where, "model": state, "files": files, "format": FORMAT}
     key = hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()
     path = batch.out / RUN
-    path.parent.mkdir(parents=True, exist_ok=True)
     known: dict[str, Any] = {}
     if path.exists():
         try:
@@ -262,7 +261,10 @@ def _begin(batch: Batch) -> int:
         except ValueError:
             raise DataError(f"{path} is damaged: remove {batch.out}, or take another folder") from None
     elif any(batch.out.glob("part-*.parquet")):
-        raise DataError(f"{batch.out} holds parts of something else: take another folder")
+        raise DataError(
+            f"{batch.out} holds parts of something else, or of an earlier version: take another folder"
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
     if known and known.get("key") != key:
         raise DataError(
             f"{batch.out} holds parts of another run (model, source or its contents, k or size differ): take "

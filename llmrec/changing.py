@@ -89,11 +89,13 @@ class Changing(Asking):
             If the event store cannot be used, or the saved recommender was replaced by another.
         """
         given, clock, now = list(events), self.config.data.clock, int(time.time())
+        catalog = self._state.catalog
         try:
-            checked = live_events(given, self._state.catalog, clock, now)
+            checked = live_events(given, catalog, clock, now)
         except RequestError:
-            # Another process may have put the item just now.
-            if not self.follow():
+            # Another process may have put the item just now, and another thread may be taking it over.
+            self.follow()
+            if self._state.catalog is catalog:
                 raise
             checked = live_events(given, self._state.catalog, clock, now)
         with self._slot.use() as store:

@@ -113,6 +113,7 @@ def fit(
     """
     from llmrec.assembly import read_catalog, read_log
     from llmrec.config import Config
+    from llmrec.events import EventLog
     from llmrec.persistence import MANIFEST, check_place
     from llmrec.recommender import Recommender
 
@@ -132,7 +133,9 @@ def fit(
     with stages() as on_stage:
         on_stage("reading items and events")
         catalog = read_catalog(items, settings.data)
-        log = read_log(events, catalog, settings.data)
+        log = (
+            EventLog.none(settings.data.clock) if events is None else read_log(events, catalog, settings.data)
+        )
         rec = Recommender.fit(catalog, log, settings, on_stage=on_stage)
         on_stage("saving")
         rec.save(out)

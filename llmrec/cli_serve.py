@@ -113,9 +113,9 @@ def _save(rec: Recommender, model: Path) -> None:
 
 def _keep_items(job: Job) -> None:
     """Save what workers stored of items, so that who loads the directory need not encode them again."""
-    from llmrec.serve.workers import load
+    from llmrec.recommender import Recommender
 
-    rec = load(job)
+    rec = Recommender.load(job.model, store=job.store, index=job.index)
     try:
         if rec.unsaved_items:
             _save(rec, job.model)

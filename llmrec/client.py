@@ -12,7 +12,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from llmrec.errors import LLMRecError, NotFoundError, OverloadError, RequestError
 from llmrec.serve import browse as b
 from llmrec.serve import models as m
-from llmrec.types import Item, as_id, as_ids
+from llmrec.types import Event, Item, as_id, as_ids
 
 if TYPE_CHECKING:
     import httpx2
@@ -73,7 +73,8 @@ def _lists(fields: Mapping[str, Any]) -> dict[str, Any]:
     values = {name: _plain(value) for name, value in fields.items()}
     for name in _IDS:
         if values.get(name) is not None:
-            values[name] = list(as_ids(fields[name], name, ordered=name != "exclude"))
+            given = as_ids(fields[name], name, events=name == "history", ordered=name != "exclude")
+            values[name] = [one.item_id if isinstance(one, Event) else one for one in given]
     if values.get("user") is not None:
         values["user"] = as_id(values["user"], "user")
     return values
@@ -89,7 +90,9 @@ def _rank(items: Sequence[str | Item], fields: Mapping[str, Any]) -> _Call[m.Ite
     if isinstance(items, str | Item):
         raise RequestError(f"rank takes a list of ids and items, got {items!r:.100}")
     sent = [
-        {"item_id": one.item_id, **_values(one)} if isinstance(one, Item) else as_id(one, "items")
+        {"item_id": as_id(one.item_id, "item_id"), **_values(one)}
+        if isinstance(one, Item)
+        else as_id(one, "items")
         for one in items
     ]
     return _Call(m.ItemsResponse, "/v1/rank", m.read(m.RankRequest, {"items": sent, **_lists(fields)}))
@@ -150,8 +153,9 @@ def _forget(user: str) -> _Call[m.EventsResponse]:
     return _Call(m.EventsResponse, f"/v1/users/{_segment(user)}", method="DELETE")
 
 
-def _segment(text: str) -> str:
+def _segment(given: object) -> str:
     """Return an id as one part of a path. Dots alone would be read as this folder and the one above."""
+    text = as_id(given, "id")
     return quote(text, safe="") if text.strip(".") else text.replace(".", "%2E")
 
 
@@ -226,7 +230,9 @@ class Client:
 
     def similar(self, item_id: str, **fields: Any) -> m.ItemsResponse:
         """Find items like one item; fields of `SimilarRequest`."""
-        return self._ask(_items("/v1/similar", m.SimilarRequest, {"item_id": item_id, **fields}))
+        return self._ask(
+            _items("/v1/similar", m.SimilarRequest, {"item_id": as_id(item_id, "item_id"), **fields})
+        )
 
     def stages(self, **fields: Any) -> b.StagesResponse:
         """Return what retrieval, the language model and both together answer; as `recommend`."""
@@ -321,7 +327,9 @@ class AsyncClient:
 
     async def similar(self, item_id: str, **fields: Any) -> m.ItemsResponse:
         """Find items like one item; fields of `SimilarRequest`."""
-        return await self._ask(_items("/v1/similar", m.SimilarRequest, {"item_id": item_id, **fields}))
+        return await self._ask(
+            _items("/v1/similar", m.SimilarRequest, {"item_id": as_id(item_id, "item_id"), **fields})
+        )
 
     async def stages(self, **fields: Any) -> b.StagesResponse:
         """Return what retrieval, the language model and both together answer; as `recommend`."""

@@ -170,7 +170,8 @@ def evaluate(
     checked += fitted
     encoder = encoder_checked(config.encoder.name, split.train, catalog.lines())
     if encoder is not None:
-        (checked if encoder else unchecked).append("text encoder")
+        name = "text encoder" if encoder else "text encoder (tuned on other events, or not known on which)"
+        (checked if encoder else unchecked).append(name)
     clock.lap("fit_retrievers")
     state = State(catalog, texts, recipe, retrievers, not exclude_seen, search.depth)
     training: dict[str, Any] = {}

@@ -17,7 +17,7 @@ from llmrec.assembly import encode, read_catalog, read_log
 from llmrec.catalog import Catalog
 from llmrec.changing import Changing
 from llmrec.config import Config, located, one_base
-from llmrec.errors import ConfigError, DataError, RequestError
+from llmrec.errors import ConfigError, ConflictError, DataError, RequestError
 from llmrec.evaluation.run import Systems, run_systems
 from llmrec.evaluation.split import Part, tail
 from llmrec.events import EventLog
@@ -65,6 +65,7 @@ class Recommender(Changing):
         self._url, self._index_url = url, index_url
         self._model = uuid.uuid4().hex if saved is None else saved.model
         self._applied = 0 if saved is None else saved.changes
+        self._refitting = threading.Lock()
         self._adapter: Path | None = None
         self._run: Path | None = None
         self._writer: Writer | None = None
@@ -142,7 +143,7 @@ class Recommender(Changing):
         check(url)
         on_stage("reading items and events")
         catalog = read_catalog(items, config.data)
-        log = read_log(events, catalog, config.data)
+        log = EventLog.none(config.data.clock) if events is None else read_log(events, catalog, config.data)
         index_url = config.index.wanted()
         texts = encode(catalog.lines(), config, on_stage, index_url)
         with dropped_on_error(texts.index):
@@ -209,6 +210,11 @@ class Recommender(Changing):
         log = self._log(state.catalog)
         lm, recipe, report = tune(state, log, self.config, minutes, run, on_step, stream)
         with self._changing:
+            if self._state.recipe.settings != state.recipe.settings:
+                raise ConflictError(
+                    "settings were chosen anew while the language model was tuned: its weight was fitted "
+                    "beside other retrievers; fine-tune again"
+                )
             # Items may have been added meanwhile.
             self._state = replace(self._state, lm=lm.grown(self._state.texts), recipe=recipe)
             self._adapter, self._run, self._model = None, run, uuid.uuid4().hex
@@ -251,22 +257,23 @@ class Recommender(Changing):
         DataError
             If there is nothing to choose on: no event is stored.
         """
-        self.follow()
-        # Others go on with the old state meanwhile, and may put items.
-        state = self._state
-        with self._slot.use() as store:
-            empty = store.count() == 0
-        log = None if empty and not choose else self._log(state.catalog)
-        if log is not None and choose:
-            recipe, repeats = _chosen(log, state.catalog, state.texts, self.config.retrieval, on_stage)
-            state = replace(state, recipe=recipe, repeats=repeats, lm=None)
-        on_stage("fitting on all events")
-        fitted = state.refitted(log)
-        with self._changing:
-            self._state = fitted.after(self._state, lm=not choose)
-            self._model = uuid.uuid4().hex
-            if choose:
-                self._adapter, self._run = None, None
+        with self._refitting:
+            self.follow()
+            # Others go on with the old state meanwhile, and may put items.
+            state = self._state
+            with self._slot.use() as store:
+                empty = store.count() == 0
+            log = None if empty and not choose else self._log(state.catalog)
+            if log is not None and choose:
+                recipe, repeats = _chosen(log, state.catalog, state.texts, self.config.retrieval, on_stage)
+                state = replace(state, recipe=recipe, repeats=repeats, lm=None)
+            on_stage("fitting on all events")
+            fitted = state.refitted(log)
+            with self._changing:
+                self._state = fitted.after(self._state, chosen=choose)
+                self._model = uuid.uuid4().hex
+                if choose:
+                    self._adapter, self._run = None, None
 
     def evaluate(self, events: Any, *, users: int | None = None, seed: int = 0) -> Systems:
         """Rank the catalogue for users whose next event is known, and compare the stages.

@@ -22,7 +22,7 @@ OPERATORS = ("in", "not", "all", "gte", "gt", "lte", "lt", "exists", "match")
 _MAX_DEPTH = 20
 _MAX_CONDITIONS = 100
 _MAX_MATCHES = 5  # each reads a text of every item
-_DATE = re.compile(r"\d{4}-\d{2}(?:-\d{2}(?:[T ]\d{2}:\d{2}(?::\d{2})?)?)?")
+_DATE = re.compile(r"\d{4}(?:-\d{2}(?:-\d{2}(?:[T ]\d{2}:\d{2}(?::\d{2})?)?)?)?")
 _COMPARE: dict[str, Callable[[pl.Series, Any], pl.Series]] = {
     "gte": lambda column, bound: column >= bound,
     "gt": lambda column, bound: column > bound,
@@ -110,7 +110,7 @@ def compile_where(where: Mapping[str, Any] | None, catalog: Catalog) -> Mask | N
     - ``{"genres": "Comedy"}`` equals, or contains for a list; ``{"year": [1994, 1995]}`` any of;
     - ``{"in": [...]}`` any of, ``{"all": [...]}`` each of, ``{"not": value, list or operators}``;
     - ``{"gte": 1, "lt": 20}`` and ``gt``, ``lte`` for numbers, and for dates as ``{"gte": "2020-05"}``, which
-      are compared as far as the bound goes; ``{"exists": true}``;
+      are compared as far as both go; ``{"exists": true}``;
     - ``{"match": "word"}`` whole words in a text, case does not count; at most five in all;
     - ``{"any": [{...}, {...}]}``, in place of an attribute, is or.
 
@@ -260,17 +260,26 @@ class _Attribute:
         return each
 
     def compare(self, operator: str, bound: Any) -> Mask:
-        if self.kind == "string" and isinstance(bound, str) and _DATE.fullmatch(bound):
-            # As far as the bound goes: at most 2020 is all of that year.
-            values = self.column.str.replace("T", " ", literal=True).str.head(len(bound))
-            passed = _COMPARE[operator](values, bound.replace("T", " "))
-            return _mask(passed & self.column.str.contains(rf"^(?:{_DATE.pattern})"))
+        if self.kind == "string" and _DATE.fullmatch(str(bound)):
+            dates = self.column.str.contains(f"^{_DATE.pattern}$").fill_null(False)
+            if dates.any():
+                return self._compare_dates(operator, str(bound), self.column.set(~dates, None))
         if self.kind != "number":
             raise RequestError(
                 f"where: {operator} is for numbers, and dates as 2020-05-31; "
                 f"{self.name!r} is a {self.kind}, got {bound!r:.100}"
             )
         return _mask(_COMPARE[operator](self.column, self._value(bound)))
+
+    def _compare_dates(self, operator: str, bound: str, dates: pl.Series) -> Mask:
+        """As far as both go: at most 2020 is all of that year, and 2020-05 is from 2020-05-01 on."""
+        values, bound = dates.str.replace("T", " ", literal=True), bound.replace("T", " ")
+        mask = np.zeros(len(dates), dtype=np.bool_)
+        for length in values.str.len_chars().drop_nulls().unique():
+            common = min(length, len(bound))
+            passed = _COMPARE[operator](values.str.head(common), bound[:common])
+            mask |= _mask(passed & (values.str.len_chars() == length))
+        return mask
 
     def match(self, words: Any) -> Mask:
         if self.kind not in ("string", "list of strings"):

@@ -351,9 +351,10 @@ def epoch_users(names: Iterable[str], held_out: HeldOut, seed: int) -> tuple[Hel
     """Held-out users who choose states of sequence models, and those who judge all else.
 
     To who chose it the best of many epochs looks better than it is, and a blend would lean on it too much.
-    All users are both where there is no such family.
+    All users are both where no family of these names is such a one, and a single user is, too.
     """
-    return roles(held_out, seed) if set(names) & set(EPOCHS) else (held_out, held_out)
+    apart = bool(set(names) & set(EPOCHS)) and len(held_out.queries) > 1
+    return roles(held_out, seed) if apart else (held_out, held_out)
 
 
 def with_weights(

@@ -22,6 +22,7 @@ from llmrec.families import Texts, TrainingLog
 from llmrec.pipeline import Pipeline
 from llmrec.protocols import Mask, Retriever, VectorIndex
 from llmrec.recipe import Recipe, fit_retrievers, grow_retrievers, load_retrievers, retriever_arrays
+from llmrec.retrieve.lexical import BM25Retriever
 from llmrec.retrieve.popularity import PopularityRetriever
 from llmrec.types import Item
 
@@ -134,20 +135,21 @@ class State:
         retrievers = fit_retrievers(training_log(log), self.texts, self.recipe)
         return replace(self, retrievers=retrievers, log=log.fingerprint)
 
-    def after(self, now: State, *, lm: bool) -> State:
-        """The same with the items that came while it was fitted, and the present language models.
+    def after(self, now: State, *, chosen: bool) -> State:
+        """The same with the items that came while it was fitted, and the adapters.
 
         Parameters
         ----------
-        lm
-            Whether the own language model stays.
+        chosen
+            Whether settings and weights are new; otherwise those of now stay, with the language model.
         """
         retrievers = self.retrievers
         if now.texts is not self.texts:
             retrievers = grow_retrievers(retrievers, now.texts, self.recipe)
-        own = now.lm if lm else None
+        if not chosen:
+            return replace(now, retrievers=retrievers, log=self.log)
         kept = replace(self, catalog=now.catalog, texts=now.texts, retrievers=retrievers)
-        return replace(kept, lm=own, adapters=now.adapters)
+        return replace(kept, lm=None, adapters=now.adapters)
 
     def with_catalog(self, catalog: Catalog, *, listed: bool = True) -> State:
         """The same over a catalogue in which items were added or replaced; for a while if not `listed`."""
@@ -155,6 +157,10 @@ class State:
             return replace(self, catalog=catalog)
         texts = grown_texts(self.texts, catalog.lines(), listed=listed)
         retrievers = grow_retrievers(self.retrievers, texts, self.recipe)
+        before, words = self.retrievers.get("bm25"), retrievers.get("bm25")
+        if listed and isinstance(before, BM25Retriever) and isinstance(words, BM25Retriever):
+            # Who changes items waits for it, not who searches next.
+            words.make_ready_like(before)
         lm = self.lm.grown(texts) if self.lm is not None else None
         adapters = {n: replace(named, model=named.model.grown(texts)) for n, named in self.adapters.items()}
         return replace(self, catalog=catalog, texts=texts, retrievers=retrievers, lm=lm, adapters=adapters)

@@ -16,6 +16,11 @@ _UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}ー\p{Thai}\p{Lao}\p{Khmer}\p{Myanm
 _RUNS = regex.compile(rf"(?V1)([{_UNSPACED}]+)|[[\p{{L}}\p{{M}}\p{{N}}_]--[{_UNSPACED}]]+")
 _HAN = regex.compile(r"\p{Han}")
 _ACCENTS = regex.compile(r"[\u0300-\u036f]+")
+# Of these the letters and digits that they stand for are part of no word: LEGO™, 3½, №.
+_SIGNS = regex.compile(r"[\p{S}\p{No}]+")
+
+VERSION = 1
+"""Raised when a text gets other words: encoders that count words are fitted again."""
 
 # fmt: off
 COMMON = frozenset((
@@ -28,11 +33,11 @@ COMMON = frozenset((
 
 
 def folded(text: str) -> str:
-    """In lower case, with letters and digits of full or half width as usual ones, and without accents."""
+    """In lower case, without accents and signs; letters and digits of full or half width are usual ones."""
     if text.isascii():
         return text.lower()
-    bare = _ACCENTS.sub("", unicodedata.normalize("NFKD", text.lower()))
-    return unicodedata.normalize("NFC", bare)
+    bare = _ACCENTS.sub("", unicodedata.normalize("NFKD", _SIGNS.sub(" ", text)))
+    return unicodedata.normalize("NFC", bare).lower()
 
 
 def words_in(text: str) -> list[str]:

@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 
-from llmrec import Item, Recommender
+from llmrec import Event, Item, Recommender
 from llmrec.client import AsyncClient, Client
 from llmrec.errors import LLMRecError, NotFoundError, OverloadError, RequestError
 from llmrec.serve import ServeConfig, create_app
@@ -129,6 +129,12 @@ def test_what_the_library_takes_as_ids_the_client_takes(rec, client):
     )
     expected = rec.recommend(history=["i4", "i5"], exclude={"i6"}, where={"brand": "Acme"})
     assert ids(found) == [r.item_id for r in expected]
+    events = [Event("me", "i4"), "i5"]
+    assert ids(client.recommend(history=events)) == [r.item_id for r in rec.recommend(history=events)]
+    assert client.put_item(Item(5, "Number Five")).item_id == "5"
+    assert client.similar(5).items is not None and client.forget(5) == 0
+    assert "5" in ids(client.rank([5, Item(6, "Six")]))
+    client.remove_item(5)
     assert ids(client.recommend(user=1)) == [r.item_id for r in rec.recommend(user=1)]
     for ask in (client.predict, client.rank, client.embed):
         with pytest.raises(RequestError, match="list of"):

@@ -170,7 +170,7 @@ def test_what_is_served_is_held_against_the_best_retriever_too_and_what_was_not_
     families = {"retrieval": {"families": ["als", "transitions"]}}
     page = evaluate(*toy_data(), {**LIGHT, **families}, lm=False).report(tmp_path, "...")
     text = page.read_text(encoding="utf-8")
-    assert "Not checked, fitted on the training part: als." in text and "no fitted parameter" not in text
+    assert "Not checked: als." in text and "no fitted parameter" not in text
 
 
 def test_what_is_not_full_ranking_is_marked_in_results_and_tables(tmp_path):

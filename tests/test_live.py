@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import threading
+import time
 from datetime import UTC, datetime
 
 import numpy as np
@@ -14,6 +15,7 @@ from llmrec import Event, Item, Recommender
 from llmrec.errors import ConflictError, DataError, NotFoundError, RequestError, StoreError
 from llmrec.serve import ServeConfig, Service
 from llmrec.serve.models import ItemIn
+from llmrec.state import State
 from llmrec.testing import toy_data
 
 LIGHT = {"encoder": {"name": "light", "dim": 16}, "retrieval": {"search": False}}
@@ -211,6 +213,23 @@ def test_what_one_process_put_is_known_to_all_at_the_first_request_that_names_it
         service.close()
     with pytest.raises(RequestError, match="unknown item 'nowhere'"):
         two.observe("u1", "nowhere")
+
+
+def test_an_event_waits_for_an_item_that_another_thread_is_taking_over(opened, monkeypatch):
+    one, two = opened(), opened()
+    one.add_items([Item("x", "Zeppelin X")])
+    taking, grow = threading.Event(), State.with_catalog
+
+    def slowly(self, catalog, **how):
+        taking.set()
+        time.sleep(0.3)
+        return grow(self, catalog, **how)
+
+    monkeypatch.setattr(State, "with_catalog", slowly)
+    follower = threading.Thread(target=two.follow)
+    follower.start()
+    assert taking.wait(30) and two.observe("u1", "x")
+    follower.join()
 
 
 def test_a_refit_takes_in_the_events_of_items_that_another_process_put(opened):

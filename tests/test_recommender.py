@@ -13,7 +13,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from llmrec import Event, Item, LLMRecError, Recommender, Request, asking
+from llmrec import Event, Item, LLMRecError, Recommender, Request, asking, tuning
 from llmrec.candidates import Calibration, Weights
 from llmrec.errors import ConflictError, DataError, ModelError, RequestError, StoreError
 from llmrec.state import State
@@ -175,6 +175,38 @@ def test_items_are_put_while_retrievers_are_fitted(rec, monkeypatch):
         done.result(30)
     assert ids(rec.search("zeppelin", k=1)) == ["new"]
     assert rec.catalog.ids[0] not in ids(rec.recommend(k=100)) and "new" in ids(rec.recommend(k=100))
+
+
+def test_weights_that_change_while_retrievers_are_fitted_stay_unless_they_are_chosen(tuned, monkeypatch):
+    before, fit = tuned._state, State.refitted
+
+    def refitted(self, log):
+        tuned._state = replace(
+            tuned._state, recipe=replace(tuned.recipe, history=Weights({"ease": 1.0}, lm=2.0))
+        )
+        return fit(self, log)
+
+    monkeypatch.setattr(State, "refitted", refitted)
+    try:
+        tuned.refit()
+        assert tuned.recipe.history.lm == 2.0 and tuned.has_language_model
+    finally:
+        tuned._state = before
+
+
+def test_a_weight_that_was_fitted_beside_other_retrievers_is_refused(data, config, monkeypatch):
+    rec = Recommender.fit(*data, config)
+    tune = tuning.tune
+
+    def chosen_meanwhile(*given):
+        found = tune(*given)
+        settings = {name: own for name, own in rec.recipe.settings.items() if name != "transitions"}
+        rec._state = replace(rec._state, recipe=replace(rec.recipe, settings=settings))
+        return found
+
+    monkeypatch.setattr(tuning, "tune", chosen_meanwhile)
+    with pytest.raises(ConflictError, match="chosen anew while the language model was tuned"):
+        rec.finetune()
 
 
 def test_choosing_anew_drops_the_language_model_until_it_is_tuned_again(tuned, tmp_path):

@@ -174,6 +174,7 @@ def test_no_conditions_is_no_mask():
             "gte is for numbers, and dates as 2020-05-31; 'brand' is a string, got 'A'",
         ),
         ({"year": {"gte": "2020-05"}}, "'year' is a number, got '2020-05'"),
+        ({"brand": {"gte": "2020"}}, "'brand' is a string, got '2020'"),
         ({"genres": {"in": "x"}}, "in takes a list"),
         ({"genres": {"all": "x"}}, "all takes a list"),
         ({"genres": {"in": []}}, "empty list"),
@@ -229,21 +230,25 @@ def test_hostile_values_match_what_the_catalogue_holds():
 @pytest.mark.parametrize(
     ("condition", "found"),
     [
-        ({"gte": "2020-05"}, "bcd"),
-        ({"gt": "2020-05"}, "d"),
+        ({"gte": "2020-05"}, "bcdg"),
+        ({"gt": "2020-05"}, "dg"),
         ({"lte": "2020-05"}, "abc"),
         ({"lt": "2020-05-31"}, "ab"),
         ({"lte": "2020-05-31"}, "abc"),
-        ({"gt": "2020-05-31T10:30"}, "d"),
-        ({"gte": "2020-05-31 10:30", "lt": "2021-01"}, "c"),
+        ({"gt": "2020-05-31T10:30"}, "dg"),
+        ({"gte": "2020-05-31 10:30", "lt": "2021-01"}, "cg"),
         ({"not": {"gte": "2020-05"}}, "aef"),
+        ({"lte": "2020"}, "abcg"),
+        ({"gt": 2020}, "d"),
+        ({"lt": "2020-06-15"}, "abc"),
+        ({"gte": "2020-06-15"}, "dg"),
     ],
 )
-def test_dates_are_compared_as_far_as_the_bound_goes(condition, found):
-    dates = ["2019-12-31", "2020-05-01", "2020-05-31T10:30:00", "2021-01-01", "soon", None]
-    items = pl.DataFrame({"item_id": list("abcdef"), "title": "x", "released": dates})
+def test_dates_are_compared_as_far_as_both_go(condition, found):
+    dates = ["2019-12-31", "2020-05-01", "2020-05-31T10:30:00", "2021-01-01", "2021-01-01x", None, "2020-06"]
+    items = pl.DataFrame({"item_id": list("abcdefg"), "title": "x", "released": dates})
     mask = compile_where({"released": condition}, Catalog.load(items))
-    assert "".join(np.array(list("abcdef"))[mask]) == found
+    assert "".join(np.array(list("abcdefg"))[mask]) == found
 
 
 def test_more_conditions_than_a_request_may_cost_are_refused():

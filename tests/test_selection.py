@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from llmrec import search, selection
 from llmrec.assembly import make_texts
 from llmrec.catalog import Catalog
 from llmrec.encode.light import LightEncoder
@@ -84,6 +85,34 @@ def test_who_chose_an_epoch_does_not_choose_the_weights(selected):
     both = np.concatenate([choosing.targets, judging.targets])
     assert sorted(both) == list(range(40)) and len(choosing.targets) == 20
     assert epoch_users(["ease", "transitions"], users, 0) == (users, users)
+    one = users.take(np.array([0]))
+    assert epoch_users(["gru4rec"], one, 0) == (one, one)
+
+
+@pytest.mark.parametrize("minutes", [None, 1.0])
+def test_states_are_chosen_by_other_users_than_judge_them(monkeypatch, minutes):
+    asked = {}
+
+    def fit_family(name, log, texts, start, held_out, trials):
+        asked.setdefault(name, held_out.sha256())
+        return start, FAMILIES[name].fit(log, texts, start)
+
+    def with_weights(recipe, retrievers, held_out, *rest):
+        asked["weights"] = held_out.sha256()
+        return recipe
+
+    for module in (search, selection):
+        monkeypatch.setattr(module, "fit_family", fit_family)
+        monkeypatch.setattr(module, "with_weights", with_weights)
+    config = CONFIG.model_copy(update={"families": ("ease", "gru4rec"), "search_minutes": minutes})
+    choose_recipe(LOG, HELD_OUT, TEXTS, config)
+    assert asked["gru4rec"] != asked["ease"] == asked["weights"]
+
+
+def test_one_held_out_user_is_enough():
+    config = CONFIG.model_copy(update={"families": ("ease", "gru4rec"), "search_minutes": None})
+    recipe, _ = choose_recipe(LOG, HELD_OUT.take(np.array([0])), TEXTS, config)
+    assert "gru4rec" in recipe.settings
 
 
 def test_a_sequence_model_is_fitted_again_for_as_many_epochs_as_were_best(selected):

@@ -11,6 +11,7 @@ import pytest
 from llmrec import Item, Recommender, Request
 from llmrec.answering import units_of
 from llmrec.errors import ConfigError, FetchError, ModelError, NotFoundError, OverloadError, RequestError
+from llmrec.retrieve.lexical import _Index
 from llmrec.serve import ApiKey, ServeConfig, Service, browse
 from llmrec.serve import models as m
 from llmrec.serve.batching import Batcher, Load, Pool
@@ -277,14 +278,19 @@ def test_what_the_language_model_has_no_weight_in_is_not_degraded_and_does_not_w
 # ---- documents and vectors -----------------------------------------------------------------------------
 
 
-def test_the_first_typed_word_waits_for_nothing_and_who_changes_items_builds_the_index(fitted, serve):
+def test_the_first_typed_word_waits_for_nothing_and_who_changes_items_builds_the_index(serve, monkeypatch):
     rec = Recommender.fit(*toy_data(), LIGHT)
-    assert not rec._state.retrievers["bm25"]._index.is_built
+    assert not rec._state.retrievers["bm25"].is_ready
     serve(rec).warm_up()
-    assert rec._state.retrievers["bm25"]._index.is_built
+    assert rec._state.retrievers["bm25"].is_ready
     rec.add_items([Item(f"new{n}", f"Zeppelin {n}") for n in range(300)])
-    index = rec._state.retrievers["bm25"]._index
-    assert index.is_built and len(index.lines) == 340
+    words = rec._state.retrievers["bm25"]
+    assert words.is_ready and len(words._index.lines) == 340
+    # Items of one request alone, without any words, are no reason to build it.
+    builds = []
+    monkeypatch.setattr(_Index, "build", lambda self: builds.append(self))
+    rec.rank([Item(f"mine{n}", f"Balloon {n}") for n in range(270)], user="u1")
+    assert builds == []
 
 
 def test_documents_are_compared_with_the_query_and_the_history(fitted):

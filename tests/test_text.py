@@ -140,6 +140,7 @@ def test_words_that_tell_nothing_are_those_that_the_search_library_knows():
         ("日本語ABC", ["日本", "本語", "日", "本", "語", "abc"]),
         ("ｶﾒﾗ", ["カメ", "メラ"]),
         ("猫", ["猫"]),
+        ("LEGO™ Star№ 3½", ["lego", "star", "3"]),
         ("_ ... !?", []),
     ],
 )
@@ -148,7 +149,8 @@ def test_words_of_many_scripts(text, words):
 
 
 @given(st.text(max_size=40))
-def test_words_are_found_again_in_any_text_that_holds_them(text):
-    words = words_in(text)
-    assert words_in(" ".join(words)) == [w for word in words for w in words_in(word)]
-    assert set(telling_words(text)) <= set(words)
+def test_what_is_a_word_is_typed_in_one_way(text):
+    for word in words_in(text):
+        assert word == word.lower() or not word.lower().islower()
+        assert word in words_in(word)
+    assert set(telling_words(text)) <= set(words_in(text))

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from llmrec.errors import DataError
 from llmrec.protocols import Floats
-from llmrec.words import words_in
+from llmrec.words import VERSION, words_in
 
 
 class LightEncoder:
@@ -35,7 +35,7 @@ class LightEncoder:
         self.dim = int(components.shape[0])
         self._terms: Any = TfidfVectorizer(**self._settings(), vocabulary=self.vocabulary)
         self._terms.idf_ = idf.astype(np.float64)
-        digest = hashlib.sha256(json.dumps(self.vocabulary, sort_keys=True).encode())
+        digest = hashlib.sha256(f"words {VERSION} {json.dumps(self.vocabulary, sort_keys=True)}".encode())
         digest.update(idf.tobytes() + components.tobytes())
         self.fingerprint = digest.hexdigest()
 

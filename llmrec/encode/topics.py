@@ -13,7 +13,7 @@ from scipy.special import digamma
 
 from llmrec.errors import DataError
 from llmrec.protocols import Floats
-from llmrec.words import telling_words
+from llmrec.words import VERSION, telling_words
 
 
 class TopicEncoder:
@@ -44,7 +44,7 @@ class TopicEncoder:
         self._model.components_ = topics
         expected = digamma(topics) - digamma(topics.sum(axis=1, keepdims=True))
         self._model.exp_dirichlet_component_ = np.exp(expected)
-        digest = hashlib.sha256(json.dumps(self.vocabulary, sort_keys=True).encode())
+        digest = hashlib.sha256(f"words {VERSION} {json.dumps(self.vocabulary, sort_keys=True)}".encode())
         digest.update(topics.tobytes())
         self.fingerprint = digest.hexdigest()
 

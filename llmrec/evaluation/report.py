@@ -460,8 +460,8 @@ def _protocol(result: Mapping[str, Any], command: str) -> str:
         else "Settings and weights were chosen on validation events; what was checked has not seen what is "
         "reported."
     )
-    # Known by name only: these keep nothing that could be counted again.
-    left = f" Not checked, fitted on the training part: {escape(unchecked)}." if unchecked else ""
+    # These keep nothing that could be counted again, or do not say what they saw.
+    left = f" Not checked: {escape(unchecked)}." if unchecked else ""
     return f"<h2>How this was measured</h2><p>{chosen} Checked in this run: {checked}.{left}</p>{rows}"
 
 

@@ -28,13 +28,8 @@ class _Index:
         self.lines = lines
         self.average = 0.0
         self._index: Any = None
-        self._built = False
+        self.built = False
         self._lock = threading.Lock()
-
-    @property
-    def is_built(self) -> bool:
-        """Whether it was asked before."""
-        return self._built
 
     def scores(self, words: Sequence[str]) -> Floats:
         """BM25 of every line, shape (lines,)."""
@@ -55,9 +50,9 @@ class _Index:
     def build(self) -> None:
         """Build the index unless it is built."""
         with self._lock:
-            if not self._built:
+            if not self.built:
                 self._build()
-                self._built = True
+                self.built = True
 
     def _build(self) -> None:
         import bm25s
@@ -96,15 +91,21 @@ class BM25Retriever:
         """The same for a catalogue whose lines changed or grew; this one stays as it is."""
         changed = changed_lines(self.lines, lines)
         if len(self._aside) + len(changed) > max(ASIDE, ASIDE_SHARE * len(lines)):
-            new = BM25Retriever(lines)
-            if self._index.is_built:
-                # Who changes items waits for it, not who searches next.
-                new._index.build()
-            return new
+            return BM25Retriever(lines)
         made = BM25Retriever(lines)
         made._index = self._index
         made._aside = {**self._aside, **{code: telling_words(lines[code]) for code in changed}}
         return made
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the index is built."""
+        return self._index.built
+
+    def make_ready_like(self, other: BM25Retriever) -> None:
+        """Build the index now if the other's is built, so that no request waits for it."""
+        if other.is_ready:
+            self._index.build()
 
     def score(self, text: str) -> Floats:
         """BM25 of every item, shape (items,)."""

@@ -162,8 +162,10 @@ class Workers:
         ModelError
             If the first workers do not start.
         """
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: self._ending.set())
+        before = {
+            number: signal.signal(number, lambda *_: self._ending.set())
+            for number in (signal.SIGINT, signal.SIGTERM)
+        }
         signal.signal(signal.SIGHUP, lambda *_: self._asked.set())
         with tempfile.TemporaryDirectory(prefix="llmrec-serve-") as folder:
             self._job = replace(self._job, counted=Path(folder))
@@ -185,6 +187,8 @@ class Workers:
                     worker.process.terminate()
                 for worker in self._workers:
                     worker.end()
+                for number, handler in before.items():
+                    signal.signal(number, handler)
 
     def _start(self) -> _Worker:
         return _Worker(self._job, self._listening)
