@@ -10,8 +10,9 @@ import json
 import logging
 import sys
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.logging import RichHandler
@@ -23,6 +24,9 @@ from llmrec.cli_evaluate import evaluate
 from llmrec.cli_serve import mcp, serve
 from llmrec.cli_show import say, say_weights, show, show_families, show_known, stages, stderr, training_bar
 from llmrec.errors import ConflictError, LLMRecError, RequestError
+
+if TYPE_CHECKING:
+    from llmrec.recommender import Recommender
 
 
 class _Commands(TyperGroup):
@@ -257,6 +261,7 @@ def recommend(
     rec = Recommender.load(model)
     if user is not None and history is None and not rec.history(user, limit=1):
         say(f"no events of a user {user!r} are stored: what follows is for somebody new")
+    _say_unknown(rec, request.history)
     found = rec.stages(request) if by_stage else {"": rec.recommend(request)}
     if phrase:
         found = {name: rec.phrase(items) for name, items in found.items()}
@@ -307,7 +312,15 @@ def rank(
     from llmrec.recommender import Recommender
 
     ids, past = _ids("--items", items) or [], _ids("--history", history)
-    show(Recommender.load(model).rank(ids, user, past, query), in_json=in_json)
+    rec = Recommender.load(model)
+    _say_unknown(rec, past)
+    show(rec.rank(ids, user, past, query), in_json=in_json)
+
+
+def _say_unknown(rec: Recommender, history: Sequence[Any] | None) -> None:
+    unknown = [item for item in history or () if item not in rec.catalog]
+    if unknown:
+        say(f"not in the catalogue, so that they do not count: {', '.join(map(repr, unknown))}")
 
 
 @app.command()

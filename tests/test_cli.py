@@ -181,6 +181,9 @@ def test_stages_show_the_language_model_beside_the_default(tuned):
 
 def test_similar_search_and_rank(fitted):
     assert "i3" not in ids(run_json("similar", fitted, "i3", "-k", 5))
+    told = run("recommend", fitted, "--history", "i1,nope", "--json")
+    assert "not in the catalogue, so that they do not count: 'nope'" in told.stderr
+    assert json.loads(told.stdout) == run_json("recommend", fitted, "--history", "i1")
     assert "i5" in ids(run_json("search", fitted, "bold river", "--user", "u1", "-k", 5))
     assert sorted(ids(run_json("rank", fitted, "--items", "i7,i5,i6", "--history", "i4"))) == [
         "i5",
@@ -267,7 +270,7 @@ def test_bad_requests(fails, fitted, tmp_path, monkeypatch):
     assert "whom for?" in fails("recommend", fitted)
     assert "not both" in fails(*ask, "--history", "i1")
     assert "'nope'" in fails("similar", fitted, "nope")
-    assert "'nope'" in fails("recommend", fitted, "--history", "i1,nope")
+    assert "'nope'" in fails("recommend", fitted, "--history", "nope")
     assert "'nope'" in fails("observe", fitted, "--user", "u1", "--item", "nope")
     assert "empty item id" in fails("rank", fitted, "--items", "i1,,i2")
     assert "twice" in fails("rank", fitted, "--items", "i1,i1")
