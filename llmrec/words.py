@@ -8,12 +8,14 @@ one by one too, so that the words of a query are found inside longer runs.
 
 from __future__ import annotations
 
+import re
 import unicodedata
 
 import regex
 
 _UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}ー\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
 _RUNS = regex.compile(rf"(?V1)([{_UNSPACED}]+)|[[\p{{L}}\p{{M}}\p{{N}}_]--[{_UNSPACED}]]+")
+_PLAIN = re.compile(r"\w+", re.ASCII)
 _HAN = regex.compile(r"\p{Han}")
 _ACCENTS = regex.compile(r"[\u0300-\u036f]+")
 # Of these the letters and digits that they stand for are part of no word: LEGO™, 3½, №.
@@ -34,14 +36,14 @@ COMMON = frozenset((
 
 def folded(text: str) -> str:
     """In lower case, without accents and signs; letters and digits of full or half width are usual ones."""
-    if text.isascii():
-        return text.lower()
     bare = _ACCENTS.sub("", unicodedata.normalize("NFKD", _SIGNS.sub(" ", text)))
     return unicodedata.normalize("NFC", bare).lower()
 
 
 def words_in(text: str) -> list[str]:
     """Split a text into words, folded, in their order; common ones too."""
+    if text.isascii():
+        return _PLAIN.findall(text.lower())
     words = []
     for run in _RUNS.finditer(folded(text)):
         if run[1] is None:
