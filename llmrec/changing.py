@@ -139,8 +139,10 @@ class Changing(Asking):
             events = [event for event in events if not _taken(known, event)]
         return log.report, self.observe_many(events)
 
-    def forget(self, user: str) -> int:
-        """Erase a user's events, and the states that this process keeps; return how many events there were.
+    def forget(self, user: str | Sequence[str]) -> int:
+        """Erase the events of a user, or of several, and the states that this process keeps.
+
+        Returns how many events there were. The store is written anew without them, once for all of them.
 
         Other processes that serve the same directory keep states, which hold no ids, until they are full or
         end. Aggregates fitted earlier (item weights, the adapter) stay until `refit` and `finetune`.
@@ -150,19 +152,20 @@ class Changing(Asking):
         StoreError
             If the event store cannot be used, or could not erase all; the message says what is left.
         """
-        user = as_id(user, "user")
+        alone = isinstance(user, str) or not hasattr(user, "__len__")
+        users = [as_id(user, "user")] if alone else as_ids(user, "user", ordered=False)
         try:
             with self._slot.use() as store:
                 if self._saved is not None:
                     self._saved.check_events()
-                count = store.forget(user)
+                count = store.forget(*users)
             if self._saved is not None:
                 try:
                     # Copies that a killed save or move left.
                     remove_stray_events(self._saved.folder)
                 except (OSError, ModelError) as failed:
                     raise StoreError(
-                        f"{count} events of the user are erased, but copies that a killed save left in "
+                        f"{count} events are erased, but copies that a killed save left in "
                         f"{self._saved.folder} could not be removed: {failed}"
                     ) from failed
             return count

@@ -397,12 +397,25 @@ def refit(
 
 
 @app.command()
-def forget(model: Model, user: Annotated[str, typer.Option(help="User id.")]) -> None:
-    """Erase all events of a user."""
+def forget(
+    model: Model,
+    user: Annotated[str | None, typer.Option(help="User id.")] = None,
+    users: Annotated[Path | None, typer.Option(help="Instead: a text file of user ids, one a line.")] = None,
+) -> None:
+    """Erase all events of a user, or of many at once."""
     from llmrec.recommender import Recommender
 
-    count = Recommender.load(model).forget(user)
-    say(f"erased {count:,} event{'s' * (count != 1)} of user {user!r}")
+    if (user is None) == (users is None):
+        raise RequestError("whom to forget? give --user or --users")
+    gone = [user] if user is not None else []
+    if users is not None:
+        try:
+            gone = [line for line in users.read_text(encoding="utf-8").split("\n") if line]
+        except UnicodeDecodeError as broken:
+            raise RequestError(f"{users} is no text in UTF-8: {broken.reason}") from None
+    count = Recommender.load(model).forget(gone)
+    whose = f"user {user!r}" if user is not None else f"{len(gone):,} users"
+    say(f"erased {count:,} event{'s' * (count != 1)} of {whose}")
 
 
 app.command()(evaluate)

@@ -186,8 +186,8 @@ class EventStore(Protocol):
         """Return up to `limit` ids of users that begin with `prefix`, in the order of their code points."""
         ...
 
-    def forget(self, user_id: str) -> int:
-        """Delete all events of a user; return how many."""
+    def forget(self, *user_ids: str) -> int:
+        """Delete all events of some users; return how many."""
         ...
 
     def events(self) -> list[Event]:

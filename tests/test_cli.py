@@ -202,6 +202,17 @@ def test_observe_counts_in_the_next_request_and_forget_erases(mine):
     assert ids_of(mine, "someone new") == before
 
 
+def test_many_users_are_forgotten_at_once(mine, fails, tmp_path):
+    for user in ("gone one", "gone two"):
+        run("observe", mine, "--user", user, "--item", "i4")
+    (tmp_path / "gone.txt").write_text("gone one\ngone two\n\n", encoding="utf-8")
+    told = run("forget", mine, "--users", tmp_path / "gone.txt")
+    assert "erased 2 events of 2 users" in told.stderr
+    assert "whom to forget?" in fails("forget", mine)
+    (tmp_path / "gone.txt").write_bytes(b"\xff\xfe")
+    assert "no text in UTF-8" in fails("forget", mine, "--users", tmp_path / "gone.txt")
+
+
 def test_a_reader_that_leaves_early_is_no_error(fitted):
     process = subprocess.Popen(
         [*COMMAND, "recommend", str(fitted), "--user", "u1", "--json"],

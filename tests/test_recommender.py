@@ -226,7 +226,8 @@ def test_observe_counts_in_the_next_request_and_forget_erases(rec, data):
     found = rec.recommend(user="new")
     assert items[4].item_id not in ids(found)
     assert items[5].item_id in ids(found)[:3]
-    assert rec.forget("new") == 1
+    rec.observe("other", items[4].item_id)
+    assert rec.forget(["new", "other", "nobody"]) == 2 and rec.forget([]) == 0
     assert ids(rec.recommend(user="new")) == ids(rec.recommend(user="somebody else"))
     with pytest.raises(RequestError, match="unknown item"):
         rec.observe("new", "not there")

@@ -67,7 +67,7 @@ def test_it_is_an_event_store(store):
     assert store.events() == [] and store.columns() == ([], [], [], []) and store.count() == 0
     # Half a character, which no file can hold.
     assert store.history("\ud800") == []
-    assert store.history("nobody") == [] and store.forget("nobody") == 0
+    assert store.history("nobody") == [] and store.forget("nobody") == store.forget() == 0
     store.append([])
     assert store.count() == 0
 
@@ -150,6 +150,12 @@ def test_an_event_with_an_id_is_stored_once_however_often_it_comes(store):
     assert store.append([replace(first, user_id="v")]) == 1, "users have ids of their own"
     assert store.append([Event("u", "k", 12)] * 2) == 2, "without an id everything counts"
     assert store.forget("u") == 5 and store.append([first]) == 1
+
+
+def test_many_users_are_forgotten_at_once_and_nobody_else(store):
+    store.append([Event(f"u{n % 4}", "i", n) for n in range(12)])
+    assert store.forget("u1", "\ud800", "nobody", "u3") == 6
+    assert {e.user_id for e in store.events()} == {"u0", "u2"} and store.count() == 6
 
 
 @pytest.mark.parametrize("other", [Event("u", "j", 10, event_id="a"), Event("u", "i", 10, 2.0, "a")])
@@ -470,13 +476,13 @@ def test_a_table_that_is_kept_busy_or_belongs_to_another_is_told(postgres, datab
         store.append([Event("u", "i", 1), Event("v", "i", 1)])
         with other._engine.begin() as reading:
             reading.exec_driver_sql(f"SELECT * FROM {name}_events")
-            with pytest.raises(StoreError, match=r"1 events of the user are deleted.*busy; call forget"):
+            with pytest.raises(StoreError, match=r"1 events are deleted.*busy; call forget"):
                 store.forget("u")
         assert store.forget("u") == 0
         postgres.psql(f"CREATE ROLE guest LOGIN; GRANT SELECT, DELETE ON {name}_events TO guest")
         try:
             guest = PostgresStore(database.replace("postgres:@", "guest:@"), name)
-            with guest, pytest.raises(StoreError, match=r"1 events of the user are deleted.*as the owner"):
+            with guest, pytest.raises(StoreError, match=r"1 events are deleted.*as the owner"):
                 guest.forget("v")
         finally:
             postgres.psql("DROP OWNED BY guest; DROP ROLE guest")

@@ -92,3 +92,12 @@ def _item(item_id: str, values: Mapping[str, object]) -> Item:
         str(values["text"]),
         {name: tuple(value) if isinstance(value, list) else value for name, value in attributes.items()},
     )
+
+
+def is_text(user_id: str) -> bool:
+    """Whether an id can be stored at all: half of a surrogate pair is no text."""
+    try:
+        user_id.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -18,6 +18,7 @@ from llmrec.store.common import (
     body_of,
     changes_of,
     check_same,
+    is_text,
     refused,
     row_of,
     with_ids,
@@ -185,8 +186,8 @@ class PostgresStore:
             return []  # no such id can be stored
         return [user for (user,) in rows]
 
-    def forget(self, user_id: str) -> int:
-        """Delete all events of a user and rewrite the table without them; return how many there were.
+    def forget(self, *user_ids: str) -> int:
+        """Delete all events of some users and rewrite the table without them; return how many there were.
 
         A deletion alone leaves the rows in the table's files until something overwrites them, and so does a
         plain VACUUM. This runs VACUUM FULL: the table and its indexes are written anew and the old files
@@ -201,10 +202,13 @@ class PostgresStore:
             bytes may still be in its files. Calling again finishes the work.
         """
         deletion = f"DELETE FROM {self.name}_events WHERE user_id = %s"
-        try:
-            count = self._transact(lambda c: c.exec_driver_sql(deletion, (user_id,)).rowcount)
-        except (*self._refuses, UnicodeEncodeError):
+        # The database has no NUL in texts.
+        stored = [user_id for user_id in user_ids if is_text(user_id) and "\0" not in user_id]
+        if not stored:
             return 0
+        count = self._transact(
+            lambda c: sum(c.exec_driver_sql(deletion, (user_id,)).rowcount for user_id in stored)
+        )
         self._rewrite(count)
         return count
 
@@ -231,7 +235,7 @@ class PostgresStore:
                 connection.exec_driver_sql("RESET lock_timeout")
         if left:
             raise StoreError(
-                f"{count} events of the user are deleted, but their bytes may still be in the files of table "
+                f"{count} events are deleted, but their bytes may still be in the files of table "
                 f"{self.name}_events: {left[0]}; call forget again, as the owner of the table"
             )
 

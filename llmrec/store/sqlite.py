@@ -20,6 +20,7 @@ from llmrec.store.common import (
     body_of,
     changes_of,
     check_same,
+    is_text,
     refused,
     row_of,
     with_ids,
@@ -151,10 +152,10 @@ class SQLiteStore:
                 return []  # no such id can be stored
         return [user for (user,) in rows]
 
-    def forget(self, user_id: str) -> int:
-        """Delete all events of a user and rewrite the file without them; return how many there were.
+    def forget(self, *user_ids: str) -> int:
+        """Delete all events of some users and rewrite the file without them; return how many there were.
 
-        Takes about a second for a million events, during which others wait.
+        Takes about a second for a million events, during which others wait; for all users once.
 
         Raises
         ------
@@ -162,11 +163,12 @@ class SQLiteStore:
             If another process kept the file busy: the events are deleted, but their bytes may still be in
             the file or its log. Calling again finishes the work.
         """
+        stored = [user_id for user_id in user_ids if is_text(user_id)]
+        if not stored:
+            return 0
         with self._transaction() as connection:
-            try:
-                count = connection.execute("DELETE FROM events WHERE user_id = ?", (user_id,)).rowcount
-            except UnicodeEncodeError:
-                return 0  # no such id can be stored
+            deletion = "DELETE FROM events WHERE user_id = ?"
+            count = sum(connection.execute(deletion, (user_id,)).rowcount for user_id in stored)
         why = f"another process kept it busy for {BUSY_SECONDS:.0f} s"
         with self._connection() as connection:
             try:
@@ -178,7 +180,7 @@ class SQLiteStore:
                 why = f"it could not be rewritten ({error})" if not _is_busy(error) else why
         if busy:
             raise StoreError(
-                f"{count} events of the user are deleted, but their bytes may still be in {self.path} or its "
+                f"{count} events are deleted, but their bytes may still be in {self.path} or its "
                 f"-wal, since {why}: call forget again"
             )
         return count
