@@ -87,7 +87,7 @@ def result(weight, difference, low, high, typed=0.0):
             "users": 1234,
             "seen_items": "excluded",
         },
-        "leaks": {"checked": ["split"]},
+        "leaks": {"checked": ["split"], "unchecked": []},
         "systems": systems,
         "comparisons": [compared],
         "recipe": {
@@ -143,7 +143,7 @@ def test_what_was_chosen_on_the_reported_events_gets_no_verdict():
     page = render(measured)
     answer = re.search(r'id="answer">(.*?)</p>', page).group(1)
     assert answer.startswith("<b>Not judged.</b>") and "upper estimate" in answer
-    assert "no fitted parameter has seen" not in page and "no fitted parameter has seen" in render(
+    assert "what was checked has not seen" not in page and "what was checked has not seen" in render(
         result(2.0, 0.0041, 0.0012, 0.0070)
     )
 

@@ -920,7 +920,8 @@ def test_ids_as_numbers_are_those_of_the_tables(tmp_path):
         rec.recommend(history=["4", "5", "6"], k=3)
     )
     assert rec.forget(np.int64(4)) == 3 and not rec.history("4")
-    for wrong in (None, ["4"], float("nan")):
+    # Several users are a list of ids.
+    for wrong in (None, [["4"]], [None], float("nan")):
         with pytest.raises(RequestError, match="user must be text or a whole number"):
             rec.forget(wrong)
     with pytest.raises(RequestError, match="expected a Request"):

@@ -265,6 +265,8 @@ def write_with_a_kill(place, name, events, killed_at):
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         with subprocess.Popen([*command, *map(str, place[1])], **pipes) as writer:
             for line in writer.stdout:
+                if not line.endswith("\n"):
+                    continue  # the kill cut it off: nothing was said
                 what, number = line.split()
                 if what == "begin":
                     begun = int(number)
