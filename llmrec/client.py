@@ -70,14 +70,16 @@ _IDS = ("history", "exclude", "pins", "items", "chosen", "passed")
 
 def _lists(fields: Mapping[str, Any]) -> dict[str, Any]:
     """The same in JSON's terms, ids as texts: sets and numbers are taken here as by the library."""
-    values = {name: _plain(value) for name, value in fields.items()}
-    for name in _IDS:
-        if values.get(name) is not None:
-            given = as_ids(fields[name], name, events=name == "history", ordered=name != "exclude")
-            values[name] = [one.item_id if isinstance(one, Event) else one for one in given]
-    if values.get("user") is not None:
-        values["user"] = as_id(values["user"], "user")
-    return values
+    return {name: value if value is None else _sent(name, value) for name, value in fields.items()}
+
+
+def _sent(name: str, value: Any) -> Any:
+    if name in ("user", "item_id"):
+        return as_id(value, name)
+    if name in _IDS:
+        given = as_ids(value, name, events=name == "history", ordered=name != "exclude")
+        return [one.item_id if isinstance(one, Event) else one for one in given]
+    return _plain(value)
 
 
 def _plain(value: Any) -> Any:
@@ -230,9 +232,7 @@ class Client:
 
     def similar(self, item_id: str, **fields: Any) -> m.ItemsResponse:
         """Find items like one item; fields of `SimilarRequest`."""
-        return self._ask(
-            _items("/v1/similar", m.SimilarRequest, {"item_id": as_id(item_id, "item_id"), **fields})
-        )
+        return self._ask(_items("/v1/similar", m.SimilarRequest, {"item_id": item_id, **fields}))
 
     def stages(self, **fields: Any) -> b.StagesResponse:
         """Return what retrieval, the language model and both together answer; as `recommend`."""
@@ -327,9 +327,7 @@ class AsyncClient:
 
     async def similar(self, item_id: str, **fields: Any) -> m.ItemsResponse:
         """Find items like one item; fields of `SimilarRequest`."""
-        return await self._ask(
-            _items("/v1/similar", m.SimilarRequest, {"item_id": as_id(item_id, "item_id"), **fields})
-        )
+        return await self._ask(_items("/v1/similar", m.SimilarRequest, {"item_id": item_id, **fields}))
 
     async def stages(self, **fields: Any) -> b.StagesResponse:
         """Return what retrieval, the language model and both together answer; as `recommend`."""

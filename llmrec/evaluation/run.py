@@ -123,7 +123,7 @@ def _only(pool: Codes, n_items: int) -> Mask:
 
 
 def compared(ranks: Mapping[str, Ranks], best: str | None) -> list[Comparison]:
-    """Each stage with the language model against the merge; this and what is served against one retriever.
+    """Stages with the language model against the merge, and it and what is served against one retriever.
 
     Parameters
     ----------
