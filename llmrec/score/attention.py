@@ -8,7 +8,7 @@ softmax over the same keys.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,9 @@ UNKNOWN = ("softcap", "s_aux", "position_bias")
 WORTH = 0.75
 """Share of all pairs up to which gathering pays."""
 
+EVEN = 16
+"""Keys of a block come in multiples of it: an odd number of them takes up to twice as long in bfloat16."""
+
 
 @dataclass(frozen=True, slots=True)
 class Group:
@@ -43,11 +46,15 @@ class Group:
         Places among the queries and keys of all rows, shape (blocks * BLOCK,) and (blocks * keys,).
     mask
         What is added to the products, shape (blocks, BLOCK, keys).
+    wide
+        The mask for so many heads that share their keys, (blocks, 1, heads * BLOCK, keys): made once for all
+        layers.
     """
 
     queries: Tensor
     keys: Tensor
     mask: Tensor
+    wide: dict[int, Tensor] = field(default_factory=dict)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
         """Attention of the queries, shape (blocks * BLOCK, heads, dim), from those of all rows.
@@ -62,7 +69,9 @@ class Group:
         k, v = (
             x.index_select(1, self.keys).view(len(x), blocks, n, -1).transpose(0, 1) for x in (key, value)
         )
-        mask = self.mask.to(q.dtype).repeat(1, shared, 1)[:, None]
+        if shared not in self.wide:
+            self.wide[shared] = self.mask.repeat(1, shared, 1)[:, None]
+        mask = self.wide[shared].to(q.dtype)
         found = functional.scaled_dot_product_attention(q, k, v, mask, scale=scale)
         found = found.view(blocks, len(key), shared, block, -1).permute(0, 3, 1, 2, 4)
         given: Tensor = found.reshape(blocks * block, heads, -1)
@@ -105,7 +114,7 @@ class Blocks:
         groups, at = [], 0
         places = np.empty(rows * n, np.int64)
         for group in grouped:
-            keys = np.zeros((len(group), len(group[0][2])), np.int64)
+            keys = np.zeros((len(group), -(-len(group[0][2]) // EVEN) * EVEN), np.int64)
             seen = np.zeros((len(group), BLOCK, keys.shape[1]), np.bool_)
             queries = np.stack([row * n + own for row, own, _ in group])
             for b, (row, own, own_keys) in enumerate(group):
