@@ -61,20 +61,23 @@ class Changing(Asking):
         timestamp: int | None = None,
         weight: float = 1.0,
         event_id: str | None = None,
+        event: str | None = None,
     ) -> bool:
         """Store a live event; it counts in the next request. `timestamp` is now unless given.
 
         Once this has returned, the event of a saved recommender survives a kill and a power loss. With an
-        `event_id` it is safe to send it again when no answer came: returns whether it was new.
+        `event_id` it is safe to send it again when no answer came: returns whether it was new. `event` is its
+        type, which counts as `data.event_weights` has it: one of weight 0 is not stored.
 
         Raises
         ------
         RequestError
-            If the item is unknown, the user blank, the time no seconds, or the weight out of range.
+            If the item is unknown, the user blank, the time no seconds, the weight out of range, or the type
+            without a weight.
         DataError
             If the user has another event with this id.
         """
-        return self.observe_many([Event(user, item, timestamp, weight, event_id)]) == 1
+        return self.observe_many([Event(user, item, timestamp, weight, event_id, event)]) == 1
 
     def observe_many(self, events: Iterable[Event]) -> int:
         """Store live events in the order given, in one transaction: all of them, or none if one is refused.
@@ -88,16 +91,17 @@ class Changing(Asking):
         StoreError
             If the event store cannot be used, or the saved recommender was replaced by another.
         """
-        given, clock, now = list(events), self.config.data.clock, int(time.time())
+        given, now = list(events), int(time.time())
+        clock, weights = self.config.data.clock, self.config.data.event_weights
         catalog = self._state.catalog
         try:
-            checked = live_events(given, catalog, clock, now)
+            checked = live_events(given, catalog, clock, now, weights)
         except RequestError:
             # Another process may have put the item just now, and another thread may be taking it over.
             self.follow()
             if self._state.catalog is catalog:
                 raise
-            checked = live_events(given, self._state.catalog, clock, now)
+            checked = live_events(given, self._state.catalog, clock, now, weights)
         with self._slot.use() as store:
             if self._saved is not None:
                 self._saved.check_events()

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 from urllib.parse import quote
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from llmrec.errors import LLMRecError, NotFoundError, OverloadError, RequestError
+from llmrec.events import in_seconds
 from llmrec.serve import browse as b
 from llmrec.serve import models as m
 from llmrec.types import Event, Item, as_id, as_ids
@@ -129,17 +130,32 @@ def _embed(texts: Sequence[str]) -> _Call[m.EmbeddingsResponse]:
     return _Call(m.EmbeddingsResponse, "/v1/embeddings", asked)
 
 
-def _observe(
-    user: str, item: str, timestamp: int | None, weight: float, event_id: str | None
-) -> _Call[m.EventsResponse]:
-    event = dict(
-        user_id=as_id(user, "user"),
-        item_id=as_id(item, "item"),
-        timestamp=timestamp,
-        weight=weight,
-        event_id=event_id,
-    )
-    return _Call(m.EventsResponse, "/v1/events", m.read(m.EventIn, event))
+def _observe(events: Iterable[Event]) -> _Call[m.EventsResponse]:
+    if isinstance(events, Event):
+        raise RequestError("expected a list of events, got a single one")
+    given = list(events)
+    wrong = next((one for one in given if not isinstance(one, Event)), None)
+    if wrong is not None:
+        raise RequestError(f"expected events, got {wrong!r:.100}; make them with llmrec.Event")
+    return _Call(m.EventsResponse, "/v1/events", m.read(m.EventsIn, [_event(one) for one in given]))
+
+
+def _event(event: Event) -> dict[str, Any]:
+    values = {
+        **asdict(event),
+        "user_id": as_id(event.user_id, "user"),
+        "item_id": as_id(event.item_id, "item"),
+        "timestamp": in_seconds(event.timestamp),
+    }
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _new(answer: m.EventsResponse) -> int:
+    return answer.events - (answer.repeated or 0)
+
+
+def _history(user: str, limit: int) -> _Call[b.HistoryResponse]:
+    return _Call(b.HistoryResponse, f"/v1/users/{_segment(user)}/history?k={limit}", method="GET")
 
 
 def _put_item(item: Item) -> _Call[m.ItemOut]:
@@ -275,12 +291,22 @@ class Client:
         timestamp: int | None = None,
         weight: float = 1.0,
         event_id: str | None = None,
+        event: str | None = None,
     ) -> bool:
         """Store an event; without a time stamp it happened now. Return whether its `event_id` was new.
 
-        With an `event_id` it is safe to call again when no answer came.
+        With an `event_id` it is safe to call again when no answer came. `event` is its type, which counts as
+        `data.event_weights` of the server has it.
         """
-        return not (self._ask(_observe(user, item, timestamp, weight, event_id))).repeated
+        return self.observe_many([Event(user, item, timestamp, weight, event_id, event)]) == 1
+
+    def observe_many(self, events: Iterable[Event]) -> int:
+        """Store events in the order given, all of them or none; return how many were new."""
+        return _new(self._ask(_observe(events)))
+
+    def history(self, user: str, limit: int = 10) -> list[b.Past]:
+        """Return the latest events of a user with their titles, oldest first; none for an unknown one."""
+        return self._ask(_history(user, limit)).events
 
     def put_item(self, item: Item) -> Item:
         """Add or replace an item; return it as the catalogue keeps it."""
@@ -370,12 +396,22 @@ class AsyncClient:
         timestamp: int | None = None,
         weight: float = 1.0,
         event_id: str | None = None,
+        event: str | None = None,
     ) -> bool:
         """Store an event; without a time stamp it happened now. Return whether its `event_id` was new.
 
-        With an `event_id` it is safe to call again when no answer came.
+        With an `event_id` it is safe to call again when no answer came. `event` is its type, which counts as
+        `data.event_weights` of the server has it.
         """
-        return not (await self._ask(_observe(user, item, timestamp, weight, event_id))).repeated
+        return await self.observe_many([Event(user, item, timestamp, weight, event_id, event)]) == 1
+
+    async def observe_many(self, events: Iterable[Event]) -> int:
+        """Store events in the order given, all of them or none; return how many were new."""
+        return _new(await self._ask(_observe(events)))
+
+    async def history(self, user: str, limit: int = 10) -> list[b.Past]:
+        """Return the latest events of a user with their titles, oldest first; none for an unknown one."""
+        return (await self._ask(_history(user, limit))).events
 
     async def put_item(self, item: Item) -> Item:
         """Add or replace an item; return it as the catalogue keeps it."""

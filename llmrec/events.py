@@ -19,10 +19,10 @@ from llmrec.catalog import Catalog
 from llmrec.clock import to_seconds
 from llmrec.errors import DataError, RequestError
 from llmrec.protocols import Codes, Floats, Mask
-from llmrec.rows import LoadReport, Policy, Problems, id_order, id_strings, renaming
+from llmrec.rows import SHOWN, LoadReport, Policy, Problems, id_order, id_strings, renaming
 from llmrec.tables import read_table
 from llmrec.types import Event, as_id
-from llmrec.weights import HEAVIEST, event_weight
+from llmrec.weights import HEAVIEST, event_weight, type_weight
 
 Clock = Literal["time", "none"]
 """Whether events have a time stamp; with ``"none"`` the order of rows is the order of events."""
@@ -136,6 +136,7 @@ class EventLog:
             problems.add("timestamp missing or not readable", column.is_null().to_numpy(), examples=shown)
             seconds = column.fill_null(0).to_numpy()
         weight = event_weight(frame, problems, rating_threshold, event_weights)
+        notes += _unread(frame, rating_threshold, event_weights)
         report = problems.finish(policy, notes, empty=empty)
         keep = problems.keep
         users, user = _number(user_ids.filter(pl.Series(keep)))
@@ -256,7 +257,13 @@ def in_seconds(stamp: Any) -> Any:
     return math.floor(stamp) if isinstance(stamp, float) and math.isfinite(stamp) else stamp
 
 
-def live_events(events: Iterable[Event], catalog: Catalog, clock: Clock, now: int) -> list[Event]:
+def live_events(
+    events: Iterable[Event],
+    catalog: Catalog,
+    clock: Clock,
+    now: int,
+    event_weights: Mapping[str, float] | None = None,
+) -> list[Event]:
     """Return events as the store takes them, in the order given, or raise for the first that spoils the log.
 
     Parameters
@@ -265,6 +272,8 @@ def live_events(events: Iterable[Event], catalog: Catalog, clock: Clock, now: in
         With ``"none"`` time stamps are dropped: the order of arrival is the order of events.
     now
         Seconds since 1970, for events without a time stamp.
+    event_weights
+        Weight by event type; events of a type of weight 0 are left out.
 
     Raises
     ------
@@ -288,6 +297,7 @@ def live_events(events: Iterable[Event], catalog: Catalog, clock: Clock, now: in
             raise RequestError(f"an event needs the id of its user, without NUL; got {user!r:.100}")
         if not (isinstance(weight, int | float) and 0 < weight <= HEAVIEST):
             raise RequestError(f"weight must be a number above 0, at most {HEAVIEST:,}; got {weight!r:.100}")
+        factor = type_weight(event.event, event_weights)
         stamp = in_seconds(stamp)
         whole = isinstance(stamp, int) and not isinstance(stamp, bool) and abs(stamp) <= 10**11
         if clock == "time" and stamp is not None and not whole:
@@ -299,8 +309,23 @@ def live_events(events: Iterable[Event], catalog: Catalog, clock: Clock, now: in
                 f"event_id must be text of 1 to 500 characters, without NUL; got {named!r:.100}"
             )
         at = None if clock == "none" else now if stamp is None else stamp
-        checked.append(Event(user, item, at, weight, named))
+        if factor:
+            checked.append(Event(user, item, at, min(weight * factor, HEAVIEST), named))
     return checked
+
+
+def _unread(
+    frame: pl.DataFrame, rating_threshold: float | None, event_weights: Mapping[str, float] | None
+) -> list[str]:
+    """Say which columns say nothing, and which setting would read them."""
+    settings = {
+        "rating": "" if rating_threshold is not None else ", where every one counts (data.rating_threshold)",
+        "event": "" if event_weights is not None else ", where every type counts 1 (data.event_weights)",
+    }
+    read = {"user_id", "item_id", "timestamp", "weight", *(name for name, how in settings.items() if not how)}
+    names = [name + settings.get(name, "") for name in frame.columns if name not in read]
+    more = [f"{len(names) - SHOWN} more"] if len(names) > SHOWN else []
+    return [f"columns that are not read: {'; '.join(names[:SHOWN] + more)}"] if names else []
 
 
 def _item_codes(ids: pl.Series, catalog: Catalog, problems: Problems) -> Codes:

@@ -267,7 +267,8 @@ def _from_pandas(source: Any, what: str) -> pl.DataFrame:
 
 def _from_records(source: Sequence[Any], what: str, ignore: Collection[str]) -> pl.DataFrame:
     if all(isinstance(row, Event) for row in source):
-        names = ("user_id", "item_id", "timestamp", "weight")
+        typed = ("event",) if any(row.event is not None for row in source) else ()
+        names = ("user_id", "item_id", "timestamp", "weight", *typed)
         return pl.DataFrame([_series(name, [getattr(row, name) for row in source], what) for name in names])
     rows = [_as_dict(row, number, what) for number, row in enumerate(source, start=1)]
     columns = dict.fromkeys(name for row in rows for name in row if name not in ignore)

@@ -38,6 +38,8 @@ class Event:
         An id that the caller chose, unique among the events of the user: an event store keeps one event of
         each id, so that sending it again after a lost answer does not count twice. `fit` does not read it:
         what was in the log counts again if it is sent again.
+    event
+        Its type, as "view" or "buy": `weight` is multiplied by what `data.event_weights`, if set, has for it.
     """
 
     user_id: str
@@ -45,6 +47,7 @@ class Event:
     timestamp: int | None = None
     weight: float = 1.0
     event_id: str | None = None
+    event: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from llmrec.errors import DataError
+from llmrec.errors import DataError, RequestError
 from llmrec.protocols import Floats
 from llmrec.rows import Problems
 
@@ -42,6 +42,22 @@ def event_weight(
         np.isfinite(single) & (single > HEAVIEST),
     )
     return single
+
+
+def type_weight(event: str | None, weights: Mapping[str, float] | None) -> float:
+    """What the weight of a live event is multiplied by: 1 where no type is given, or no weights.
+
+    Raises
+    ------
+    RequestError
+        If the type has no weight.
+    """
+    if event is None or weights is None:
+        return 1.0
+    if not isinstance(event, str) or event not in weights:
+        listed = ", ".join(map(repr, weights))
+        raise RequestError(f"event {event!r:.100} has no weight; data.event_weights lists {listed}")
+    return float(weights[event])
 
 
 def _type_weights(

@@ -6,6 +6,7 @@ import inspect
 import socket
 import threading
 import time
+from datetime import UTC, datetime
 
 import numpy as np
 import pytest
@@ -123,6 +124,21 @@ def test_an_event_that_is_sent_again_counts_once(client):
     assert sent == [True, False] and client.forget("again") == 1
 
 
+def test_many_events_and_a_history(rec, client):
+    noon = datetime(2040, 1, 1, 12, tzinfo=UTC)
+    events = [Event("many", "i4", 5), Event("many", "i6", noon, event_id="b", event="buy")]
+    assert client.observe_many(iter(events)) == 2 and client.observe_many(events[1:]) == 0
+    assert [(e.item_id, e.timestamp) for e in client.history("many")] == [
+        ("i4", 5),
+        ("i6", int(noon.timestamp())),
+    ]
+    assert [e.title for e in client.history("many", 1)] == [rec.catalog.titles[rec.catalog.code("i6")]]
+    for wrong in (events[0], [{"user_id": "many", "item_id": "i4"}]):
+        with pytest.raises(RequestError, match="events"):
+            client.observe_many(wrong)
+    assert client.forget("many") == 2
+
+
 def test_what_the_library_takes_as_ids_the_client_takes(rec, client):
     found = client.recommend(
         history=np.array(["i4", "i5"]), exclude={"i6"}, where={"brand": {"in": {"Acme"}}}
@@ -195,4 +211,4 @@ def test_both_clients_have_the_same_verbs():
             if inspect.isfunction(function) and not name.startswith("_")
         }
 
-    assert verbs(Client) == verbs(AsyncClient) and len(verbs(Client)) == 16
+    assert verbs(Client) == verbs(AsyncClient) and len(verbs(Client)) == 18

@@ -233,7 +233,12 @@ def test_ratings_weights_and_event_types_decide_what_counts():
     log = EventLog.load(rows, CATALOG, clock="none", rating_threshold=4, event_weights=weights)
     assert ids(log, "a") == ["10", "2"] and log.weight.tolist() == [3.0, 1.0]
     assert log.report.dropped == {"rating below 4": 1, "event type of weight 0": 1}
-    assert EventLog.load(rows, CATALOG, clock="none").weight.tolist() == [1, 1, 2, 1]
+    plain = EventLog.load(rows.with_columns(quantity=1), CATALOG, clock="none")
+    assert plain.weight.tolist() == [1, 1, 2, 1]
+    (note,) = plain.report.notes
+    assert note.startswith("columns that are not read: rating, where every one counts (data.rating_threshold); ")
+    assert note.endswith("event, where every type counts 1 (data.event_weights); quantity")
+    assert log.report.notes == ()
 
     def fails(message, table=rows, **options):
         with pytest.raises(DataError, match=message):

@@ -331,6 +331,24 @@ def test_tables_of_events_may_overlap_with_each_other_and_with_what_was_fitted(o
     assert [e.timestamp for e in rec.history("u1")[-2:]] == [int(noon.timestamp())] * 2
 
 
+def test_a_live_event_counts_as_its_type_does_in_the_log():
+    items = [{"item_id": f"i{n}", "title": f"Item {n}"} for n in range(6)]
+    rows = [
+        {"user_id": f"u{n % 7}", "item_id": f"i{n % 6}", "timestamp": n, "event": kind}
+        for n, kind in enumerate(("buy", "view", "skip") * 14)
+    ]
+    data = {"event_weights": {"buy": 2, "view": 0.5, "skip": 0}}
+    rec = Recommender.fit(items, rows, config={"encoder": {"name": "light"}, "data": data})
+    live = [("buy", 100, 1.0), ("view", 101, 3.0), ("skip", 102, 1.0), (None, 103, 1.5)]
+    told = [rec.observe("me", "i1", at, weight, event=kind) for kind, at, weight in live]
+    assert told == [True, True, False, True]
+    assert [(e.timestamp, e.weight) for e in rec.history("me")] == [(100, 2.0), (101, 1.5), (103, 1.5)]
+    report, new = rec.observe_table([Event("you", "i2", 5, event="buy"), Event("you", "i2", 6, event="skip")])
+    assert (report.rows_kept, new) == (1, 1) and [e.weight for e in rec.history("you")] == [2.0]
+    with pytest.raises(RequestError, match="'wish' has no weight; data.event_weights lists 'buy', 'view'"):
+        rec.observe("me", "i1", event="wish")
+
+
 def test_a_retry_of_an_observed_event_counts_once(opened):
     rec = opened()
     assert [rec.observe("new", "i4", event_id="a") for _ in range(3)] == [True, False, False]

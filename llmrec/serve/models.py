@@ -14,6 +14,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    RootModel,
     StrictBool,
     StrictFloat,
     StrictInt,
@@ -235,10 +236,20 @@ class EventIn(Strict):
     timestamp: int | None = Field(None, ge=-(10**11), le=10**11, description="seconds since 1970")
     weight: float = Field(1.0, gt=0, le=HEAVIEST, allow_inf_nan=False)
     event_id: NewId | None = Field(None, description="unique for the user: sent again it is not stored again")
+    event: str | None = Field(
+        None, min_length=1, max_length=200, description="its type, which counts as data.event_weights has it"
+    )
+
+
+class EventsIn(RootModel[list[EventIn]]):
+    """Several events."""
 
 
 class EventsResponse(Strict):
-    """How many events were stored, or erased. `repeated`: how many of them had been stored before."""
+    """How many events were stored, or erased.
+
+    `repeated`: how many of them had been stored before, or are of a type that does not count.
+    """
 
     events: int
     repeated: int | None = None

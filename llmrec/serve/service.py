@@ -290,7 +290,7 @@ class Service:
             raise RequestError(f"{self.config.max_events:,} events at most at once, got {len(events):,}")
         ids = [e.event_id or (f"{key}/{row}" if key else None) for row, e in enumerate(events)]
         new = self.recommender.observe_many(
-            Event(e.user_id, e.item_id, e.timestamp, e.weight, event_id)
+            Event(e.user_id, e.item_id, e.timestamp, e.weight, event_id, e.event)
             for e, event_id in zip(events, ids, strict=True)
         )
         return EventsResponse(events=len(events), repeated=len(events) - new or None)
