@@ -28,7 +28,7 @@ from llmrec.store.places import Slot
 from llmrec.text import query_text
 from llmrec.timing import Timing
 from llmrec.titles import TitleIndex
-from llmrec.types import Event, Item, Recommendation, Request, as_id, as_ids
+from llmrec.types import Event, Item, Recommendation, Request, as_id, as_ids, at_most
 
 if TYPE_CHECKING:
     from llmrec.explain.wording import Writer
@@ -245,7 +245,7 @@ class Asking:
             shares = state.pipeline().prior
             assert shares is not None
             self._titles = known = (popularity, TitleIndex(state.catalog, shares))
-        return state.catalog.items(known[1].find(text, k))
+        return state.catalog.items(known[1].find(text, min(k, len(state.catalog))))
 
     def phrase(self, found: Sequence[Recommendation]) -> list[Recommendation]:
         """Put the reasons of recommendations into the language model's own words, where they stay true.
@@ -378,14 +378,15 @@ class Asking:
 
     def history(self, user: str, limit: int | None = None) -> list[Event]:
         """Return the latest `limit` stored events of a user, oldest first; none for an unknown user."""
-        user = as_id(user, "user")
+        user, limit = as_id(user, "user"), at_most(limit)
         with self._slot.use() as store:
             return store.history(user, limit)
 
-    def users(self, prefix: str = "", limit: int = 10) -> list[str]:
-        """Return up to `limit` ids of users with stored events that begin with `prefix`, in their order."""
+    def users(self, prefix: str = "", limit: int | None = 10) -> list[str]:
+        """Return the first `limit` ids of users with stored events that begin with `prefix`; None for all."""
+        limit = at_most(limit)
         with self._slot.use() as store:
-            return store.users(prefix, limit)
+            return store.users(prefix, 2**31 - 1 if limit is None else limit)
 
 
 def _until(now: int | None, past: Sequence[E]) -> Sequence[E]:

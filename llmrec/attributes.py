@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+import unicodedata
+from collections.abc import Collection, Mapping
 
 import numpy as np
 import polars as pl
@@ -16,6 +18,10 @@ TITLE_LIMIT = 300
 TEXT_LIMIT = 4_000
 ATTRIBUTE_LIMIT = 300
 """Longest title, text, and text of an attribute in characters."""
+
+NAME_LIMIT = 100
+MOST = 1_000
+"""Longest name of an attribute in characters, and most attributes of a catalogue."""
 
 CONTRACT = ("item_id", "title", "text")
 ACTIVE = "__active__"
@@ -179,6 +185,29 @@ def _like_lists(column: pl.Series) -> str:
     )
 
 
+def check_names(names: Collection[str], what: str) -> None:
+    """Refuse attributes that are too many, or whose names are no plain words: prompts and tools have them.
+
+    Raises
+    ------
+    DataError
+        If there are more than `MOST`, or a name is longer than `NAME_LIMIT` or would be cleaned as a text.
+    """
+    known = len(set(names).difference(CONTRACT))
+    if known > MOST:
+        raise DataError(
+            f"{what}: {known:,} attributes, and there may be {MOST:,} attributes; leave out those that say "
+            "nothing (data.items_ignore, in Python ignore)"
+        )
+    usual = {name: unicodedata.normalize("NFC", re.sub(" +", " ", name)).strip(" ") for name in names}
+    odd = next((name for name, same in usual.items() if neutralise(name, NAME_LIMIT) != same), None)
+    if odd is not None:
+        raise DataError(
+            f"{what}: attribute {odd!r:.120}: a name has at most {NAME_LIMIT} characters, without control "
+            "characters and tokens of chat templates; rename it (data.items_mapping, in Python mapping)"
+        )
+
+
 def clean_items(
     frame: pl.DataFrame,
     untyped: bool,
@@ -198,6 +227,7 @@ def clean_items(
             f"{what}: no column {' and no column '.join(map(repr, missing))}; the columns are "
             f"{', '.join(frame.columns)}; {renaming(frame.columns, missing, 'items')}"
         )
+    check_names(frame.columns, what)
     problems = Problems(what, frame.height)
     ids = id_strings(frame["item_id"], what)
     titles = _words(frame, "title", TITLE_LIMIT, what)

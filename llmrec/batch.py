@@ -298,7 +298,7 @@ def _write_rows(batch: Batch) -> None:
             catalog = rec.catalog
             table = pl.DataFrame({"item_id": catalog.ids, "text": catalog.lines()}).filter(catalog.active)
         else:
-            table = pl.DataFrame({"user_id": rec.users(limit=2**31 - 1)}, schema={"user_id": pl.String})
+            table = pl.DataFrame({"user_id": rec.users(limit=None)}, schema={"user_id": pl.String})
     finally:
         rec.close()
     rows = batch.out / ROWS

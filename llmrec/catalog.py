@@ -19,7 +19,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from llmrec.attributes import ACTIVE, CONTRACT, align, clean_items, kind_of, split_lists
+from llmrec.attributes import ACTIVE, CONTRACT, align, check_names, clean_items, kind_of, split_lists
 from llmrec.errors import DataError, RequestError
 from llmrec.protocols import Codes, ItemChange, Mask
 from llmrec.rows import LoadReport, Policy, id_order, id_strings
@@ -314,6 +314,7 @@ class Catalog:
         order[codes] = len(self) + np.arange(new.height)
         active = np.concatenate([self.active, np.ones(int(added.sum()), dtype=np.bool_)])
         active[codes] = True
+        check_names(dict.fromkeys([*old.columns, *new.columns]), "new items")
         both = pl.concat([old, new], how="diagonal_relaxed")
         changed = Catalog(both[order], active, report)
         # Where a kind has changed, lines of removed items may have too.
@@ -386,9 +387,10 @@ def _render(frame: pl.DataFrame) -> list[str]:
     """Return one line an item. The only place where an item becomes words."""
     parts = [pl.col("title")]
     years = []
+    schema = frame.schema
     # By name: a line must not change with the order in which a source happens to list its columns.
     for name in sorted(set(frame.columns) - set(CONTRACT)):
-        kind = kind_of(frame.schema[name])
+        kind = kind_of(schema[name])
         if kind == "string":
             parts.append(pl.col(name))
         elif kind == "list of strings":

@@ -410,7 +410,7 @@ def forget(
     gone = [user] if user is not None else []
     if users is not None:
         try:
-            gone = [line for line in users.read_text(encoding="utf-8").split("\n") if line]
+            gone = [line for line in users.read_text(encoding="utf-8-sig").split("\n") if line]
         except UnicodeDecodeError as broken:
             raise RequestError(f"{users} is no text in UTF-8: {broken.reason}") from None
     count = Recommender.load(model).forget(gone)

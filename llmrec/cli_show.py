@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -32,9 +33,17 @@ PIPED = 1_000
 """Width where standard output is no terminal: nothing is cut."""
 
 
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+def harmless(text: str) -> str:
+    """Return a text of the data with escapes in the place of what would steer a terminal."""
+    return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
 def say(message: str) -> None:
     """Print a line on standard error as it is: brackets are no markup."""
-    stderr.print(message, markup=False, highlight=False, soft_wrap=True)
+    stderr.print(harmless(message), markup=False, highlight=False, soft_wrap=True)
 
 
 def print_table(table: Table) -> None:
@@ -85,7 +94,7 @@ def _table(found: Sequence[Recommendation], title: str | None = None) -> Table:
         sources = ", ".join(f"{s.name} +{s.score:.2f}" for s in r.sources)
         last = r.reason.sentence if r.reason else sources
         # `Text`, since in a plain string "[bold]" would be markup.
-        table.add_row(str(r.rank), Text(r.item_id), Text(r.title), f"{r.score:.3f}", Text(last))
+        table.add_row(str(r.rank), Text(harmless(r.item_id)), Text(r.title), f"{r.score:.3f}", Text(last))
     if not found:
         table.caption = "nothing was found"
     return table

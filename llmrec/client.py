@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
@@ -33,6 +34,10 @@ class _Call(Generic[T]):
     def sent(self) -> dict[str, Any]:
         """Arguments of httpx2's `request`."""
         body = self.body.model_dump(exclude_unset=True) if self.body is not None else None
+        try:
+            json.dumps(body, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise RequestError("a text holds half of a surrogate pair, which cannot be sent") from None
         return {"method": self.method, "url": self.path, "json": body}
 
     def read(self, answer: httpx2.Response) -> T:
@@ -106,7 +111,7 @@ def _stages(fields: Mapping[str, Any]) -> _Call[b.StagesResponse]:
 
 
 def _complete(text: str, k: int) -> _Call[b.FoundItems]:
-    return _Call(b.FoundItems, f"/v1/items?prefix={quote(text, safe='')}&k={k}", method="GET")
+    return _Call(b.FoundItems, f"/v1/items?prefix={_quoted(text)}&k={k}", method="GET")
 
 
 def _attributes() -> _Call[b.AttributesResponse]:
@@ -174,7 +179,14 @@ def _forget(user: str) -> _Call[m.EventsResponse]:
 def _segment(given: object) -> str:
     """Return an id as one part of a path. Dots alone would be read as this folder and the one above."""
     text = as_id(given, "id")
-    return quote(text, safe="") if text.strip(".") else text.replace(".", "%2E")
+    return _quoted(text) if text.strip(".") else text.replace(".", "%2E")
+
+
+def _quoted(text: str) -> str:
+    try:
+        return quote(text, safe="")
+    except UnicodeEncodeError:
+        raise RequestError(f"{text!r:.100} holds half of a surrogate pair, which cannot be sent") from None
 
 
 def _values(item: Item) -> dict[str, Any]:

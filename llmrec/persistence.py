@@ -37,7 +37,8 @@ RUN_LOG = "log.jsonl"
 """Name of the log of a training run, in its folder and then beside the adapter."""
 
 OWN_EVENTS = r"events-[0-9a-f]{12}\.sqlite(-\w+)?"
-OWN = re.compile(rf"state-[0-9a-f]{{12}}|{OWN_EVENTS}")
+STATE = "state-[0-9a-f]{12}"
+OWN = re.compile(rf"{STATE}|{OWN_EVENTS}")
 """Names of the states and event stores that we write."""
 
 KEYS = {"state", "events", "config", "recipe", "repeats", "encoder", "catalog", "log", "language_model"}
@@ -149,7 +150,22 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     missing = KEYS - set(manifest)
     if missing:
         raise ModelError(f"{path} is damaged: it lacks {', '.join(sorted(missing))}")
+    _check_places(path, manifest)
     return manifest
+
+
+def _check_places(path: Path, manifest: Mapping[str, Any]) -> None:
+    """Refuse what `save` never writes: a manifest from elsewhere may name no other folder and no server."""
+    state, events = str(manifest["state"]), str(manifest["events"])
+    stores = rf"{OWN_EVENTS}|postgresql:llmrec_[0-9a-f]+"
+    if not re.fullmatch(STATE, state) or not re.fullmatch(stores, events):
+        raise ModelError(f"{path} is damaged: it names {state!r:.100} and {events!r:.100}")
+    for section, values in dict(manifest["config"]).items():
+        if isinstance(values, Mapping) and values.get("url") is not None:
+            raise ModelError(
+                f"{path} names a server in {section}.url, which is never saved: give it when you load, or by "
+                "the environment variable"
+            )
 
 
 def replace_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:

@@ -498,8 +498,14 @@ class Recommender(Changing):
         self.config = merged
 
     def close(self) -> None:
-        """Release the event store and the vector index; vectors on a server go if nothing was saved."""
+        """Release the event store, the inference server, and the vector index.
+
+        Vectors on a server go if nothing was saved.
+        """
         self._slot.close()
+        for lm in (self._state.lm, *(named.model for named in self._state.adapters.values())):
+            # One that runs in this process has nothing to let go of.
+            getattr(lm, "close", bool)()
         if isinstance(index := self._state.texts.index, ServerIndex):
             if self._saved is None:
                 index.drop()

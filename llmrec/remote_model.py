@@ -67,6 +67,10 @@ class RemoteLanguageModel:
         self.reads_unlisted = config.mode == "yes_no"
         self.scorer = KINDS[config.mode, config.normalise](prompt, engine, model, scale)
 
+    def close(self) -> None:
+        """Let go of the connections to the server."""
+        self._served[0].close()
+
     @classmethod
     def restored(
         cls,

@@ -24,6 +24,7 @@ from llmrec.config import DataConfig
 from llmrec.errors import DataError
 from llmrec.evaluation.split import training_log
 from llmrec.families import TrainingLog
+from llmrec.retrieve.popularity import newest
 from llmrec.rows import id_strings
 from llmrec.sequences import Portions, Window, windows
 
@@ -151,7 +152,7 @@ class StreamedLog:
             users, events = users + log.users, events + log.events
             digest.update(log.sha256().encode())
             if log.stamps is not None:
-                until = max([until or 0, *(int(stamps[-1]) for stamps in log.stamps if len(stamps))])
+                until = max(until or 0, newest(np.concatenate([np.empty(0, np.int64), *log.stamps])))
         if not events:
             raise DataError("no events to train on: the stream has none of users who are not held out")
         return counts, users, events, digest.hexdigest(), until

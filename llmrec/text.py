@@ -78,7 +78,7 @@ _BLOCK = (
     "table|tbody|td|tfoot|th|thead|tr|ul"
 )
 # With attributes or without: "a <b and c>" is none.
-_TAG_END = r"(?:\s*/?|\s[^<>]*=[^<>]*)>"
+_TAG_END = r"(?:\s*/?|\s[^<>=]*=[^<>]*)>"
 _INLINE_TAG = re.compile(rf"</?(?:{_INLINE}){_TAG_END}", re.IGNORECASE)
 _BLOCK_TAG = re.compile(rf"</?(?:{_BLOCK}){_TAG_END}", re.IGNORECASE)
 # Shops encode twice, too.

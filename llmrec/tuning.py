@@ -18,6 +18,7 @@ from llmrec.lm_training import LearnedLog, Trained, fine_tune
 from llmrec.metrics import Comparison, compare
 from llmrec.progress import Progress, TrainingReport
 from llmrec.recipe import HeldOut, Recipe, fit_retrievers, ranks_in, roles
+from llmrec.retrieve.popularity import newest
 from llmrec.state import State
 from llmrec.streaming import StreamedLog
 
@@ -156,7 +157,7 @@ def note(state: State, log: EventLog, gain: Comparison, where: str, **more: Any)
     """Write on the card of a state's language model how new its data is, and what it brings."""
     lm = state.lm
     assert lm is not None and lm.card is not None
-    until = None if log.timestamp is None or not len(log) else int(log.timestamp.max())
+    until = None if log.timestamp is None or not len(log) else newest(log.timestamp)
     weights = {"weight": state.recipe.history.most_lm, "query_weight": state.recipe.query.most_lm}
     data = lm.card.training["data"]
     items = hash_ids(state.catalog.ids[: data["items"]])

@@ -169,6 +169,8 @@ def as_id(value: object, what: str) -> str:
         return value
     if not isinstance(value, bool):
         if isinstance(value, Integral):
+            if abs(int(value)) >= 10**100:
+                raise RequestError(f"{what} must be text or a whole number, got one of more than 100 digits")
             return str(int(value))
         if isinstance(value, Real) and float(value).is_integer():
             return str(int(float(value)))
@@ -200,6 +202,19 @@ def _is_number(value: object) -> bool:
 
 def _is_whole(value: object) -> bool:
     return not isinstance(value, bool) and isinstance(value, Integral)
+
+
+def at_most(limit: int | None) -> int | None:
+    """A limit as stores take it: None for none, a whole number of at least 1 else.
+
+    Raises
+    ------
+    RequestError
+        If it is another.
+    """
+    if limit is not None and not _is_count(limit):
+        raise RequestError(f"limit must be a whole number of at least 1, or None, got {limit!r:.100}")
+    return None if limit is None or limit >= 2**31 else int(limit)
 
 
 def _is_count(value: Any) -> bool:

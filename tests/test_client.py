@@ -157,6 +157,18 @@ def test_what_the_library_takes_as_ids_the_client_takes(rec, client):
             ask("i4")
 
 
+def test_what_cannot_be_sent_is_refused(client):
+    for call in (
+        lambda: client.forget("\ud800"),
+        lambda: client.complete("\ud800"),
+        lambda: client.recommend(query="\ud800"),
+        lambda: client.observe("\ud800", "i4"),
+        lambda: client.recommend(user=10**5000),
+    ):
+        with pytest.raises(RequestError, match=r"surrogate|digits"):
+            call()
+
+
 def test_fields_of_a_newer_server_are_left_aside_and_a_page_is_no_answer():
     answers = iter(['{"items": [], "degraded": false, "mood": "good"}', "<html>proxy</html>"])
     transport = httpx2.MockTransport(lambda request: httpx2.Response(200, text=next(answers)))

@@ -236,7 +236,9 @@ def test_ratings_weights_and_event_types_decide_what_counts():
     plain = EventLog.load(rows.with_columns(quantity=1), CATALOG, clock="none")
     assert plain.weight.tolist() == [1, 1, 2, 1]
     (note,) = plain.report.notes
-    assert note.startswith("columns that are not read: rating, where every one counts (data.rating_threshold); ")
+    assert note.startswith(
+        "columns that are not read: rating, where every one counts (data.rating_threshold); "
+    )
     assert note.endswith("event, where every type counts 1 (data.event_weights); quantity")
     assert log.report.notes == ()
 

@@ -1,5 +1,6 @@
 """HTTP: every endpoint, every refusal, keys, the OpenAPI document, and a real server process."""
 
+import asyncio
 import concurrent.futures
 import hashlib
 import itertools
@@ -382,6 +383,39 @@ def test_a_body_over_the_limit_is_refused_said_or_streamed(rec):
         streamed = http.post("/v1/recommend", content=(large[:700] for _ in range(4)))
         assert streamed.status_code == 413 and "2,000 bytes" in streamed.json()["detail"]
         assert http.post("/mcp", content=large).status_code == 413
+        # Who has no key sends nothing.
+        for path in ("/health", "/page/docs.js"):
+            assert http.request("GET", path, content=b"x").status_code == 413
+            assert http.request("GET", path, content=(b"x" for _ in range(2))).status_code == 413
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(rec, monkeypatch):
+    monkeypatch.setattr("llmrec.serve.gate.BODY_SECONDS", 0.1)
+    told = []
+
+    async def receive():
+        await asyncio.sleep(60)
+
+    async def send(message):
+        told.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/recommend", "headers": [(b"host", b"localhost")]}
+    asyncio.run(create_app(rec)(scope, receive, send))
+    assert told[0]["status"] == 408 and (b"connection", b"close") in told[0]["headers"]
+
+
+def test_texts_that_take_long_to_read_hold_up_nobody(http):
+    begun = time.monotonic()
+    brand = {"where": {"brand": ["<br " + "=" * 19_990] * 20}}
+    assert http.post("/v1/search", json={"query": "river", **brand}).status_code == 200
+    heap = "a" + "\u0301\u0316" * 40_000
+    assert http.post("/v1/embeddings", json={"model": "m", "input": heap}).status_code == 200
+    many = {"item_id": "x", "title": "River", "attributes": {f"name {n}": "x" for n in range(900)}}
+    assert http.post("/v1/rank", json={"items": [many]}).status_code == 200
+    assert time.monotonic() - begun < 10
+    many["attributes"] |= {f"more {n}": "x" for n in range(200)}
+    refused = http.post("/v1/rank", json={"items": [many]})
+    assert refused.status_code == 422 and "1,000 attributes" in refused.json()["detail"]
 
 
 def test_the_page_of_the_api_is_this_servers_own(http):
@@ -445,6 +479,12 @@ def test_without_keys_a_page_of_another_site_gets_nothing(rec):
                 assert answer.status_code == 421 and "add a key" in answer.json()["detail"]
         for host in ("localhost:8000", "127.0.0.1", "[::1]:8000", "[::1]"):
             assert http.post("/v1/recommend", json={}, headers={"Host": host}).status_code == 200
+        for said in ("Forwarded", "X-Forwarded-For"):
+            answer = http.post("/v1/recommend", json={}, headers={said: "203.0.113.9"})
+            assert answer.status_code == 403 and "add a key" in answer.json()["detail"]
+        elsewhere = TestClient(http.app, base_url=URL, client=("203.0.113.9", 5555))
+        assert elsewhere.post("/v1/recommend", json={}).status_code == 403
+        assert elsewhere.get("/health").status_code == 200
         # What a form can send without asking first.
         event = json.dumps({"user_id": "forged", "item_id": "i1"})
         assert (

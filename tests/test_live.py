@@ -345,7 +345,7 @@ def test_a_live_event_counts_as_its_type_does_in_the_log():
     assert [(e.timestamp, e.weight) for e in rec.history("me")] == [(100, 2.0), (101, 1.5), (103, 1.5)]
     report, new = rec.observe_table([Event("you", "i2", 5, event="buy"), Event("you", "i2", 6, event="skip")])
     assert (report.rows_kept, new) == (1, 1) and [e.weight for e in rec.history("you")] == [2.0]
-    with pytest.raises(RequestError, match="'wish' has no weight; data.event_weights lists 'buy', 'view'"):
+    with pytest.raises(RequestError, match=r"'wish' has no weight; .* lists 'buy', 'view'"):
         rec.observe("me", "i1", event="wish")
 
 

@@ -551,6 +551,15 @@ def test_a_directory_of_another_version_or_damaged_says_so(rec, tmp_path):
     path.write_text(json.dumps(manifest)[:50])
     with pytest.raises(ModelError, match="damaged"):
         Recommender.load(tmp_path / "model")
+    engine = {**manifest["config"]["engine"], "url": "http://127.0.0.1:1", "key_env": "SECRET"}
+    for foreign, words in (
+        ({"state": "../elsewhere"}, "damaged: it names"),
+        ({"events": "../elsewhere/victim.db"}, "damaged: it names"),
+        ({"config": {**manifest["config"], "engine": engine}}, "names a server in engine.url"),
+    ):
+        path.write_text(json.dumps({**manifest, **foreign}))
+        with pytest.raises(ModelError, match=words):
+            Recommender.load(tmp_path / "model")
     path.write_text(json.dumps(manifest))
     (tmp_path / "model" / manifest["state"] / "vectors.npy").write_bytes(b"junk")
     with pytest.raises(ModelError, match="vectors"):

@@ -85,6 +85,15 @@ def test_ids_are_those_of_the_log_and_users_without_any_row_left_are_none(tmp_pa
     assert stream.until == int(whole.timestamp.max())
 
 
+def test_an_event_of_the_future_is_a_mistake_and_not_the_newest(tmp_path):
+    late = TABLE.with_columns(
+        when=pl.when(pl.int_range(pl.len()) == 5).then(10**11).otherwise(pl.col("when"))
+    )
+    late.write_parquet(tmp_path / "a.parquet")
+    known = read_log(TABLE, CATALOG, DATA).timestamp.max()
+    assert StreamedLog(tmp_path, CATALOG, DATA).until == known
+
+
 def test_rows_without_a_user_are_an_error_or_dropped(tmp_path):
     rows = TABLE.sort("who")
     nulls = rows.head(3).with_columns(who=pl.lit(None, pl.String))

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmrec.text import neutralise, neutralise_series
+from llmrec.text import neutralise, neutralise_series, without_markup
 from llmrec.words import COMMON, telling_words, words_in
 
 TOKENS = [
@@ -98,6 +98,14 @@ def test_long_hostile_text_takes_linear_time():
         "\u200b" * 200_000,
     ):
         neutralise(text, 1000)
+    for text in (
+        "<b " + "=" * 200_000,
+        "<br" + " " * 200_000,
+        "<p =" * 50_000,
+        "&amp;" * 40_000,
+        "<!--" * 50_000,
+    ):
+        without_markup(text)
     assert time.perf_counter() - start < 5
 
 

@@ -80,6 +80,8 @@ class OpenAITools:
             # A message may quote what no encoder takes, such as half a surrogate pair.
             message = told(error).encode("utf-8", "replace").decode()
             return json.dumps({"error": message}, ensure_ascii=False)
+        except RecursionError:
+            return json.dumps({"error": "the arguments are nested too deeply"})
 
 
 def _parsed(arguments_json: object) -> dict[str, Any]:

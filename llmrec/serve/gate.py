@@ -5,6 +5,8 @@ Plain ASGI, so that it stands around the routes of the app and around MCP alike.
 
 from __future__ import annotations
 
+import asyncio
+import ipaddress
 import json
 import logging
 import re
@@ -30,6 +32,9 @@ OPEN = frozenset({"/", "/health", "/ready", "/docs", "/openapi.json"})
 """Paths that need no key."""
 PAGE = "/page/"
 """Files of the page at ``/`` need none either: the page asks for one."""
+
+BODY_SECONDS = 30
+"""A body that takes longer is not waited for."""
 
 PROBLEM = "application/problem+json"
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/=+-]{1,128}")
@@ -100,9 +105,11 @@ class Gate:
             await send(message)
 
         try:
-            if scope["path"] not in OPEN and not scope["path"].startswith(PAGE):
-                self._admit(headers, role)
-            body = await _body(receive, headers, self._config.max_body)
+            free = scope["path"] in OPEN or scope["path"].startswith(PAGE)
+            if not free:
+                self._admit(scope, headers, role)
+            # Who has no key could fill the memory.
+            body = await _body(receive, headers, 0 if free else self._config.max_body)
             await self._app(scope, _replay(body, receive), answer)
         except _Refused as refused:
             await _tell(answer, refused, request_id)
@@ -117,15 +124,18 @@ class Gate:
         finally:
             self._on_done(scope, status, time.monotonic() - began)
 
-    def _admit(self, headers: Mapping[str, str], role: Role | None) -> None:
-        if not self._config.keys and not is_loopback(_host(headers)):
-            host = headers.get("host", "")
-            raise _Refused(
-                421,
-                f"a server without keys answers this machine alone, and the request was sent to {host!r}: "
-                "call 127.0.0.1 or localhost, or add a key",
-                "misdirected",
-            )
+    def _admit(self, scope: Scope, headers: Mapping[str, str], role: Role | None) -> None:
+        if not self._config.keys:
+            alone, advice = "a server without keys answers this machine alone", "or add a key"
+            if not is_loopback(_host(headers)):
+                host = headers.get("host", "")
+                raise _Refused(
+                    421,
+                    f"{alone}, and the request was sent to {host!r}: call 127.0.0.1 or localhost, {advice}",
+                    "misdirected",
+                )
+            if _is_elsewhere(scope, headers):
+                raise _Refused(403, f"{alone}, and the request comes from another, {advice}", "forbidden")
         if role is None:
             detail = "this server needs a key it knows, in a header: Authorization: Bearer KEY"
             raise _Refused(401, detail, "unauthorized", (b"www-authenticate", b"Bearer"))
@@ -166,8 +176,27 @@ def _key(headers: Mapping[str, str]) -> str | None:
     return None if given is None else given.encode("latin-1").decode("utf-8", "replace")
 
 
+def _is_elsewhere(scope: Scope, headers: Mapping[str, str]) -> bool:
+    """Whether a request comes from another machine, itself or by a proxy on this one."""
+    client = scope.get("client")
+    try:
+        near = not client or ipaddress.ip_address(client[0]).is_loopback
+    except ValueError:
+        near = True  # no address: a socket of this machine, or a test
+    return not near or "forwarded" in headers or "x-forwarded-for" in headers
+
+
 async def _body(receive: Receive, headers: Mapping[str, str], limit: int) -> bytes:
-    """Read the whole body; refused if it is larger than the limit, said or found, or holds broken text."""
+    """Read the whole body, within `BODY_SECONDS`; refused as `_whole` does."""
+    try:
+        return await asyncio.wait_for(_whole(receive, headers, limit), BODY_SECONDS)
+    except TimeoutError:
+        detail = f"the body did not come within {BODY_SECONDS} seconds"
+        raise _Refused(408, detail, "timeout", (b"connection", b"close")) from None
+
+
+async def _whole(receive: Receive, headers: Mapping[str, str], limit: int) -> bytes:
+    """Refused if it is larger than the limit, said or found, or holds broken text."""
     too_large = _Refused(413, f"the body may have {limit:,} bytes at most", "too_large")
     said = headers.get("content-length", "")
     if said.isdigit() and int(said) > limit:

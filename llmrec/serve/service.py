@@ -52,8 +52,9 @@ from llmrec.serve.models import (
     item_of,
     plain,
 )
-from llmrec.serve.relevance import by_relevance
+from llmrec.serve.relevance import DOCUMENT_LIMIT, by_relevance
 from llmrec.serve.summary import summarise
+from llmrec.text import neutralise
 from llmrec.types import Event, Request
 
 logger = logging.getLogger(__name__)
@@ -267,7 +268,7 @@ class Service:
         encoder = self.recommender.texts.encoder
         if body.dimensions not in (None, encoder.dim):
             raise RequestError(f"this encoder's vectors have {encoder.dim} numbers, got {body.dimensions}")
-        vectors = encoder.encode(texts)
+        vectors = encoder.encode([neutralise(text, DOCUMENT_LIMIT) for text in texts])
         shown = vectors.tolist() if body.encoding_format == "float" else [_base64(v) for v in vectors]
         words = sum(len(text.split()) for text in texts)
         return EmbeddingsResponse(
