@@ -46,6 +46,12 @@ def source(found: dict[str, Any]) -> str:
     return "registry only" if found.get("registry") else "bring data"
 
 
+def commit(found: dict[str, Any]) -> str:
+    """What a result was made from: a commit, and whether the tree had changes beside it."""
+    name, changed, _ = str(found["git"]).partition("-dirty")
+    return f"commit `{name}`{' with uncommitted changes' if changed else ''}"
+
+
 def difference(comparison: dict[str, Any]) -> str:
     """One comparison with its interval, and in words if it shows nothing."""
     low, high = comparison["ci95"]
@@ -111,7 +117,7 @@ def table(path: Path, found: dict[str, Any]) -> str:
         f"{protocol['part']}, {protocol['users']:,} users, {data['items']:,} items, "
         f"{data['events']:,} events; "
         f"{protocol['split']}, {marked(protocol)}, seen items {protocol['seen_items']}, "
-        f"ties by {protocol['ties']}; `{found['command']}`",
+        f"ties by {protocol['ties']}; `{found['command']}`, {commit(found)}",
         "",
         "| system | " + " | ".join(MEASURES) + " |",
         "|---|" + "---|" * len(MEASURES),

@@ -93,6 +93,10 @@ def run(page, names, **replaced):
 
 def test_the_first_page_runs(guide):
     assert (guide / "model" / "manifest.json").is_file()
+    rec = Recommender.load(guide / "model")
+    # The pages that follow ask for these.
+    assert all(rec.history(f"user{n}") for n in (1, 2, 3)) and not rec.history("user7")
+    rec.close()
 
 
 def test_the_page_about_data_runs_and_shows_what_is_wrong(tmp_path, monkeypatch, capsys):
