@@ -87,7 +87,7 @@ def test_ids_are_those_of_the_log_and_users_without_any_row_left_are_none(tmp_pa
 
 def test_an_event_of_the_future_is_a_mistake_and_not_the_newest(tmp_path):
     late = TABLE.with_columns(
-        when=pl.when(pl.int_range(pl.len()) == 5).then(10**11).otherwise(pl.col("when"))
+        timestamp=pl.when(pl.int_range(pl.len()) == 5).then(10**11).otherwise(pl.col("timestamp"))
     )
     late.write_parquet(tmp_path / "a.parquet")
     known = read_log(TABLE, CATALOG, DATA).timestamp.max()
