@@ -97,7 +97,11 @@ def renaming(columns: Sequence[str], missing: Sequence[str], table: str) -> str:
     bare = {"".join(filter(str.isalnum, name)).lower(): name for name in reversed(columns)}
     like = next((bare[n.replace("_", "")] for n in missing if n.replace("_", "") in bare), None)
     which = next(n for n in missing if like is None or bare.get(n.replace("_", "")) == like)
-    return f"rename one: data.{table}_mapping = {{{like or 'their name'!r} = {which!r}}}, in Python mapping"
+    theirs = like or "their name"
+    return (
+        f"rename one: data.{table}_mapping = {{{theirs!r} = {which!r}}} in a file for --config, in Python "
+        f"config={{'data': {{'{table}_mapping': {{{theirs!r}: {which!r}}}}}}}"
+    )
 
 
 def check_policy(policy: str) -> None:
