@@ -85,17 +85,18 @@ def other_result(path: Path, config: Config) -> None:
 
 
 def git_sha() -> str:
-    """Commit of the source tree, with a mark if it has changes."""
+    """Commit of the source tree, with a mark if code, prompts or settings have changes."""
+
+    def git(*words: str) -> str:
+        said = subprocess.run(["git", *words], cwd=HERE.parent, capture_output=True, text=True)
+        return said.stdout.strip()
+
     try:
-        said = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-            cwd=HERE,
-            capture_output=True,
-            text=True,
-        )
+        commit = git("rev-parse", "--short=12", "HEAD")
+        changed = git("status", "--porcelain", "--", "llmrec", "prompts", "eval/*.py", "eval/configs")
     except OSError:
         return "unknown"
-    return said.stdout.strip() or "unknown"
+    return f"{commit}{'-dirty' if changed else ''}" if commit else "unknown"
 
 
 def log(words: str) -> None:

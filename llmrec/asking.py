@@ -382,6 +382,11 @@ class Asking:
         with self._slot.use() as store:
             return store.history(user, limit)
 
+    def events(self) -> list[Event]:
+        """Return all stored events, oldest first, as `fit` takes them."""
+        with self._slot.use() as store:
+            return store.events()
+
     def users(self, prefix: str = "", limit: int | None = 10) -> list[str]:
         """Return the first `limit` ids of users with stored events that begin with `prefix`; None for all."""
         limit = at_most(limit)

@@ -6,7 +6,6 @@ mend (one line ``error: ...``), 130 after Ctrl-C.
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 import uuid
@@ -19,8 +18,11 @@ from rich.logging import RichHandler
 from typer.core import TyperGroup
 
 from llmrec import __version__
+from llmrec.cli_about import about
 from llmrec.cli_batch import app as batch
+from llmrec.cli_change import add_items, forget, observe, refit, remove_items
 from llmrec.cli_evaluate import evaluate
+from llmrec.cli_options import Count, History, InJSON, Model, User, Where, Words, ids_of, object_of, where_of
 from llmrec.cli_serve import mcp, serve
 from llmrec.cli_show import say, say_weights, show, show_families, show_known, stages, stderr, training_bar
 from llmrec.errors import ConflictError, LLMRecError, RequestError
@@ -46,14 +48,6 @@ class _Commands(TyperGroup):
 
 
 app = typer.Typer(cls=_Commands, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
-
-Model = Annotated[Path, typer.Argument(help="Directory of a saved recommender.", show_default=False)]
-User = Annotated[str | None, typer.Option(help="User whose stored history is used.")]
-History = Annotated[str | None, typer.Option(help="Item ids, oldest first, with commas between.")]
-Words = Annotated[str | None, typer.Option("--query", help="A wish typed in words.")]
-Count = Annotated[int, typer.Option("-k", help="How many at most.")]
-Where = Annotated[str | None, typer.Option(help="""Conditions as JSON: '{"year": {"gte": 1990}}'.""")]
-InJSON = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 
 
 def _version(wanted: bool) -> None:
@@ -246,14 +240,14 @@ def recommend(
         raise RequestError("whom for? give --user, --history or --query")
     fields: dict[str, Any] = {
         "user": user,
-        "history": _ids("--history", history),
+        "history": ids_of("--history", history),
         "query": query,
         "k": k,
-        "where": _where(where),
-        "exclude": _ids("--exclude", exclude) or [],
+        "where": where_of(where),
+        "exclude": ids_of("--exclude", exclude) or [],
         "seen": seen,
-        "caps": _object("--caps", caps, '{"brand": 2}'),
-        "pins": _ids("--pins", pins) or [],
+        "caps": object_of("--caps", caps, '{"brand": 2}'),
+        "pins": ids_of("--pins", pins) or [],
         "diversity": diversity,
         "explain": explain or phrase,
     }
@@ -279,7 +273,7 @@ def similar(
     """Show items like one item."""
     from llmrec.recommender import Recommender
 
-    conditions = _where(where)
+    conditions = where_of(where)
     show(Recommender.load(model).similar(item, k, conditions), in_json=in_json)
 
 
@@ -295,7 +289,7 @@ def search(
     """Search the catalogue, personalised where a user is given."""
     from llmrec.recommender import Recommender
 
-    conditions = _where(where)
+    conditions = where_of(where)
     show(Recommender.load(model).search(text, user, k, conditions), in_json=in_json)
 
 
@@ -311,7 +305,7 @@ def rank(
     """Order given items, best first; all of them come back."""
     from llmrec.recommender import Recommender
 
-    ids, past = _ids("--items", items) or [], _ids("--history", history)
+    ids, past = ids_of("--items", items) or [], ids_of("--history", history)
     rec = Recommender.load(model)
     _say_unknown(rec, past)
     show(rec.rank(ids, user, past, query), in_json=in_json)
@@ -323,135 +317,16 @@ def _say_unknown(rec: Recommender, history: Sequence[Any] | None) -> None:
         say(f"not in the catalogue, so that they do not count: {', '.join(map(repr, unknown))}")
 
 
-@app.command()
-def observe(
-    model: Model,
-    user: Annotated[str | None, typer.Option(help="User id.")] = None,
-    item: Annotated[str | None, typer.Option(help="Item id.")] = None,
-    events: Annotated[
-        str | None, typer.Option(help="Instead: a file of events, with time stamps, as `fit` reads them.")
-    ] = None,
-) -> None:
-    """Store an event that happened now, or those of a file that are new; they count in the next request."""
-    from llmrec.recommender import Recommender
-
-    one = user is not None and item is not None
-    if one == (events is not None) or (user is None) != (item is None):
-        raise RequestError("what happened? give --user and --item, or --events")
-    rec = Recommender.load(model)
-    if user is not None and item is not None:
-        rec.observe(user, item)
-        say(f"stored: user {user!r}, item {item!r}")
-        return
-    report, new = rec.observe_table(events)
-    say(f"events: {report}; {new:,} new")
-
-
-@app.command("add-items")
-def add_items(
-    model: Model, items: Annotated[str, typer.Option(help="A file of items, as `fit` reads them.")]
-) -> None:
-    """Add the items of a file, or replace those with the same id; recommendable at once by their text."""
-    from llmrec.assembly import read_catalog
-    from llmrec.recommender import Recommender
-
-    rec = Recommender.load(model)
-    catalog = read_catalog(items, rec.config.data, rec.catalog.attributes)
-    rec.add_items(catalog.items(range(len(catalog))))
-    # With their vectors: who loads it need not encode them again.
-    rec.save(model)
-    say(f"items: {catalog.report}")
-
-
-@app.command("remove-items")
-def remove_items(
-    model: Model, items: Annotated[str, typer.Option(help="Item ids, with commas between.")]
-) -> None:
-    """Remove items: they are never returned again, unless they are added again."""
-    from llmrec.recommender import Recommender
-
-    ids = _ids("--items", items) or []
-    Recommender.load(model).remove_items(ids)
-    say(f"removed: {', '.join(ids)}")
-
-
-@app.command()
-def refit(
-    model: Model,
-    choose: Annotated[
-        bool,
-        typer.Option("--choose", help="Choose settings and weights anew; drops a tuned language model."),
-    ] = False,
-) -> None:
-    """Fit the retrievers again on all stored events; settings, weights and language model stay."""
-    from llmrec.recommender import Recommender
-
-    rec = Recommender.load(model)
-    with stages() as on_stage:
-        rec.refit(choose=choose, on_stage=on_stage)
-        on_stage("saving")
-        rec.save(model)
-    if choose:
-        say_weights(rec.recipe)
-    typer.echo(str(model))
-
-
-@app.command()
-def forget(
-    model: Model,
-    user: Annotated[str | None, typer.Option(help="User id.")] = None,
-    users: Annotated[Path | None, typer.Option(help="Instead: a text file of user ids, one a line.")] = None,
-) -> None:
-    """Erase all events of a user, or of many at once."""
-    from llmrec.recommender import Recommender
-
-    if (user is None) == (users is None):
-        raise RequestError("whom to forget? give --user or --users")
-    gone = [user] if user is not None else []
-    if users is not None:
-        try:
-            gone = [line for line in users.read_text(encoding="utf-8-sig").split("\n") if line]
-        except UnicodeDecodeError as broken:
-            raise RequestError(f"{users} is no text in UTF-8: {broken.reason}") from None
-    count = Recommender.load(model).forget(gone)
-    whose = f"user {user!r}" if user is not None else f"{len(gone):,} users"
-    say(f"erased {count:,} event{'s' * (count != 1)} of {whose}")
-
-
+app.command()(about)
+app.command()(observe)
+app.command("add-items")(add_items)
+app.command("remove-items")(remove_items)
+app.command()(refit)
+app.command()(forget)
 app.command()(evaluate)
 app.command()(serve)
 app.command()(mcp)
 app.add_typer(batch, name="batch")
-
-
-def _ids(flag: str, text: str | None) -> list[str] | None:
-    """Split ids at commas."""
-    if text is None:
-        return None
-    ids = [part.strip() for part in text.split(",")]
-    if not all(ids):
-        raise RequestError(f"{flag} has an empty item id: {text!r}; write ids with one comma between them")
-    return ids
-
-
-def _where(text: str | None) -> dict[str, Any] | None:
-    """Read conditions."""
-    return _object("--where", text, '{"genres": "Comedy"}')
-
-
-def _object(flag: str, text: str | None, example: str) -> dict[str, Any] | None:
-    """Read a JSON object."""
-    if text is None:
-        return None
-    try:
-        values = json.loads(text)
-    except json.JSONDecodeError as wrong:
-        at = text[wrong.pos : wrong.pos + 20]
-        found = f"before {at!r}" if at else "at the end"
-        raise RequestError(f"{flag} is not JSON: {wrong.msg} at character {wrong.pos + 1}, {found}") from None
-    if not isinstance(values, dict):
-        raise RequestError(f"{flag} must be a JSON object such as {example}, got {text}")
-    return values
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from llmrec.batch import Batch, Task, run
-from llmrec.cli_serve import Index, Model, Store
+from llmrec.cli_options import Index, Model, Store
 from llmrec.cli_show import say, stderr
 
 app = typer.Typer(

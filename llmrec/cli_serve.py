@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from llmrec.cli_options import Index, Limits, Model, Settings, Store
 from llmrec.cli_show import say
 from llmrec.errors import ConflictError
 
@@ -16,33 +17,6 @@ if TYPE_CHECKING:
     from llmrec.recommender import Recommender
     from llmrec.serve import ServeConfig
     from llmrec.serve.workers import Job
-
-Model = Annotated[Path, typer.Argument(help="Directory of a saved recommender.", show_default=False)]
-Store = Annotated[
-    str | None,
-    typer.Option(
-        help="postgresql+psycopg://...: events in a file are moved there first. LLMREC_STORE_URL, which the "
-        "list of processes does not show, is enough for a model whose events are there already.",
-        show_default=False,
-    ),
-]
-Index = Annotated[
-    str | None,
-    typer.Option(
-        help="postgresql+psycopg://... or http://host:19530 (Milvus): the vectors are searched there. "
-        "LLMREC_INDEX_URL is enough for a model that was saved with them there.",
-        show_default=False,
-    ),
-]
-Settings = Annotated[
-    Path | None, typer.Option("--config", help="TOML file: keys, adapters, limits, batching.")
-]
-Limits = Annotated[
-    Path | None,
-    typer.Option(
-        "--config", help="TOML file: limits and batching; keys and adapters are for `llmrec serve`."
-    ),
-]
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -20,7 +20,7 @@ from rich.text import Text
 
 from llmrec.candidates import LM
 from llmrec.fetch import Artifact
-from llmrec.recipe import Recipe
+from llmrec.recipe import TOO_FEW, Recipe
 from llmrec.types import Recommendation
 
 if TYPE_CHECKING:
@@ -130,13 +130,23 @@ def show_families(recipe: Recipe) -> None:
     print_table(table)
 
 
-def say_weights(recipe: Recipe) -> None:
-    """Print the weights that were chosen for each kind of request."""
+def weights_of(recipe: Recipe) -> dict[str, dict[str, float]]:
+    """Return the weights that were chosen for each kind of request."""
     kinds = {"history": recipe.history, "typed words": recipe.query, "similar items": recipe.similar}
     if recipe.query.longer:
         kinds["typed words and history"] = recipe.query.for_history(1)
-    for kind, weights in kinds.items():
-        named = {**weights.retrievers, **({LM: weights.most_lm} if weights.most_lm else {})}
+    return {
+        kind: {**weights.retrievers, **({LM: weights.most_lm} if weights.most_lm else {})}
+        for kind, weights in kinds.items()
+    }
+
+
+def say_weights(recipe: Recipe) -> None:
+    """Print them."""
+    few = [entry["users"] for entry in recipe.log if entry.get("search") == TOO_FEW]
+    if few:
+        say(f"held-out users: {few[-1]}, too few to choose by: settings and weights are the default")
+    for kind, named in weights_of(recipe).items():
         say(f"weights by {kind}: " + ", ".join(f"{name} {weight:g}" for name, weight in named.items()))
 
 

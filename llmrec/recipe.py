@@ -101,6 +101,13 @@ class RetrievalConfig(BaseModel):
         return {name: getattr(self, name, None) or FAMILIES[name].settings() for name in names}
 
 
+FEWEST = 20
+"""Held-out users below which nothing is chosen by them: what a few like by chance would decide."""
+
+TOO_FEW = "held-out events, too few to choose by"
+"""Names the entry of the log that says so."""
+
+
 @dataclass(frozen=True, slots=True)
 class HeldOut:
     """Queries and the item that followed each, shape (queries,)."""

@@ -20,7 +20,7 @@ from llmrec.features import Features
 from llmrec.metrics import per_user, summary
 from llmrec.pipeline import Pipeline
 from llmrec.protocols import Floats, Hits, Retriever, Scorer
-from llmrec.recipe import HeldOut, Recipe, RetrievalConfig, fit_retrievers, ranks_in, roles
+from llmrec.recipe import FEWEST, TOO_FEW, HeldOut, Recipe, RetrievalConfig, fit_retrievers, ranks_in, roles
 from llmrec.retrieve.dense import ProfileConfig, ProfileRetriever
 from llmrec.retrieve.linear import CoOccurrence, EASEConfig, EASERetriever, user_item_matrix
 from llmrec.retrieve.popularity import PopularityRetriever
@@ -178,13 +178,15 @@ def search_recipe(
     """Choose settings and weights, and return them with the retrievers fitted on the log.
 
     No fitted parameter sees `held_out`. Families in `SEARCHES` have their settings searched; the others of
-    the configuration keep theirs.
+    the configuration keep theirs. Below `FEWEST` users all is as the configuration has it.
     """
     recipe = Recipe.default(config)
     held_out = held_out.sample(config.search_users, config.seed)
-    if not config.search or len(held_out.queries) == 0:
-        return recipe, fit_retrievers(log, texts, recipe)
     trials = recipe.log
+    if not config.search or len(held_out.queries) < FEWEST:
+        if config.search:
+            trials.append({"search": TOO_FEW, "users": len(held_out.queries)})
+        return recipe, fit_retrievers(log, texts, recipe)
     trials.append(chosen_on("held-out events", held_out))
     choosing, held_out = epoch_users(recipe.settings, held_out, config.seed)
     settings: dict[str, BaseModel] = {}

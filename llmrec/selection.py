@@ -17,7 +17,7 @@ from llmrec.families import FAMILIES, Texts, TrainingLog
 from llmrec.features import Features
 from llmrec.metrics import Values, standard_error, summary
 from llmrec.protocols import Hits, Retriever
-from llmrec.recipe import ALWAYS, HeldOut, Recipe, RetrievalConfig, ranks_in
+from llmrec.recipe import ALWAYS, FEWEST, HeldOut, Recipe, RetrievalConfig, ranks_in
 from llmrec.search import EPOCHS, chosen_on, epoch_users, fit_family, search_recipe, with_weights
 
 BY_COST = (
@@ -47,7 +47,7 @@ def choose_recipe(
     on_stage: Callable[[str], None] = lambda stage: None,
 ) -> tuple[Recipe, dict[str, Retriever]]:
     """Search the recipe of the configured families, or, with `search_minutes`, of all that pay."""
-    if config.search_minutes is None or not len(held_out.queries):
+    if config.search_minutes is None or len(held_out.queries) < FEWEST:
         return search_recipe(log, held_out, texts, config, on_stage)
     return select_families(log, held_out, texts, config, config.search_minutes, on_stage)
 

@@ -116,7 +116,18 @@ def test_version_and_help():
     started = time.monotonic()
     shown = run("--help").stdout
     assert time.monotonic() - started < 10  # about a second on a quiet machine
-    for name in ("fetch", "fit", "finetune", "recommend", "similar", "search", "rank", "observe", "forget"):
+    for name in (
+        "fetch",
+        "fit",
+        "finetune",
+        "recommend",
+        "similar",
+        "search",
+        "rank",
+        "about",
+        "observe",
+        "forget",
+    ):
         assert name in shown
 
 
@@ -126,6 +137,21 @@ def test_fit_says_what_it_read_and_chose(fitting):
     assert "items: kept 40 of 40 rows" in done.stderr and "events: kept" in done.stderr
     assert "weights by history: " in done.stderr
     assert done.stderr.count("reading items and events") == 1 and "DEBUG" not in done.stderr
+
+
+def test_about_says_what_is_saved(fitted, tuning):
+    plain = json.loads(run("about", fitted, "--json").stdout)
+    rec = Recommender.load(fitted)
+    assert plain["items"]["active"] == len(rec.catalog) and plain["events"]["stored"] == len(rec.events())
+    assert plain["weights"]["history"] == dict(rec.recipe.history.retrievers)
+    assert plain["language model"] == [] and plain["encoder"]["name"] == "light"
+    _, folder = tuning
+    (model,) = json.loads(run("about", folder, "--json").stdout)["language model"]
+    card = json.loads(next(folder.glob("state-*/adapter/card.json")).read_text(encoding="utf-8"))["card"]
+    assert model["mode"] == "item_tokens" and model["events"] == card["training"]["data"]["events"]
+    assert model["weight"] == card["training"]["blend"]["weight"]
+    told = run("about", folder).stdout
+    assert "weights by history: " in told and "language model: mode item_tokens" in told
 
 
 def test_finetune_reports_and_shows_progress(tuning):

@@ -55,8 +55,8 @@ LAYERS = [
     {"offline", "asking"},
     {"changing"},
     {"recommender"},
-    {"testing", "cli_show", "serve", "batch"},
-    {"cli_evaluate", "cli_serve", "client", "adapters"},
+    {"testing", "cli_options", "cli_show", "serve", "batch"},
+    {"cli_about", "cli_change", "cli_evaluate", "cli_serve", "client", "adapters"},
     {"cli_batch"},
     {"cli"},
 ]

@@ -485,12 +485,20 @@ def test_the_search_is_the_same_every_time(searched):
     assert again == searched[0]
 
 
-@pytest.mark.parametrize("held_out", [HELD_OUT, HeldOut([], codes([]))])
-def test_without_a_search_or_held_out_events_the_defaults_are_fitted(held_out):
-    config = CONFIG if not len(held_out.targets) else CONFIG.model_copy(update={"search": False})
+@pytest.mark.parametrize(("users", "search"), [(None, False), (0, True), (19, True)])
+def test_without_a_search_or_with_few_held_out_users_the_defaults_are_fitted(users, search):
+    config = CONFIG.model_copy(update={"search": search})
+    held_out = HELD_OUT if users is None else HeldOut(HELD_OUT.queries[:users], HELD_OUT.targets[:users])
     recipe, retrievers = search_recipe(TrainingLog(TRAIN), held_out, TEXTS, config)
-    assert recipe == Recipe.default(config) and recipe.log == []
+    said = [{"search": "held-out events, too few to choose by", "users": users}] if search else []
+    assert replace(recipe, log=[]) == Recipe.default(config) and recipe.log == said
     assert set(retrievers) == set(fit_retrievers(TrainingLog([]), TEXTS, recipe))
+
+
+def test_twenty_held_out_users_choose():
+    few = HeldOut(HELD_OUT.queries[:20], HELD_OUT.targets[:20])
+    recipe, _ = search_recipe(TrainingLog(TRAIN), few, TEXTS, CONFIG)
+    assert recipe.log[0]["search"] == "held-out events" and len(recipe.log) > 1
 
 
 def test_a_recipe_survives_json(searched):
