@@ -49,7 +49,7 @@ class LeakError(LLMRecError):
 
 
 class NotFoundError(RequestError):
-    """An item that a request is about is not in the catalogue."""
+    """An item that is to be shown or removed is not in the catalogue: what a server answers with 404."""
 
 
 class OverloadError(LLMRecError):
