@@ -168,8 +168,9 @@ def repeated(results: dict[Path, dict[str, Any]]) -> list[str]:
     """A line for each recipe that was chosen and fitted with several seeds: what the seed alone changes."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for path, found in results.items():
-        if found["training"] or not found["protocol"].get("comparable", True) or "-seed" not in path.stem:
+        if found["training"] or not found["protocol"].get("comparable", True):
             continue
+        # A name without a seed is that of the configuration, 0.
         groups.setdefault(re.sub(r"-seed\d+$", "", path.stem), []).append(found)
     lines = []
     for name, runs in groups.items():
