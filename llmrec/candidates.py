@@ -134,14 +134,15 @@ FLAT = 1e-6
 """Share of a score that float32 does not tell from rounding."""
 
 
-def normalise(scores: Floats, base: Floats | None = None) -> Floats:
-    """Scale scores to [0, 1]: the best becomes 1, the last 0; a single or constant list 1.
+def normalise(scores: Floats, base: Floats | None = None, least: float | None = None) -> Floats:
+    """Scale scores to [0, 1]: the best becomes 1, the last 0, or `least` if given; a constant list 1.
 
     With `base`, on the scale of those scores: what is below all of them becomes 0, above them more than 1.
     A constant base, which has no scale, is the unit where it is above 0.
     """
     base = scores if base is None else base
-    low, high = float(base.min(initial=np.inf)), float(base.max(initial=-np.inf))
+    low = float(base.min(initial=np.inf)) if least is None else least
+    high = float(base.max(initial=-np.inf))
     if high - low > FLAT * max(abs(low), abs(high)):
         scaled: Floats = np.maximum((scores - low) / (high - low), 0.0).astype(np.float32)
     elif base is scores or not 0 < low < np.inf:
@@ -172,7 +173,7 @@ def gather(hits: Mapping[str, Hits]) -> tuple[Codes, Floats, NDArray[np.int32]]:
     ranks = np.zeros((len(items), len(hits)), dtype=np.int32)
     for column, found in enumerate(hits.values()):
         rows = np.searchsorted(items, found.items)
-        scores[rows, column] = normalise(found.scores)
+        scores[rows, column] = normalise(found.scores, least=found.least)
         ranks[rows, column] = np.arange(1, len(found.items) + 1)
     return items.astype(np.int32), scores, ranks
 

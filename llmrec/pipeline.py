@@ -230,7 +230,8 @@ class Pipeline:
                 bonus = weights.found.get(name, 0.0) + weights.rank.get(name, 0.0) * discount(
                     np.arange(1, len(hits.items) + 1, dtype=np.int32)
                 )
-                part = weights.retrievers.get(name, 0.0) * normalise(hits.scores, found[0].scores) + bonus
+                scaled = normalise(hits.scores, found[0].scores, found[0].least)
+                part = weights.retrievers.get(name, 0.0) * scaled + bonus
                 table[row, order[np.searchsorted(items, hits.items, sorter=order)]] += part
         if weights.lm > 0 and self.scorer is not None:
             first = items[: self.scored]

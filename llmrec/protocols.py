@@ -45,10 +45,15 @@ class Query:
 
 @dataclass(frozen=True, slots=True)
 class Hits:
-    """Items found by one component: codes and scores of the same length, best first, no duplicates."""
+    """Items found by one component: codes and scores of the same length, best first, no duplicates.
+
+    `least` is the score of what was not found, where scores have a zero: one that was found last is not as
+    good as nothing. None where the last one marks it.
+    """
 
     items: Codes
     scores: Floats
+    least: float | None = None
 
 
 class Encoder(Protocol):

@@ -6,6 +6,7 @@ import logging
 import math
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -129,4 +130,7 @@ class BM25Retriever:
 
     def retrieve(self, queries: Sequence[Query], k: int) -> list[Hits]:
         """Return up to k allowed items that share a word with the query."""
-        return [top(self.score(q.text), k, q.mask, floor=0.0) if q.text else NO_HITS for q in queries]
+        return [
+            replace(top(self.score(q.text), k, q.mask, floor=0.0), least=0.0) if q.text else NO_HITS
+            for q in queries
+        ]
