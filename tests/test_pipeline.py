@@ -15,6 +15,7 @@ from llmrec.pipeline import Pipeline
 from llmrec.protocols import Hits, Query
 from llmrec.ranking import top
 from llmrec.recipe import Recipe, RetrievalConfig, fit_retrievers
+from llmrec.retrieve.lexical import BM25Retriever
 from llmrec.retrieve.popularity import PopularityRetriever
 
 N = 30
@@ -187,6 +188,17 @@ def test_words_that_no_component_of_the_recipe_finds_are_looked_up_by_meaning():
     assert "text" not in deaf.recommend([typo], N)[0].names
 
 
+def test_what_has_the_words_least_still_counts_more_than_what_has_none():
+    lines = ["red lamp", "a lamp of copper that is not red but old", "boat", "sea"]
+    (hits,) = BM25Retriever(lines).retrieve([Query(text="lamp")], 4)
+    assert hits.items.tolist() == [0, 1] and hits.least == 0
+    near = Hits(codes([2, 0]), np.array([0.9, 0.1], np.float32))
+    found = merge({"bm25": hits, "text": near}, Weights({"bm25": 1.0, "text": 0.2}))
+    assert found.items.tolist() == [0, 1, 2]
+    part = found.parts[1, found.names.index("bm25")]
+    assert part == pytest.approx(hits.scores[1] / hits.scores[0]) and 0 < part < 1
+
+
 def test_popularity_scores_what_words_find_and_proposes_nothing():
     query = Weights({"bm25": 1.0, "popularity": 0.7})
     pipeline = Pipeline(RETRIEVERS, RECIPE.history, query, RECIPE.similar)
@@ -198,7 +210,7 @@ def test_popularity_scores_what_words_find_and_proposes_nothing():
         assert set(one.items) == set(by_words.items)
         if not len(by_words.items):
             continue
-        words = normalise(by_words.scores)
+        words = by_words.scores / by_words.scores.max()
         popular = normalise(scores[by_words.items])
         expected = dict(zip(by_words.items.tolist(), (words + 0.7 * popular).tolist(), strict=True))
         assert score_dict(one) == pytest.approx(expected, abs=1e-6)
