@@ -52,7 +52,8 @@ def test_the_block_runs(name, code, folder, monkeypatch, capsys):
     lines = capsys.readouterr().out.splitlines()
     match name:
         case "LangChain":
-            assert lines[0] == "['Toy Story', 'Toy Story 2']" and lines[2].startswith('{"items": [{"item_id"')
+            assert lines[0].startswith("['Toy Story', 'Toy Story 2'")
+            assert lines[2].startswith('{"items": [{"item_id"')
         case "LlamaIndex":
             assert "Toy Story" in lines[0] and "Toy Story" in lines[1]
         case "Haystack":
