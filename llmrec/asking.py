@@ -383,7 +383,11 @@ class Asking:
             return store.history(user, limit)
 
     def events(self) -> list[Event]:
-        """Return all stored events, oldest first, as `fit` takes them."""
+        """Return all stored events, oldest first.
+
+        Ratings and types have been counted into their weights: fit on them without `rating_threshold` and
+        `event_weights`.
+        """
         with self._slot.use() as store:
             return store.events()
 

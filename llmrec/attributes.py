@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
-import unicodedata
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 import polars as pl
@@ -185,26 +183,40 @@ def _like_lists(column: pl.Series) -> str:
     )
 
 
-def check_names(names: Collection[str], what: str) -> None:
-    """Refuse attributes that are too many, or whose names are no plain words: prompts and tools have them.
+def clean_name(name: str) -> str:
+    """Return the name of an attribute as a catalogue has it: cleaned as texts are, since prompts say it."""
+    return neutralise(name, NAME_LIMIT)
+
+
+def _named(frame: pl.DataFrame, what: str) -> pl.DataFrame:
+    """The table with clean names of attributes.
 
     Raises
     ------
     DataError
-        If there are more than `MOST`, or a name is longer than `NAME_LIMIT` or would be cleaned as a text.
+        If they are more than `MOST`, or nothing is left of one, or two have the same.
     """
-    known = len(set(names).difference(CONTRACT))
-    if known > MOST:
+    names = {name: clean_name(name) for name in frame.columns if name not in (*CONTRACT, ACTIVE)}
+    check_count(len(names), what)
+    taken: dict[str, str] = {}
+    for name, clean in names.items():
+        if not clean or clean in (*CONTRACT, ACTIVE):
+            raise DataError(f"{what}: attribute {name!r:.120}: cleaned, its name is {clean!r}; rename it")
+        if clean in taken:
+            raise DataError(
+                f"{what}: attributes {taken[clean]!r:.120} and {name!r:.120} are both {clean!r}, cleaned; "
+                "rename one"
+            )
+        taken[clean] = name
+    return frame.rename(names)
+
+
+def check_count(attributes: int, what: str) -> None:
+    """Raise DataError for more attributes than `MOST`."""
+    if attributes > MOST:
         raise DataError(
-            f"{what}: {known:,} attributes, and there may be {MOST:,} attributes; leave out those that say "
-            "nothing (data.items_ignore, in Python ignore)"
-        )
-    usual = {name: unicodedata.normalize("NFC", re.sub(" +", " ", name)).strip(" ") for name in names}
-    odd = next((name for name, same in usual.items() if neutralise(name, NAME_LIMIT) != same), None)
-    if odd is not None:
-        raise DataError(
-            f"{what}: attribute {odd!r:.120}: a name has at most {NAME_LIMIT} characters, without control "
-            "characters and tokens of chat templates; rename it (data.items_mapping, in Python mapping)"
+            f"{what}: {attributes:,} attributes, and a catalogue has {MOST:,} at most; leave out those that "
+            "say nothing (data.items_ignore, in Python ignore)"
         )
 
 
@@ -227,7 +239,7 @@ def clean_items(
             f"{what}: no column {' and no column '.join(map(repr, missing))}; the columns are "
             f"{', '.join(frame.columns)}; {renaming(frame.columns, missing, 'items')}"
         )
-    check_names(frame.columns, what)
+    frame = _named(frame, what)
     problems = Problems(what, frame.height)
     ids = id_strings(frame["item_id"], what)
     titles = _words(frame, "title", TITLE_LIMIT, what)

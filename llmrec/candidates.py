@@ -135,9 +135,9 @@ FLAT = 1e-6
 
 
 def normalise(scores: Floats, base: Floats | None = None, least: float | None = None) -> Floats:
-    """Scale scores to [0, 1]: the best becomes 1, the last 0, or `least` if given; a constant list 1.
+    """Scale scores to [0, 1]: the best becomes 1; 0 is the last score, or `least` where given.
 
-    With `base`, on the scale of those scores: what is below all of them becomes 0, above them more than 1.
+    A constant list becomes 1. With `base`, on the scale of those scores: above all of them it is more than 1.
     A constant base, which has no scale, is the unit where it is above 0.
     """
     base = scores if base is None else base

@@ -19,7 +19,16 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from llmrec.attributes import ACTIVE, CONTRACT, align, check_names, clean_items, kind_of, split_lists
+from llmrec.attributes import (
+    ACTIVE,
+    CONTRACT,
+    align,
+    check_count,
+    clean_items,
+    clean_name,
+    kind_of,
+    split_lists,
+)
 from llmrec.errors import DataError, RequestError
 from llmrec.protocols import Codes, ItemChange, Mask
 from llmrec.rows import LoadReport, Policy, id_order, id_strings
@@ -126,11 +135,15 @@ class Catalog:
         """Attribute -> ``"string"``, ``"number"``, ``"boolean"`` or ``"list of strings"``."""
         return {name: kind_of(dtype) for name, dtype in self._frame.schema.items() if name not in CONTRACT}
 
+    def has(self, name: str) -> bool:
+        """Whether there is an attribute of this name, as given or as kept; also for item_id, title, text."""
+        return name in self._frame.columns or clean_name(name) in self._frame.columns
+
     def column(self, name: str) -> pl.Series:
         """Return the values of an attribute, or of item_id, title or text, by code, shape (n,)."""
-        if name not in self._frame.columns:
+        if not self.has(name):
             raise RequestError(f"unknown attribute {name!r}; known are {', '.join(self._frame.columns)}")
-        return self._frame[name]
+        return self._frame[name if name in self._frame.columns else clean_name(name)]
 
     def counts(self, name: str) -> Mapping[AttributeValue, int]:
         """Return how many items have each value of an attribute, removed items included."""
@@ -314,7 +327,8 @@ class Catalog:
         order[codes] = len(self) + np.arange(new.height)
         active = np.concatenate([self.active, np.ones(int(added.sum()), dtype=np.bool_)])
         active[codes] = True
-        check_names(dict.fromkeys([*old.columns, *new.columns]), "new items")
+        if more := set(new.columns).difference(old.columns):
+            check_count(len(self.attributes) + len(more), "new items")
         both = pl.concat([old, new], how="diagonal_relaxed")
         changed = Catalog(both[order], active, report)
         # Where a kind has changed, lines of removed items may have too.

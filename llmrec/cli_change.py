@@ -16,6 +16,7 @@ def observe(
     model: Model,
     user: Annotated[str | None, typer.Option(help="User id.")] = None,
     item: Annotated[str | None, typer.Option(help="Item id.")] = None,
+    event: Annotated[str | None, typer.Option(help="Its type, as data.event_weights has it.")] = None,
     events: Annotated[
         str | None, typer.Option(help="Instead: a file of events, with time stamps, as `fit` reads them.")
     ] = None,
@@ -28,8 +29,8 @@ def observe(
         raise RequestError("what happened? give --user and --item, or --events")
     rec = Recommender.load(model)
     if user is not None and item is not None:
-        rec.observe(user, item)
-        say(f"stored: user {user!r}, item {item!r}")
+        stored = rec.observe(user, item, event=event)
+        say(f"{'stored' if stored else 'of weight 0, not stored'}: user {user!r}, item {item!r}")
         return
     report, new = rec.observe_table(events)
     say(f"events: {report}; {new:,} new")

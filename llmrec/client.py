@@ -33,12 +33,14 @@ class _Call(Generic[T]):
 
     def sent(self) -> dict[str, Any]:
         """Arguments of httpx2's `request`."""
-        body = self.body.model_dump(exclude_unset=True) if self.body is not None else None
+        sent: dict[str, Any] = {"method": self.method, "url": self.path}
+        if self.body is None:
+            return sent
+        body = json.dumps(self.body.model_dump(exclude_unset=True), ensure_ascii=False, allow_nan=False)
         try:
-            json.dumps(body, ensure_ascii=False).encode()
+            return sent | {"content": body.encode(), "headers": {"Content-Type": "application/json"}}
         except UnicodeEncodeError:
             raise RequestError("a text holds half of a surrogate pair, which cannot be sent") from None
-        return {"method": self.method, "url": self.path, "json": body}
 
     def read(self, answer: httpx2.Response) -> T:
         """Return what a good answer holds; raise what a bad one says."""

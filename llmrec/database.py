@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr
@@ -68,9 +69,10 @@ def with_driver(url: str, what: str = EVENTS) -> str:
     """
     for scheme in _SCHEMES:
         if url.startswith(scheme):
-            if url.removeprefix(scheme).partition("/")[0].count("@") > 1:
-                # What stands behind the first would be taken for the host, and shown.
-                raise StoreError(f"the URL of the {what} has two '@': write that of the password as %40")
+            who = re.split("[/?#]", url.removeprefix(scheme))[0].rpartition("@")[0]
+            if "@" in who.partition(":")[2]:
+                # What stands behind it would be taken for the host, and shown.
+                raise StoreError(f"the URL of the {what} has an '@' in its password: write it as %40")
             return _SCHEMES[0] + url.removeprefix(scheme)
     raise StoreError(f"the URL of the {what} must begin with {_SCHEMES[0]}, and this one does not")
 

@@ -309,8 +309,12 @@ def live_events(
                 f"event_id must be text of 1 to 500 characters, without NUL; got {named!r:.100}"
             )
         at = None if clock == "none" else now if stamp is None else stamp
+        if weight * factor > HEAVIEST:
+            raise RequestError(
+                f"weight {weight:g} of an event {event.event!r} is above {HEAVIEST:,}, weighed"
+            )
         if factor:
-            checked.append(Event(user, item, at, min(weight * factor, HEAVIEST), named))
+            checked.append(Event(user, item, at, weight * factor, named))
     return checked
 
 

@@ -155,12 +155,19 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _check_places(path: Path, manifest: Mapping[str, Any]) -> None:
-    """Refuse what `save` never writes: a manifest from elsewhere may name no other folder and no server."""
-    state, events = str(manifest["state"]), str(manifest["events"])
-    stores = rf"{OWN_EVENTS}|postgresql:llmrec_[0-9a-f]+"
-    if not re.fullmatch(STATE, state) or not re.fullmatch(stores, events):
-        raise ModelError(f"{path} is damaged: it names {state!r:.100} and {events!r:.100}")
-    for section, values in dict(manifest["config"]).items():
+    """Refuse what `save` never writes: another place for state, events or vectors, or the URL of a server."""
+    vectors = "(llmrec_vectors_[0-9a-f]+)?"
+    for key, own in (
+        ("state", STATE),
+        ("events", rf"{OWN_EVENTS}|postgresql:llmrec_[0-9a-f]+"),
+        ("index", vectors),
+        ("index_before", vectors),
+    ):
+        if not re.fullmatch(own, str(manifest.get(key) or "")):
+            raise ModelError(f"{path} is damaged: its {key} is {manifest.get(key)!r:.100}")
+    if not isinstance(manifest["config"], Mapping):
+        raise ModelError(f"{path} is damaged: its config is {manifest['config']!r:.100}")
+    for section, values in manifest["config"].items():
         if isinstance(values, Mapping) and values.get("url") is not None:
             raise ModelError(
                 f"{path} names a server in {section}.url, which is never saved: give it when you load, or by "

@@ -505,7 +505,8 @@ class Recommender(Changing):
         self._slot.close()
         for lm in (self._state.lm, *(named.model for named in self._state.adapters.values())):
             # One that runs in this process has nothing to let go of.
-            getattr(lm, "close", bool)()
+            if (close := getattr(lm, "close", None)) is not None:
+                close()
         if isinstance(index := self._state.texts.index, ServerIndex):
             if self._saved is None:
                 index.drop()

@@ -97,7 +97,7 @@ def values_of(name: str, catalog: Catalog, items: Codes) -> list[tuple[Attribute
 
 def _check_known(name: Any, catalog: Catalog, rule: str) -> None:
     known = [*catalog.attributes, *CONTRACT]
-    if name not in known:
+    if not isinstance(name, str) or not catalog.has(name):
         also = ", and any" if rule == "where" else ""
         raise RequestError(f"{rule}: unknown attribute {name!r}; known are {', '.join(known)}{also}")
 

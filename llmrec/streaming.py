@@ -144,7 +144,7 @@ class StreamedLog:
             If there are no events.
         """
         logger.info("counting the events of the stream")
-        until: int | None = None
+        ends = []
         counts = np.zeros(len(self.catalog))
         users, events, digest = 0, 0, hashlib.sha256()
         for log in self.logs():
@@ -152,10 +152,10 @@ class StreamedLog:
             users, events = users + log.users, events + log.events
             digest.update(log.sha256().encode())
             if log.stamps is not None:
-                until = max(until or 0, newest(np.concatenate([np.empty(0, np.int64), *log.stamps])))
+                ends += [newest(stamps) for stamps in log.stamps if len(stamps)]
         if not events:
             raise DataError("no events to train on: the stream has none of users who are not held out")
-        return counts, users, events, digest.hexdigest(), until
+        return counts, users, events, digest.hexdigest(), newest(np.array(ends)) if ends else None
 
     def counts(self, items: int) -> NDArray[np.float64]:
         """Weight of the events of each item, shape (items,)."""

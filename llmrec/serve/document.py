@@ -34,6 +34,7 @@ ERRORS = {
     "401": "no key that the server knows",
     "403": "the key may only read",
     "404": "unknown item",
+    "408": "the body did not come in time",
     "421": "a server without keys answers this machine alone",
     "413": "the body is too large",
     "422": "the body is no JSON, breaks its schema or a limit, or names what is not there",
@@ -65,12 +66,12 @@ def complete(document: dict[str, Any]) -> dict[str, Any]:
 def _errors_of(path: str, method: str, operation: Mapping[str, Any]) -> list[str]:
     """Return the statuses with which an operation refuses."""
     if path in OPEN:
-        return ["500", "503"] if path == "/ready" else ["500"]
+        return ["413", "500", "503"] if path == "/ready" else ["413", "500"]
     codes = {"401", "421", "500"}
     if operation["tags"] != ["operate"]:
         codes |= {"422", "503"}
     if "requestBody" in operation:
-        codes |= {"400", "413"}
+        codes |= {"400", "408", "413"}
     if "change" in operation["tags"]:
         codes |= {"403"}
     if "204" in operation["responses"] or (path.startswith("/v1/items/{") and method == "get"):

@@ -135,7 +135,8 @@ class Gate:
                     "misdirected",
                 )
             if _is_elsewhere(scope, headers):
-                raise _Refused(403, f"{alone}, and the request comes from another, {advice}", "forbidden")
+                came = "the request comes from another, or by a proxy: ask directly"
+                raise _Refused(421, f"{alone}, and {came}, {advice}", "misdirected")
         if role is None:
             detail = "this server needs a key it knows, in a header: Authorization: Bearer KEY"
             raise _Refused(401, detail, "unauthorized", (b"www-authenticate", b"Bearer"))
@@ -180,16 +181,22 @@ def _is_elsewhere(scope: Scope, headers: Mapping[str, str]) -> bool:
     """Whether a request comes from another machine, itself or by a proxy on this one."""
     client = scope.get("client")
     try:
-        near = not client or ipaddress.ip_address(client[0]).is_loopback
+        near = not client or is_loopback(str(_plain(ipaddress.ip_address(client[0]))))
     except ValueError:
         near = True  # no address: a socket of this machine, or a test
     return not near or "forwarded" in headers or "x-forwarded-for" in headers
 
 
+def _plain(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> Any:
+    """An IPv4 address that is written as one of IPv6 as it is."""
+    return getattr(address, "ipv4_mapped", None) or address
+
+
 async def _body(receive: Receive, headers: Mapping[str, str], limit: int) -> bytes:
     """Read the whole body, within `BODY_SECONDS`; refused as `_whole` does."""
     try:
-        return await asyncio.wait_for(_whole(receive, headers, limit), BODY_SECONDS)
+        async with asyncio.timeout(BODY_SECONDS):
+            return await _whole(receive, headers, limit)
     except TimeoutError:
         detail = f"the body did not come within {BODY_SECONDS} seconds"
         raise _Refused(408, detail, "timeout", (b"connection", b"close")) from None
