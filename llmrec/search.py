@@ -28,6 +28,9 @@ from llmrec.retrieve.sequence_config import Kind
 from llmrec.retrieve.transitions import TransitionsConfig, TransitionsRetriever
 from llmrec.text import typed_words
 
+LEAST_WORDS = 0.05
+"""Weight of BM25 for typed words, at least."""
+
 EPOCH_USERS = 500
 """Held-out users that judge each epoch of a sequence model."""
 
@@ -410,7 +413,11 @@ def typed_weights(features: Features, log: list[dict[str, Any]], kind: str) -> d
         return float(per_user(features.of_targets(Weights({name: 1.0})), OBJECTIVE).mean())
 
     words = [name for name in READS_WORDS if name in features.names]
-    return search_weights(features, {max(words, key=alone): 1.0} if words else {}, log, kind, most=1.0)
+    chosen = search_weights(features, {max(words, key=alone): 1.0} if words else {}, log, kind, most=1.0)
+    if "bm25" in words and not chosen.get("bm25"):
+        # A word that a new item brings is in no encoder that was fitted before.
+        chosen = {**chosen, "bm25": LEAST_WORDS}
+    return chosen
 
 
 def proposed(

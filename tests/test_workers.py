@@ -159,7 +159,7 @@ def test_a_worker_that_is_killed_is_replaced_and_a_model_that_does_not_start_cha
         assert len(now) == 2 and victim not in now and other in now
         manifest = json.loads((model / "manifest.json").read_text())
         good = dict(manifest)
-        manifest |= {"model": "another", "state": "state-that-is-not-there"}
+        manifest |= {"model": "another", "state": "state-000000000000"}
         (model / "manifest.json").write_text(json.dumps(manifest))
         server.hear("a worker does not start")
         assert sorted(server.workers()) == sorted(now)
