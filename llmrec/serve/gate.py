@@ -193,7 +193,7 @@ def _plain(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> Any:
 
 
 async def _body(receive: Receive, headers: Mapping[str, str], limit: int) -> bytes:
-    """Read the whole body, within `BODY_SECONDS`; refused as `_whole` does."""
+    """The whole body, see `_whole`; refused where it takes longer than `BODY_SECONDS`."""
     try:
         async with asyncio.timeout(BODY_SECONDS):
             return await _whole(receive, headers, limit)
@@ -203,7 +203,7 @@ async def _body(receive: Receive, headers: Mapping[str, str], limit: int) -> byt
 
 
 async def _whole(receive: Receive, headers: Mapping[str, str], limit: int) -> bytes:
-    """Refused if it is larger than the limit, said or found, or holds broken text."""
+    """Read the whole body; refused if it is larger than the limit, said or found, or holds broken text."""
     too_large = _Refused(413, f"the body may have {limit:,} bytes at most", "too_large")
     said = headers.get("content-length", "")
     if said.isdigit() and int(said) > limit:
