@@ -360,10 +360,12 @@ def test_the_cross_encoder_is_asked_as_plain_transformers_are_and_learns(tmp_pat
     np.testing.assert_array_equal(first, after)
     np.testing.assert_allclose(second, after, atol=1e-4)
     assert again.asking > scorer.asking
-    # That of another data set does not.
-    assert again.train(choices, 0.02, tmp_path / "run", "another key") != (seconds, pairs)
-    (fresh,) = again.score([query], [items])
-    assert not np.array_equal(fresh, after)
+    # That of another data set does not, however little the time lets it learn.
+    other = cross.CrossScorer(base, ["some thing", "another one", "a third", "last"], shape)
+    assert other.train(choices, 0.0, tmp_path / "run", "another key") != (seconds, pairs)
+    (fresh,) = other.score([query], [items])
+    np.testing.assert_allclose(fresh, before, atol=0.05)
+    assert np.abs(fresh - after).max() > 0.1
 
 
 def test_the_trials_that_are_shipped_are_valid_and_held_against_trials_that_there_are():
