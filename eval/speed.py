@@ -5,8 +5,8 @@
 
 All in one run: the same base weights, threads, histories of 20 items and drawn candidates, each system in
 float32 and in bfloat16, and one request after another: all systems answer it before the next one, so that a
-machine that is slower for a while is so for all of them. The model is not tuned, which changes no time;
-ours carry LoRA matrices, as they are served, the others do not. Systems:
+machine that is slower for a while is so for all of them. The model is not tuned, which changes no time.
+Ours have their LoRA matrices merged, as a recommender's own model is served. Systems:
 
 - item tokens: the whole catalogue at once, all layers and the three of the default; cold, and with the
   state of the history kept.
@@ -53,6 +53,7 @@ from llmrec.evaluation.cache import StageCache
 from llmrec.families import Texts
 from llmrec.fetch import resolve
 from llmrec.language_model import LanguageModel
+from llmrec.lora import merge
 from llmrec.offline import core_of
 from llmrec.protocols import Codes, Query
 from llmrec.score.config import ItemTokensConfig, Precision, WordsConfig
@@ -270,6 +271,7 @@ def ours(base: Path, texts: Texts, counts: Any, precision: Precision, few: int) 
     systems = []
     for name, made in models.items():
         body = made.words.body if isinstance(made, WordLanguageModel) else made.model.body
+        merge(body)
 
         def ask(query: Query, items: Codes, scorer: Any = made.scorer) -> Any:
             return scorer.score([query], [items])

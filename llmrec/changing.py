@@ -242,7 +242,8 @@ class Changing(Asking):
         """Put another tuned language model beside the own one, for requests that name it (`Request.adapter`).
 
         All of them stand on the same weights of the base model, in memory once, so that one process serves
-        many tenants or both sides of a test. An adapter of the same name is replaced. It is not saved with
+        many tenants or both sides of a test; the own one has its own, into which it is merged, and answers
+        sooner. An adapter of the same name is replaced. It is not saved with
         the recommender.
 
         Parameters
@@ -270,7 +271,7 @@ class Changing(Asking):
                 f"the weight of an adapter must be a number of at least 0, got {weight!r:.100}"
             )
         texts, ids = self._state.texts, self._state.catalog.ids
-        model = load_tuned(self.config, adapter_in(Path(folder)), texts, ids, None, name)
+        model = load_tuned(self.config, adapter_in(Path(folder)), texts, ids, None, name, shares=True)
         with self._changing:
             # Items may have been added meanwhile.
             named = Named(model.grown(self._state.texts), weight)

@@ -20,6 +20,7 @@ from llmrec.card import Card, make_card
 from llmrec.errors import ModelError
 from llmrec.families import Texts
 from llmrec.index.faiss_index import EXACT_UP_TO, FaissIndex
+from llmrec.lora import merge
 from llmrec.prompt import Prompt
 from llmrec.protocols import Floats, Mask, Scorer, VectorIndex
 from llmrec.recipe import HeldOut
@@ -105,6 +106,7 @@ def load_language_model(
     data: str | None,
     *,
     trainable: bool = False,
+    shares: bool = False,
     engine: Engine | None = None,
     served: str = "",
     ids: Sequence[str] | None = None,
@@ -120,7 +122,10 @@ def load_language_model(
     data
         Fingerprint of the log; another one than it was trained on is a warning. None for any log.
     trainable
-        Whether its LoRA matrices can be trained further.
+        Whether its LoRA matrices can be trained further; then it shares.
+    shares
+        Whether it stands on the weights of the base that others of this process share, and costs no more than
+        its own size. Else its matrices are merged into weights of its own, which takes less time a request.
     engine, served
         Inference server that runs it, and its name there; None where it runs in this process.
     ids
@@ -144,9 +149,11 @@ def load_language_model(
         raise ModelError(f"the adapter in {folder} knows {counted}")
     if engine is not None:
         return RemoteLanguageModel.restored(folder, base, texts, config, card, head, engine, served)
-    if isinstance(config, ItemTokensConfig):
-        return LanguageModel.restored(folder, base, texts, config, card, head, trainable=trainable)
-    return WordLanguageModel.restored(folder, base, texts, config, card, head, trainable=trainable)
+    make: Any = LanguageModel if isinstance(config, ItemTokensConfig) else WordLanguageModel
+    made: TunedModel = make.restored(
+        folder, base, texts, config, card, head, trainable=trainable, shares=shares or trainable
+    )
+    return made
 
 
 class LanguageModel:
@@ -261,10 +268,12 @@ class LanguageModel:
         head: dict[str, Tensor],
         *,
         trainable: bool = False,
+        shares: bool = False,
     ) -> LanguageModel:
         """Put together what `read_adapter` read from a folder; see `load_language_model`."""
         counts = head.pop("counts").numpy()
-        body = shared_body(base, config.layers, body_dtype(config.precision))
+        load = shared_body if shares else load_body
+        body = load(base, config.layers, body_dtype(config.precision))
         body = kept_adapter(body, folder, trainable=trainable)
         late = head.pop("late").numpy()
         model, _, wish = _assemble(body, config, base, texts.vectors[: len(counts)], counts, late)
@@ -279,6 +288,8 @@ class LanguageModel:
             raise ModelError(f"{folder} holds no complete adapter: {other}") from other
         model.unseen.copy_(unseen)
         on_device(model)
+        if not shares:
+            merge(model.body)
         return cls(model, config, wish, card).grown(texts)
 
     def grown(self, texts: Texts) -> LanguageModel:

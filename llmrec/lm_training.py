@@ -18,6 +18,7 @@ from llmrec.config import Config, one_base
 from llmrec.families import Texts, TrainingLog
 from llmrec.fetch import licence_of, resolve
 from llmrec.language_model import LanguageModel, TunedModel
+from llmrec.lora import merge
 from llmrec.metrics import Ranks, summary
 from llmrec.mining import mined_choices
 from llmrec.persistence import BESIDE
@@ -289,7 +290,7 @@ def run_training(
     folder: Path,
     on_step: OnStep | None,
 ) -> TrainingReport:
-    """Train, and give the model its card.
+    """Train, and give the model its card; what it learned is merged into its weights.
 
     Parameters
     ----------
@@ -307,6 +308,7 @@ def run_training(
     parts.append(log.sha256())
     fingerprint = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
     report = LoRATrainer(task, training, folder, fingerprint, dtype=lm.dtype).run(validate, on_step)
+    merge(lm.words.body if isinstance(lm, WordLanguageModel) else lm.model.body)
     made = {
         **asdict(report),
         "settings": training.model_dump(),

@@ -199,7 +199,14 @@ def drop_index(name: str | None, url: str | None, shown: object = "") -> None:
 
 
 def load_tuned(
-    config: Config, folder: Path, texts: Texts, ids: Sequence[str], data: str | None, served: str
+    config: Config,
+    folder: Path,
+    texts: Texts,
+    ids: Sequence[str],
+    data: str | None,
+    served: str,
+    *,
+    shares: bool = False,
 ) -> TunedModel:
     """Load the language model of an adapter's folder, run here or on the server that is configured.
 
@@ -211,6 +218,8 @@ def load_tuned(
         Fingerprint of the log that it should have been trained on; None for any.
     served
         Its name on the server.
+    shares
+        Whether it stands on the same weights of the base as others do; see `load_language_model`.
 
     Raises
     ------
@@ -224,7 +233,7 @@ def load_tuned(
         raise ImportError('the language model needs: pip install "llmrec[lm]"') from missing
     base = resolve(config.lm.base, allow_hub=config.allow_hub)
     engine = engine_of(config.engine)
-    return load_models(folder, base, texts, data, engine=engine, served=served, ids=ids)
+    return load_models(folder, base, texts, data, shares=shares, engine=engine, served=served, ids=ids)
 
 
 def adapter_in(folder: Path) -> Path:

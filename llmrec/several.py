@@ -189,6 +189,7 @@ def load_models(
     texts: Texts,
     data: str | None,
     *,
+    shares: bool = False,
     engine: Engine | None = None,
     served: str = "",
     ids: Sequence[str] | None = None,
@@ -202,22 +203,23 @@ def load_models(
     """
     path = folder / SEVERAL
     if not path.is_file():
-        return load_language_model(folder, base, texts, data, engine=engine, served=served, ids=ids)
+        return load_language_model(
+            folder, base, texts, data, shares=shares, engine=engine, served=served, ids=ids
+        )
     if engine is not None:
         raise ModelError(
             f"{folder} holds several language models, and an inference server runs one: unset engine.url and "
             f"LLMREC_ENGINE_URL, or tune one"
         )
     try:
-        shares = [float(share) for share in json.loads(path.read_text(encoding="utf-8"))["shares"]]
+        weights = [float(share) for share in json.loads(path.read_text(encoding="utf-8"))["shares"]]
     except (OSError, ValueError, KeyError, TypeError) as broken:
         raise ModelError(f"{path} is damaged: {broken!r}") from broken
-    return SeveralModels(
-        [
-            Member(load_language_model(folder / str(number), base, texts, data, ids=ids), share)
-            for number, share in enumerate(shares)
-        ]
-    )
+    models = [
+        load_language_model(folder / str(number), base, texts, data, shares=shares, ids=ids)
+        for number in range(len(weights))
+    ]
+    return SeveralModels([Member(model, weight) for model, weight in zip(models, weights, strict=True)])
 
 
 class Remembered:

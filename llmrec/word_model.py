@@ -17,6 +17,7 @@ from llmrec.adapter import fresh_adapter, kept_adapter, on_device, write_adapter
 from llmrec.card import Card
 from llmrec.errors import ConfigError
 from llmrec.families import Texts
+from llmrec.lora import merge
 from llmrec.persistence import Arrays, load_arrays, save_arrays
 from llmrec.prompt import Prompt
 from llmrec.protocols import Mask, Query
@@ -180,9 +181,11 @@ class WordLanguageModel:
         head: dict[str, Tensor],
         *,
         trainable: bool = False,
+        shares: bool = False,
     ) -> WordLanguageModel:
         """Put together what `read_adapter` read from a folder; see `load_language_model`."""
-        body, vectors = shared_causal(base, config.layers, body_dtype(config.precision))
+        load = shared_causal if shares else load_causal
+        body, vectors = load(base, config.layers, body_dtype(config.precision))
         vocabulary = Vocabulary(base)
         lines, shape = lines_in(folder, texts.lines, config, vocabulary)
         adapted = kept_adapter(body, folder, trainable=trainable)
@@ -190,6 +193,8 @@ class WordLanguageModel:
         with torch.no_grad():
             words.scale.copy_(head["scale"])
         on_device(words)
+        if not shares:
+            merge(words.body)
         known = head["counts"].numpy()
         late = padded(head["late"].numpy(), len(texts.lines), True)
         return cls(words, config, texts.lines, padded(known, len(texts.lines)), card, shape, late)

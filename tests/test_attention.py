@@ -9,12 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import Linear
+from safetensors.torch import load_file
 from torch.nn.functional import scaled_dot_product_attention
 
+from llmrec.adapter import fresh_adapter
 from llmrec.errors import ModelError
-from llmrec.lora import FusedLinear, fused
+from llmrec.lora import FusedLinear, fused, merge
 from llmrec.score.attention import BLOCK, NAME, Blocks, mask_of
-from llmrec.score.loading import load_body, load_causal
+from llmrec.score.config import ItemTokensConfig
+from llmrec.score.loading import load_body, load_causal, shared_body
 from llmrec.score.packed import forward, row_of
 from llmrec.score.trie import Tree
 from llmrec.testing import tiny_lm
@@ -182,6 +185,34 @@ def test_fused_layers_learn_as_those_of_peft_in_bfloat16_with_checkpointing(make
     for own, other, exact in zip(learned["fused"], learned["peft"], learned["exact"], strict=True):
         # About as near to float32 as peft's own layers are; which is nearer is chance.
         assert 0 < (own - exact).norm() < 3 * (other - exact).norm() < 0.4 * exact.norm()
+
+
+@pytest.mark.parametrize("make", ["llama", "gpt2"])
+def test_a_merged_model_scores_and_saves_the_same_and_leaves_shared_weights_alone(make, tmp_path):
+    plain = tiny_lm(tmp_path / "base", make=make, seed=1)
+    own, other = shared_body(plain, None, torch.float32), shared_body(plain, None, torch.float32)
+    before = other(input_ids=TOKENS).last_hidden_state
+    made = fresh_adapter(own, ItemTokensConfig(rank=4))
+    torch.manual_seed(0)
+    for name, parameter in made.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    expected = made(input_ids=TOKENS).last_hidden_state
+    made.save_pretrained(str(tmp_path / "apart"))
+    layers = [module for module in made.modules() if isinstance(module, FusedLinear)]
+    products = []
+    for module in layers:
+        for part in (module.base_layer, *module.lora_A.values(), *module.lora_B.values()):
+            part.register_forward_hook(lambda *_: products.append(1))
+    merge(made)
+    merge(made)  # does not add it again
+    found = made(input_ids=TOKENS).last_hidden_state
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    assert (found - before).abs().max() > 0.01 and len(products) == len(layers)
+    torch.testing.assert_close(other(input_ids=TOKENS).last_hidden_state, before, atol=0, rtol=0)
+    made.save_pretrained(str(tmp_path / "merged"))
+    kept, merged = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("apart", "merged"))
+    assert kept.keys() == merged.keys() and all(torch.equal(kept[name], merged[name]) for name in kept)
 
 
 def test_a_model_that_carries_a_state_along_is_refused(tmp_path):

@@ -436,7 +436,7 @@ def test_a_request_names_its_adapter_and_gets_what_that_tenant_would(tenants):
     with ThreadPoolExecutor(8) as threads:
         same(list(threads.map(both.recommend, mixed * 5)), wanted * 5)
     items = both.catalog.ids[:9]
-    assert both.rank(items, user="u1", adapter="b") == other.rank(items, user="u1")
+    same([both.rank(items, user="u1", adapter="b")], [other.rank(items, user="u1")])
     assert both.predict(items, user="u1", adapter="b") == pytest.approx(other.predict(items, user="u1"))
     # Weight 0 leaves the model out, whatever the recipe says.
     both.add_adapter("b", tenants / "b", weight=0.0)
@@ -456,14 +456,19 @@ def test_a_request_names_its_adapter_and_gets_what_that_tenant_would(tenants):
 def test_adapters_of_one_process_stand_on_the_same_base_weights(tenants):
     rec = Recommender.load(tenants / "a")
     rec.recommend(user="u1")
-    rec.add_adapter("b", tenants / "b")
-    own, other = rec._state.lm.model, rec._state.adapters["b"].model.model
-    mine, theirs = dict(own.body.named_parameters()), dict(other.body.named_parameters())
+    for name in ("a", "b"):
+        rec.add_adapter(name, tenants / name)
+    own = dict(rec._state.lm.model.body.named_parameters())
+    mine, theirs = (dict(rec._state.adapters[n].model.model.body.named_parameters()) for n in ("a", "b"))
     assert set(mine) == set(theirs)
     lora = {name for name in mine if "lora" in name}
     assert lora and all(mine[name].data_ptr() == theirs[name].data_ptr() for name in set(mine) - lora)
     assert all(mine[name].data_ptr() != theirs[name].data_ptr() for name in lora)
     assert any(not mine[name].equal(theirs[name]) for name in lora)
+    # The recommender's own is merged into weights of its own.
+    layers = {name for name in mine if ".base_layer." in name}
+    assert layers and all(not mine[name].equal(own[name]) for name in layers)
+    assert all(mine[name].equal(own[name]) for name in set(mine) - layers)
     rec.close()
 
 
