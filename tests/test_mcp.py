@@ -128,6 +128,18 @@ def test_a_recorded_event_counts_in_the_next_answer(rec, talk):
     assert rec.forget("chatter") == 1
 
 
+def test_a_recorded_event_counts_as_its_type_does(rec, talk, monkeypatch):
+    weights = {"purchase": 2.0, "glance": 0.0}
+    data = rec.config.data.model_copy(update={"event_weights": weights})
+    monkeypatch.setattr(rec, "config", rec.config.model_copy(update={"data": data}))
+    assert call(talk, "record_event", user="typed", item_id="i4", event="glance") == {"events": 0}
+    assert call(talk, "record_event", user="typed", item_id="i4", event="purchase") == {"events": 1}
+    told = call(talk, "record_event", user="typed", item_id="i4", event="gift")
+    assert isinstance(told, str) and "'gift' has no weight" in told
+    assert [event.weight for event in rec.events() if event.user_id == "typed"] == [2.0]
+    assert rec.forget("typed") == 1
+
+
 @pytest.mark.parametrize(
     "name,arguments,words",
     [

@@ -241,14 +241,18 @@ def _add_writing(server: MCPServer, service: Service) -> None:
     async def record_event(
         user: Annotated[m.Id, Field(description="Id of the user.")],
         item_id: Annotated[m.Id, Field(description="Id of the item that the user chose.")],
+        event: Annotated[
+            str | None, Field(description="What it was, as the shop's log calls it, like purchase or view.")
+        ] = None,
     ) -> Stored:
         """Store that a user chose an item just now; it counts in the next recommendation.
 
         Only for what the user says they took, bought or watched, never for what was merely suggested.
         """
         with _told():
-            event = m.read(m.EventIn, dict(user_id=user, item_id=item_id))
-            return Stored(events=(await _pooled(service, service.store, [event])).events)
+            chosen = m.read(m.EventIn, dict(user_id=user, item_id=item_id, event=event))
+            found = await _pooled(service, service.store, [chosen])
+            return Stored(events=found.events - (found.repeated or 0))
 
 
 def _add_resources(server: MCPServer, service: Service) -> None:
