@@ -14,17 +14,9 @@ from typing import Any
 from llmrec.candidates import LM, Weights
 from llmrec.evaluation.charts import Bar, bars, curve, intervals
 from llmrec.evaluation.insight import Example
+from llmrec.evaluation.verdict import METRIC, answer, interval, lm_weight, name_of, seconds_trained, signed
 
 MEASURES = ("recall@5", "ndcg@5", "recall@10", "ndcg@10", "mrr@10", "recall@20")
-METRIC = "ndcg@10"
-NAMES = {
-    "merge": "retrieval (merge)",
-    LM: "language model alone",
-    "default": "as served",
-    "popularity": "popularity",
-    "bm25": "words alone (BM25)",
-    "text": "meaning alone (text vectors)",
-}
 BEYOND = {
     "coverage@10": "share of the catalogue that is shown to anybody",
     "gini@10": "how unevenly items are shown: 0 alike, 1 one item alone",
@@ -34,13 +26,6 @@ BEYOND = {
     "popularity_lift@10": "how much more popular than the history: 0.5 is half more",
     "miscalibration@10": "how far the mix of groups is from that of the history",
 }
-
-
-def name_of(system: str) -> str:
-    """What a system is called on the page."""
-    if system.startswith(f"{LM}_top"):
-        return f"language model, top {system.removeprefix(f'{LM}_top')}"
-    return NAMES.get(system, system)
 
 
 def render(result: Mapping[str, Any], examples: Sequence[Example] = (), command: str = "") -> str:
@@ -56,7 +41,7 @@ def render(result: Mapping[str, Any], examples: Sequence[Example] = (), command:
         The command that made the result.
     """
     sections = [
-        _answer(result),
+        answer(result),
         _systems(result),
         _costs(result),
         _ceiling(result),
@@ -90,108 +75,6 @@ def _words(protocol: Mapping[str, Any]) -> str:
     )
 
 
-def _lm_weight(result: Mapping[str, Any]) -> float:
-    return Weights.from_dict(result["recipe"]["history"]).most_lm
-
-
-def _compared(result: Mapping[str, Any], a: str, metric: str = METRIC) -> Mapping[str, Any] | None:
-    found = (c for c in result["comparisons"] if (c["a"], c["b"], c["metric"]) == (a, "merge", metric))
-    return next(found, None)
-
-
-def _signed(value: float) -> str:
-    return f"{value:+.4f}"
-
-
-def _answer(result: Mapping[str, Any]) -> str:
-    """The verdict in a sentence."""
-    served = _compared(result, "default")
-    if not result["training"] or served is None:
-        return (
-            '<p class="answer">No language model took part in this run. '
-            "Evaluate without <code>--no-lm</code> to learn whether one pays on this log.</p>"
-        )
-    low, high = served["ci95"]
-    gain = f"NDCG@10 {_signed(served['difference'])} [{_signed(low)}, {_signed(high)}]"
-    minutes = _trained(result["training"]) / 60
-    if result["protocol"].get("part") == "validation":
-        words = (
-            f"<b>Not judged.</b> Settings and weights were chosen on these very events; on them the "
-            f"difference is {gain}, an upper estimate. Evaluate on the test events for an answer."
-        )
-    elif _lm_weight(result) == 0:
-        words = (
-            f"<b>No, not after {minutes:.0f} minutes of training.</b> On held-out events it added nothing "
-            "that exceeds noise for lists by history, so its weight is 0 there: it is left out, and what is "
-            "served is retrieval alone."
-        )
-    elif (low > 0 or high < 0) and served.get("verdict", ""):
-        words = (
-            f"<b>Not shown.</b> Validation gave it a weight; on these events the difference is {gain}, which "
-            "is not shown among all comparisons of this run."
-        )
-    elif low > 0:
-        words = f"<b>Yes.</b> What is served beats retrieval alone: {gain}."
-    elif high < 0:
-        words = (
-            f"<b>No.</b> Validation gave it a weight, but on these events it costs quality: {gain}. "
-            "Leave it out, or train it longer and evaluate again."
-        )
-    else:
-        words = (
-            f"<b>Not shown.</b> Validation gave it a weight, and on these events the difference is within "
-            f"noise: {gain}."
-        )
-    words += _against_one(result)
-    if result["protocol"].get("part") != "validation":
-        words += _typed(result)
-    good = "yes" if words.startswith("<b>Yes") else ""
-    return f'<p class="answer {good}" id="answer">{words}</p>'
-
-
-def _against_one(result: Mapping[str, Any]) -> str:
-    """What is served against the retriever that was best alone."""
-    found = [
-        c for c in result["comparisons"] if c["a"] == "default" and c["b"] not in ("merge", "popularity")
-    ]
-    told = ", ".join(
-        f"{c['metric']} {_signed(c['difference'])} [{_signed(c['ci95'][0])}, {_signed(c['ci95'][1])}]"
-        f"{c.get('verdict', '')}"
-        for c in found
-    )
-    return f" Against {name_of(found[0]['b'])} alone: {told}." if found else ""
-
-
-def _trained(training: Mapping[str, Any]) -> float:
-    """Seconds that all language models of a run were trained for."""
-    return float(training["seconds"] + sum(more["seconds"] for more in training.get("beside", ())))
-
-
-def _typed(result: Mapping[str, Any]) -> str:
-    """What the model brings where words are typed, if it has a weight there."""
-    if not Weights.from_dict(result["recipe"]["query"]).most_lm:
-        return ""
-    told = []
-    for kind, what in (
-        ("known_item", "known items are found"),
-        ("anybody", "known items of people without a history"),
-        ("attribute", "values of attributes"),
-    ):
-        found = result["search"].get(kind)
-        if found and found["systems"]:
-            served, plain = (found["systems"][name][METRIC] for name in ("default", "merge"))
-            told.append(f"{what} at NDCG@10 {served:.4f}, and at {plain:.4f} without it{_tested(found)}")
-    return f" Where words are typed it takes part: {'; '.join(told)}."
-
-
-def _tested(found: Mapping[str, Any]) -> str:
-    """Interval of the difference, if there is one."""
-    for c in found.get("comparisons", ()):
-        low, high = c["ci95"]
-        return f" ({_signed(c['difference'])} [{_signed(low)}, {_signed(high)}]{c['verdict']})"
-    return ""
-
-
 def _systems(result: Mapping[str, Any]) -> str:
     systems = result["systems"]
     shown = [n for n in systems if n not in ("merge", "default", LM) and not n.startswith(f"{LM}_top")]
@@ -203,7 +86,7 @@ def _systems(result: Mapping[str, Any]) -> str:
         Bar(
             f"{name_of(c['a'])}",
             c["difference"],
-            _signed(c["difference"]),
+            signed(c["difference"]),
             c["ci95"][0],
             c["ci95"][1],
             strong=c["a"] == "default",
@@ -240,7 +123,7 @@ def _costs(result: Mapping[str, Any]) -> str:
     training = result["training"]
     further = training.get("beside", ())
     trained = (
-        f"<p>Training took {_trained(training) / 60:.1f} minutes"
+        f"<p>Training took {seconds_trained(training) / 60:.1f} minutes"
         + "".join(f", {escape(more['mode'])} beside the first model among them" for more in further)
         + f" ({training['events_per_second']:,.0f} events a second)"
         + (
@@ -293,9 +176,9 @@ def _segments(result: Mapping[str, Any]) -> str:
     found = result.get("segment_differences", {})
     parts = []
     for a, by in found.items():
-        if a == "default" and not _lm_weight(result):
+        if a == "default" and not lm_weight(result):
             continue
-        drawn = [Bar(name, d["difference"], _signed(d["difference"]), *d["ci95"]) for name, d in by.items()]
+        drawn = [Bar(name, d["difference"], signed(d["difference"]), *d["ci95"]) for name, d in by.items()]
         parts.append(
             f"<h3>NDCG@10 of {name_of(a)} less that of retrieval</h3>" + intervals(drawn, name_of(a))
         )
@@ -326,7 +209,7 @@ def _search(result: Mapping[str, Any]) -> str:
             Bar(name_of(n), values[METRIC], f"{values[METRIC]:.4f}", strong=n == "default")
             for n, values in found["systems"].items()
         ]
-        tested = _tested(found)
+        tested = interval(found)
         blocks.append(
             f"<h3>{title}, NDCG@10</h3><p>{told}{queries}"
             + (f" What is served less retrieval:{tested}." if tested else "")
