@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from functools import lru_cache
 
 import regex
 
@@ -20,6 +21,9 @@ _HAN = regex.compile(r"\p{Han}")
 _ACCENTS = regex.compile(r"[\u0300-\u036f]+")
 # Of these the letters and digits that they stand for are part of no word: LEGO™, 3½, №.
 _SIGNS = regex.compile(r"[\p{S}\p{No}]+")
+
+_SIBILANT = ("sses", "ches", "shes", "xes")
+"""Ends of plurals that have an e more than their singular."""
 
 VERSION = 1
 """Raised when a text gets other words: encoders that count words are fitted again."""
@@ -56,6 +60,32 @@ def words_in(text: str) -> list[str]:
 def telling_words(text: str) -> list[str]:
     """Those that are not common; single letters tell nothing, single digits and syllables do."""
     return [word for word in words_in(text) if (len(word) > 1 or _tells(word)) and word not in COMMON]
+
+
+def sought_words(text: str) -> list[str]:
+    """Those that are not common, as lexical search compares them: "Cookies" is "cookie" there."""
+    return [stem(word) for word in telling_words(text)]
+
+
+@lru_cache(maxsize=2**17)
+def stem(word: str) -> str:
+    """A word such that an English singular and its plural are alike, after Harman (1991) and Porter (1980).
+
+    What comes out need be no word: "battery" and "batteries" are "batteri". Words of other languages that end
+    in s lose it on both sides of a comparison, which joins hardly any two that differ.
+    """
+    if len(word) < 4:
+        # CDs, TVs, and not gas or kiss.
+        return word[:-1] if len(word) == 3 and word[2] == "s" and word[1] not in "aeious" else word
+    if len(word) > 4 and word.endswith(_SIBILANT):
+        return word[:-2]
+    if word.endswith("s") and not word.endswith(("ss", "us", "is")):
+        word = word[:-1]
+    if len(word) > 4 and word.endswith("ie"):
+        return word[:-1]
+    if word.endswith("y") and word[-2] not in "aeiou":
+        return word[:-1] + "i"
+    return word
 
 
 def _tells(character: str) -> bool:

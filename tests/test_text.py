@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmrec.text import neutralise, neutralise_series, without_markup
-from llmrec.words import COMMON, telling_words, words_in
+from llmrec.words import COMMON, sought_words, stem, telling_words, words_in
 
 TOKENS = [
     *("<|im_start|>", "<|endoftext|>", "<|anything|>", "[INST]", "[/INST]", "<<SYS>>", "<</SYS>>"),
@@ -154,6 +154,29 @@ def test_words_that_tell_nothing_are_those_that_the_search_library_knows():
 )
 def test_words_of_many_scripts(text, words):
     assert telling_words(text) == words
+
+
+@pytest.mark.parametrize(
+    "pairs",
+    [
+        "movie movies, cookie cookies, battery batteries, toy toys, pie pies, house houses, size sizes",
+        "box boxes, dress dresses, watch watches, brush brushes, glass glasses, shoe shoes, axe axes",
+        "cd cds, tv tvs, dvd dvds, game games, puzzle puzzles, knife knifes, virus virus",
+    ],
+)
+def test_a_singular_and_its_plural_are_one_word_of_a_search(pairs):
+    for pair in pairs.split(", "):
+        one, many = pair.split()
+        assert sought_words(one.title()) == sought_words(many.upper()) == [stem(one)]
+
+
+def test_other_words_stay_apart_in_a_search():
+    apart = (
+        "gas ga bus bu glass glas tennis tenni lotus lotu sky ski pie pi tie toy car care bos box news"
+    )
+    stems = [stem(word) for word in apart.split()]
+    assert len(set(stems)) == len(stems)
+    assert stem("kitapları") == "kitapları" and stem("猫") == "猫" and stem("") == ""
 
 
 @given(st.text(max_size=40))

@@ -11,7 +11,7 @@ from llmrec.catalog import Catalog
 from llmrec.protocols import Codes, Floats, Query
 from llmrec.rules import values_of
 from llmrec.types import Influence, Shared
-from llmrec.words import telling_words
+from llmrec.words import sought_words, stem, telling_words
 
 LATEST = 20
 """Distinct history items, from the latest on, that are left out one at a time."""
@@ -80,8 +80,8 @@ def shared_values(item: int, others: Sequence[int], catalog: Catalog) -> tuple[S
 
 def matched_words(text: str, line: str) -> tuple[str, ...]:
     """Return the words of a typed query that an item's line has, in the order of the query."""
-    own = set(telling_words(line))
-    return tuple(word for word in dict.fromkeys(telling_words(text)) if word in own)
+    own = set(sought_words(line))
+    return tuple(word for word in dict.fromkeys(telling_words(text)) if stem(word) in own)
 
 
 def _is_year(value: object) -> bool:

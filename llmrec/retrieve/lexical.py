@@ -14,7 +14,7 @@ import numpy as np
 from llmrec.protocols import Floats, Hits, Query
 from llmrec.ranking import NO_HITS, top
 from llmrec.text import changed_lines
-from llmrec.words import telling_words
+from llmrec.words import sought_words
 
 K1, B = 1.5, 0.75
 
@@ -60,7 +60,7 @@ class _Index:
 
         # The library sets its logger to DEBUG, over the application's own level.
         logging.getLogger("bm25s").setLevel(logging.WARNING)
-        words = [telling_words(line) for line in self.lines]
+        words = [sought_words(line) for line in self.lines]
         # An index over texts without a single word would fail inside the library.
         if any(words):
             self.average = float(np.mean([len(line) for line in words]))
@@ -95,7 +95,7 @@ class BM25Retriever:
             return BM25Retriever(lines)
         made = BM25Retriever(lines)
         made._index = self._index
-        made._aside = {**self._aside, **{code: telling_words(lines[code]) for code in changed}}
+        made._aside = {**self._aside, **{code: sought_words(lines[code]) for code in changed}}
         return made
 
     @property
@@ -110,7 +110,7 @@ class BM25Retriever:
 
     def score(self, text: str) -> Floats:
         """BM25 of every item, shape (items,)."""
-        words, index = telling_words(text), self._index
+        words, index = sought_words(text), self._index
         scores = np.zeros(len(self.lines), dtype=np.float32)
         scores[: len(index.lines)] = index.scores(words)
         if not self._aside:
