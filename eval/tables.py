@@ -218,6 +218,13 @@ def more(found: dict[str, Any]) -> list[str]:
         if name in found.get("beyond", {}):
             measures = ", ".join(f"{m} {v:.3f}" for m, v in found["beyond"][name].items())
             lines.append(f"- {NAMES.get(name, name)}: {measures}")
+    bias = found.get("order_bias")
+    if bias and bias["users"]:
+        lines.append(
+            f"- {bias['candidates']} candidates in {bias['orders']} other orders, {bias['users']} users: "
+            f"a score changes by {bias['largest_change']:.4f} at most, and another candidate comes first in "
+            f"{100 * bias['top_changes']:.1f} %"
+        )
     if found.get("segments"):
         systems = [n for n in ("merge", "lm", "default") if n in found["systems"]]
         lines += [

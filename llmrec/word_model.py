@@ -91,7 +91,7 @@ class WordLanguageModel:
         if self.config.mode == "yes_no":
             return YesNoScorer(self.words, reader)
         if self.config.mode == "letters":
-            return LettersScorer(self.words, reader, window=self.config.listed)
+            return LettersScorer(self.words, reader, window=self.config.listed, orders=self.config.orders)
         if self.config.normalise == "vocabulary":
             return VocabularyScorer(self.words, reader)
         end, smoothing = self.words.vocabulary.end, self.config.smoothing

@@ -71,6 +71,30 @@ def test_a_padded_batch_scores_as_single_requests_do(lm):
     np.testing.assert_allclose(in_pieces, alone, atol=1e-4)
 
 
+@pytest.mark.parametrize("make", ["llama", "gpt2", "qwen"])
+def test_scores_are_those_of_the_formula_for_models_of_any_make(make, tmp_path, vectors):
+    counts = np.arange(ITEMS) % 5
+    made = LanguageModel.new(
+        config(tiny_lm(tmp_path, make=make), layers=None), tmp_path, vectors, counts, seed=1
+    )
+    with torch.no_grad():
+        for name, parameter in made.model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    m, asked = made.model.eval(), histories(0, 1, 5, 12)
+    texts, known = torch.from_numpy(vectors), torch.from_numpy(counts > 0)[:, None]
+    with torch.inference_mode():
+        reads = m.text_in(texts) + m.id_in.weight * known
+        gives = m.text_out(texts) + m.id_out.weight * known
+        prior = torch.where(known[:, 0], torch.log1p(torch.from_numpy(counts).float()), m.unseen)
+        words = m.body.get_input_embeddings()(m.instruction)
+        for history, found in zip(asked, made.scorer.log_probs(asked), strict=True):
+            inputs = torch.cat([words, reads[history.astype(int)]])[None]
+            last = m.body(inputs_embeds=inputs).last_hidden_state[0, -1]
+            logits = 2 / np.sqrt(m.state.out_features) * gives @ m.state(m.norm(last)) + prior
+            np.testing.assert_allclose(found, torch.log_softmax(logits, 0).numpy(), atol=1e-4)
+
+
 def test_log_probabilities_sum_to_one_over_the_catalogue(lm):
     np.testing.assert_allclose(np.exp(lm.scorer.log_probs(histories(0, 4, 9))).sum(axis=1), 1.0, atol=1e-5)
 

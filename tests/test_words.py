@@ -1,12 +1,14 @@
 """The word modes: equal to naive scoring one by one, for models of different make and tokenizer."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmrec.adapter import read_adapter
+from llmrec.adapter import fresh_adapter, read_adapter
 from llmrec.card import make_card
 from llmrec.errors import ConfigError, DataError, ModelError
 from llmrec.families import Texts
@@ -26,7 +28,7 @@ from llmrec.score.words import WISH_TOKENS, Layout, Vocabulary, WordsModel, read
 from llmrec.score.wordwise import VocabularyScorer
 from llmrec.sequences import Source
 from llmrec.testing import tiny_lm, toy_data
-from llmrec.word_model import WordLanguageModel
+from llmrec.word_model import WordLanguageModel, layout_of
 
 TITLES = [item.title for item in toy_data(items=36)[0]] + ["Amber", "Amber Anchor", "Amber Anchor 2"]
 ITEMS = len(TITLES)
@@ -173,16 +175,17 @@ def test_letters_are_the_labels_of_one_prompt_and_orders_average(base):
     words = words_of(base, "letters", "candidates")
     scorer = LettersScorer(words, PackedReader(words.body))
     asked = codes(3, 38, 36)
-    found = scorer.score([QUERIES[0]], [asked])[0]
-    tokens = words.beginning(QUERIES[0].history)
-    for line in ("One of the following was chosen next:",):
-        tokens += [*words.vocabulary.tokens(line), words.vocabulary.end]
-    for letter, code in zip("ABC", asked, strict=True):
-        tokens += [*words.vocabulary.tokens(f"{letter}: "), *words.lines[code], words.vocabulary.end]
-    state = plain_states(words, tokens + words.vocabulary.tokens("The letter of the chosen one:"))[-1]
     labels = [words.vocabulary.label(f" {letter}", letter) for letter in "ABC"]
-    expected = torch.log_softmax(20.0 * words.head[labels] @ state, 0)
-    np.testing.assert_allclose(found, expected.detach().numpy(), atol=1e-3)
+    for query, found in zip(QUERIES, scorer.score(QUERIES, [asked] * 4), strict=True):
+        wish = [f"This person now asks for: {query.text}"] if query.text else []
+        tokens = words.beginning(query.history)
+        for line in (*wish, "One of the following was chosen next:"):
+            tokens += [*words.vocabulary.tokens(line), words.vocabulary.end]
+        for letter, code in zip("ABC", asked, strict=True):
+            tokens += [*words.vocabulary.tokens(f"{letter}: "), *words.lines[code], words.vocabulary.end]
+        state = plain_states(words, tokens + words.vocabulary.tokens("The letter of the chosen one:"))[-1]
+        expected = torch.log_softmax(20.0 * words.head[labels] @ state, 0)
+        np.testing.assert_allclose(found, expected.detach().numpy(), atol=1e-3)
 
     orders = [[0, 1, 2], [1, 2, 0], [2, 0, 1]]
     mean = np.mean([scorer.score([QUERIES[0]], [asked[o]])[0][np.argsort(o)] for o in orders], axis=0)
@@ -210,6 +213,90 @@ def test_what_is_kept_and_extended_and_read_in_pieces_changes_nothing(base):
     assert kept.reader._size == sum(past.size for past in kept.reader._kept.values())
     kept.forget()
     assert kept.reader._size == 0 and not kept.reader._kept
+
+
+@pytest.mark.parametrize("mode", [YesNoScorer, LettersScorer])
+def test_labels_are_the_same_from_what_is_kept_and_extended(base, mode):
+    words = words_of(base, *(("yes_no", "candidate") if mode is YesNoScorer else ("letters", "candidates")))
+    kept, fresh = mode(words, PackedReader(words.body)), mode(words, PackedReader(words.body, memory=0))
+    asked = codes(3, 38, 36, 17)
+    for query in (Query(codes(*range(n)), text=text) for n in range(1, 25, 3) for text in ("", "red boat")):
+        for _ in range(2):
+            (found,), (expected,) = (one.score([query], [asked]) for one in (kept, fresh))
+            # Logits are sharpened by 20.
+            np.testing.assert_allclose(found, expected, atol=1e-3)
+    assert kept.reader._kept and not fresh.reader._kept
+
+
+def tuned_words(base, mode, seed):
+    """A model of some mode on weights that others share, with LoRA matrices of its own."""
+    config = WordsConfig(mode=mode, base=str(base), precision="float32", rank=4)
+    body, head = shared_causal(base, None, torch.float32)
+    vocabulary = Vocabulary(base)
+    body = fresh_adapter(body, config)
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in body.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.3)
+    lines = vocabulary.lines(TITLES, 12)
+    words = WordsModel(body.eval(), head, vocabulary, layout_of(config), lines, config.window)
+    return WordLanguageModel(words, config, TITLES, COUNTS)
+
+
+@pytest.mark.parametrize("mode", ["likelihood", "yes_no", "letters"])
+def test_models_of_several_tenants_answer_many_threads_as_they_answer_one(base, mode):
+    models = [tuned_words(base, mode, seed) for seed in (1, 2)]
+    asked = codes(3, 38, 36, 17)
+    tasks = [(model, query) for model in models for query in QUERIES for _ in range(4)]
+
+    def answer(task):
+        return task[0].scorer.score([task[1]], [asked])[0]
+
+    expected = [model.fresh().scorer.score([query], [asked])[0] for model, query in tasks]
+    with ThreadPoolExecutor(8) as threads:
+        for found, wanted in zip(threads.map(answer, tasks), expected, strict=True):
+            np.testing.assert_allclose(found, wanted, atol=1e-4)
+    half = len(tasks) // 2
+    assert np.abs(np.stack(expected[:half]) - np.stack(expected[half:])).max() > 1e-3
+
+
+@pytest.mark.parametrize("mode", ["likelihood", "yes_no", "letters"])
+def test_a_catalogue_that_changed_is_read_anew(base, mode):
+    old = tuned_words(base, mode, 1)
+    asked = codes(3, 38, 36, 17)
+    (before,) = old.scorer.score([QUERIES[0]], [asked])
+    lines = list(TITLES)
+    lines[0], lines[36] = "Quite Another Thing", "Velvet Zeppelin"  # of the history, of the candidates
+    changed = old.grown(Texts(lines, np.zeros((ITEMS, 0), np.float32), None, None))
+    (after,) = changed.scorer.score([QUERIES[0]], [asked])
+    new = WordsModel(
+        old.words.body,
+        old.words.head,
+        old.words.vocabulary,
+        old.words.layout,
+        old.words.vocabulary.lines(lines, old.config.line_tokens),
+        old.words.window,
+    )
+    (expected,) = WordLanguageModel(new, old.config, lines, COUNTS).scorer.score([QUERIES[0]], [asked])
+    np.testing.assert_allclose(after, expected, atol=1e-4)
+    assert np.abs(after - before).max() > 1e-4
+    np.testing.assert_allclose(old.scorer.score([QUERIES[0]], [asked])[0], before, atol=1e-5)
+
+
+def test_letters_average_as_many_orders_as_are_set(base):
+    one = tuned_words(base, "letters", 1)
+    config = one.config.model_copy(update={"orders": 4})
+    four = WordLanguageModel(one.words, config, TITLES, COUNTS)
+    asked, query = codes(3, 38, 36, 17), QUERIES[0]
+    turns = [np.roll(np.arange(4), -n) for n in range(4)]
+    alone = [one.scorer.score([query], [asked[turn]])[0][np.argsort(turn)] for turn in turns]
+    (mean,) = four.scorer.score([query], [asked])
+    np.testing.assert_allclose(mean, np.mean(alone, axis=0), atol=1e-4)
+    assert np.ptp(alone, axis=0).max() > 1e-3, "the order must matter to one"
+    for turn in turns:
+        (turned,) = four.scorer.score([query], [asked[turn]])
+        np.testing.assert_allclose(turned[np.argsort(turn)], mean, atol=1e-4)
 
 
 def test_a_history_is_read_from_steps_of_ten():

@@ -63,6 +63,12 @@ class WordsConfig(BaseModel):
     precision: Precision = Field("auto", description="of the LM body; the word head is always float32")
     candidates: int = Field(20, ge=2, description="first candidates of the merge that the model scores")
     listed: int = Field(20, ge=2, le=26, description="candidates in a list of yes_no and letters")
+    orders: int = Field(
+        1,
+        ge=1,
+        le=26,
+        description="orders of the candidates that letters averages, each in a prompt of its own",
+    )
     mined: int = Field(20_000, ge=1, description="events that yes_no and letters learn from, at most")
     wishes: float = Field(
         0.0,
