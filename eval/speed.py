@@ -11,6 +11,7 @@ Ours have their LoRA matrices merged, as a recommender's own model is served. Sy
 - item tokens: the whole catalogue at once, all layers and the three of the default; cold, and with the
   state of the history kept.
 - yes_no, likelihood, letters: the candidates packed behind one history; cold, and with the history kept.
+- generate: twenty items of the catalogue are proposed, whatever the candidates.
 - CrossEncoder: sentence-transformers with `LogitScore`, a prompt a candidate, sorted by length, its best
   batch size.
 - one by one: plain transformers, a prompt a candidate.
@@ -66,6 +67,8 @@ from llmrec.word_model import WordLanguageModel
 HERE = Path(__file__).resolve().parent
 HISTORY = 20
 BATCHES = (4, 16, 64)
+PROPOSED = 20
+"""Items that `generate` proposes."""
 SLOW = 3
 """Requests that slow systems are timed on, at most."""
 
@@ -266,7 +269,7 @@ def ours(base: Path, texts: Texts, counts: Any, precision: Precision, few: int) 
     for layers, name in ((None, "item tokens, all layers"), (few, f"item tokens, {few} layers")):
         config = ItemTokensConfig(base=str(base), layers=layers, precision=precision)
         models[name] = LanguageModel.new(config, base, texts.vectors, counts)
-    for mode in ("yes_no", "likelihood", "letters"):
+    for mode in ("yes_no", "likelihood", "letters", "generate"):
         models[mode] = worded(mode, base, texts, counts, precision)
     systems = []
     for name, made in models.items():
@@ -279,8 +282,12 @@ def ours(base: Path, texts: Texts, counts: Any, precision: Precision, few: int) 
         def read(query: Query, items: Codes, scorer: Any = made.scorer) -> None:
             scorer.score([query], [items[:1]])
 
-        systems.append(System(f"{name}, cold", ask, body, begin=made.scorer.forget))
-        systems.append(System(f"{name}, history kept", ask, body, begin=made.scorer.forget, before=read))
+        def propose(query: Query, items: Codes, scorer: Any = made.scorer) -> Any:
+            return scorer.retrieve([query], PROPOSED)
+
+        answer = propose if name == "generate" else ask
+        systems.append(System(f"{name}, cold", answer, body, begin=made.scorer.forget))
+        systems.append(System(f"{name}, history kept", answer, body, begin=made.scorer.forget, before=read))
     return systems
 
 
