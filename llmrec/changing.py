@@ -242,9 +242,8 @@ class Changing(Asking):
         """Put another tuned language model beside the own one, for requests that name it (`Request.adapter`).
 
         All of them stand on the same weights of the base model, in memory once, so that one process serves
-        many tenants or both sides of a test; the own one has its own, into which it is merged, and answers
-        sooner. An adapter of the same name is replaced. It is not saved with
-        the recommender.
+        many tenants or both sides of a test; the recommender's own model is merged into weights of its own
+        and answers sooner. An adapter of the same name is replaced. It is not saved with the recommender.
 
         Parameters
         ----------

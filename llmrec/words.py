@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from functools import lru_cache
 
 import regex
 
@@ -67,7 +66,6 @@ def sought_words(text: str) -> list[str]:
     return [stem(word) for word in telling_words(text)]
 
 
-@lru_cache(maxsize=2**17)
 def stem(word: str) -> str:
     """A word such that an English singular and its plural are alike, after Harman (1991) and Porter (1980).
 
@@ -75,7 +73,7 @@ def stem(word: str) -> str:
     in s lose it on both sides of a comparison, which joins hardly any two that differ.
     """
     if len(word) < 4:
-        # CDs, TVs, and not gas or kiss.
+        # CDs and TVs, not gas.
         return word[:-1] if len(word) == 3 and word[2] == "s" and word[1] not in "aeious" else word
     if len(word) > 4 and word.endswith(_SIBILANT):
         return word[:-2]
